@@ -1,0 +1,31 @@
+# The two commands of the README are `make quickstart` and `make test`; both build .venv when it is missing or stale.
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test lint learning lock bench
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: ## build .venv from the committed lock (nothing to do when it is up to date)
+	@environments/cpu/install.sh
+
+quickstart: env ## the whole pipeline on this machine, to a trained and evaluated recommender
+	@gream quickstart
+
+test: env ## all tests
+	python -m pytest
+
+lint: env ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+learning: env ## does SRPO improve on SFT? three seeds, with intervals (about an hour)
+	@gream learning
+
+bench: env ## every benchmark, one after the other
+	@for script in benchmarks/*.py; do echo "== $$script"; python $$script || exit 1; done
+
+lock: env ## resolve environments/cpu/requirements.lock anew from pyproject.toml
+	environments/cpu/lock.sh

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Builds .venv in the repository root from the committed lock; does nothing when it is there and up to date.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+lock=environments/cpu/requirements.lock
+stamp=.venv/.built-from
+fingerprint=$(cat "$lock" pyproject.toml environments/cpu/install.sh environments/cpu/torchaudio_stub/pyproject.toml \
+    environments/cpu/torchaudio_stub/torchaudio/__init__.py | sha256sum | cut -d' ' -f1)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$fingerprint" ] && [ -x .venv/bin/python ]; then
+    exit 0
+fi
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+    for candidate in python3.11 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+fi
+if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    echo "make env: Python 3.11 not found; install it (the lock is made for 3.11) or name it: make env PYTHON=/path/to/python3.11" >&2
+    exit 1
+fi
+
+start=$SECONDS
+echo "make env: building .venv from $lock with $("$python" --version)"
+rm -f "$stamp"
+[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -o '^uv==[^ ]*' "$lock")"
+
+# uv does not read pip's configuration: pass on what pip itself would use.
+pip_setting() {
+    .venv/bin/python -m pip config get "global.$1" 2>/dev/null || .venv/bin/python -m pip config get ":env:.$1" 2>/dev/null || true
+}
+pass_on() { # variable of uv, setting of pip
+    local value
+    value=$(pip_setting "$2")
+    if [ -z "${!1:-}" ] && [ -n "$value" ]; then export "$1=$value"; fi
+}
+pass_on UV_DEFAULT_INDEX index-url
+pass_on UV_FIND_LINKS find-links
+pass_on SSL_CERT_FILE cert
+UV_FIND_LINKS=$(echo "${UV_FIND_LINKS:-}" | tr -s ' \n' ',') && export UV_FIND_LINKS
+export UV_LINK_MODE=${UV_LINK_MODE:-copy} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
+
+uv() { .venv/bin/uv "$@" --python .venv/bin/python; }
+# The CPU build of torch comes from the configured find-links when they hold it, else from PyTorch's own CPU index.
+torch=$(grep '^torch==' "$lock" | tr -d ' \\')
+backend=()
+if ! uv pip install --quiet --dry-run --no-deps "$torch+cpu" 2>/dev/null; then
+    backend=(--torch-backend cpu)
+fi
+# Bytecode at install: a training run starts a dozen processes, and each would compile torch and verl for itself.
+uv pip sync "${backend[@]}" --compile-bytecode "$lock"
+uv pip install --quiet --no-deps --no-build-isolation ./environments/cpu/torchaudio_stub
+uv pip install --quiet --no-deps --no-build-isolation --editable .
+.venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' || {
+    echo "make env: a CUDA build of torch was installed; make the CPU wheel visible to pip (find-links) and run it again" >&2
+    exit 1
+}
+echo "$fingerprint" > "$stamp"
+echo "make env: .venv ready after $((SECONDS - start)) s, $(du -sh .venv | cut -f1)"
