@@ -1,0 +1,85 @@
+"""Reading and writing files so that a user is never left with half a file or a bare traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it and the remedy, and is shown without a traceback."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place only when the block ends without an error.
+
+    A reader sees the whole old file or the whole new one, also after a kill or on a full disk.
+
+    Args:
+        path: The final file; missing parent folders are made.
+
+    Raises:
+        InputError: When the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (path, path.parent, temporary):
+            raise
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` atomically, as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = None) -> None:
+    """Write ``value`` to ``path`` atomically, as JSON with the order of keys kept."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
+    """Return ``path`` when it is a file.
+
+    Raises:
+        InputError: When it is not; the message ends in ``remedy``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; {remedy}")
+    return path
+
+
+def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> Any:
+    """Return the JSON value in ``path``.
+
+    Raises:
+        InputError: When the file is missing or is not JSON; the message says where.
+    """
+    path = require_file(path, remedy)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it anew") from error

@@ -1,0 +1,260 @@
+"""Runs a pipeline of commands: each finished step is kept, a changed one is run again, a killed one goes on.
+
+A step is a command a user could type, the files it reads and the files it makes. It counts as finished when a stamp
+holds the fingerprint of its command and of everything it reads, and what it makes is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from gream_verl.files import InputError, read_json, write_json
+
+SAMPLE_SECONDS = 5.0
+QUIET_SECONDS = 15.0
+LOG_TAIL = 25
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a pipeline.
+
+    Attributes:
+        name: Short name, used for the stamp and the log.
+        title: What it does, for people.
+        command: The words of the command; ``python``, ``gream`` and ``llamafactory-cli`` are those of this environment.
+        reads: Files and folders it depends on.
+        makes: Files and folders that are there once it is done.
+        timeout: Seconds after which it is stopped.
+        logged: Whether its output goes to a log file, with one line of progress on the terminal, instead of straight to
+            the terminal.
+    """
+
+    name: str
+    title: str
+    command: Sequence[str]
+    reads: Sequence[Path] = ()
+    makes: Sequence[Path] = ()
+    timeout: float = 1800.0
+    logged: bool = False
+
+
+@dataclass
+class StepResult:
+    """What a step took.
+
+    Attributes:
+        seconds: Wall time of the run that finished it.
+        memory: Peak memory of its process tree in bytes (proportional set size).
+        reused: Whether an earlier run's result stood.
+    """
+
+    seconds: float
+    memory: int
+    reused: bool = False
+
+
+@dataclass
+class Pipeline:
+    """Runs steps in order inside one run folder."""
+
+    folder: Path
+    console: Console = field(default_factory=Console)
+
+    def run(self, steps: Sequence[Step]) -> dict[str, StepResult]:
+        """Run ``steps`` in order and return what each took.
+
+        Raises:
+            InputError: When a step fails or runs out of time; earlier results stay.
+        """
+        results = {}
+        for number, step in enumerate(steps, start=1):
+            self.console.rule(f"[bold]{number}/{len(steps)} {step.title}", align="left")
+            self.console.print(f"$ {shlex.join(step.command)}", style="cyan", highlight=False, soft_wrap=True)
+            results[step.name] = self._run_or_reuse(step)
+        return results
+
+    def _run_or_reuse(self, step: Step) -> StepResult:
+        stamp = self.folder / ".steps" / f"{step.name}.json"
+        fingerprint = fingerprint_step(step)
+        if stamp.is_file() and all(path.exists() for path in step.makes):
+            kept = read_json(stamp, "delete it and run again")
+            if kept.get("fingerprint") == fingerprint:
+                self.console.print(f"kept from an earlier run ({kept['seconds']:.0f} s then)", style="green")
+                return StepResult(kept["seconds"], kept["memory"], reused=True)
+        stamp.unlink(missing_ok=True)
+        result = self._execute(step)
+        missing = [str(path) for path in step.makes if not path.exists()]
+        if missing:
+            raise InputError(f"step {step.name!r} ended without making {', '.join(missing)}; run its command by hand")
+        write_json(stamp, {"fingerprint": fingerprint, "seconds": result.seconds, "memory": result.memory})
+        self.console.print(f"done in {result.seconds:.0f} s, {result.memory / 2**30:.1f} GiB at most", style="green")
+        return result
+
+    def _execute(self, step: Step) -> StepResult:
+        log = self.folder / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                list(step.command),
+                stdout=output if step.logged else None,
+                stderr=subprocess.STDOUT if step.logged else None,
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+                start_new_session=True,
+            )
+        tree = ProcessTree(process.pid)
+        try:
+            self._watch(step, process, tree, log, start)
+        finally:
+            tree.stop()
+        if process.returncode != 0:
+            raise InputError(_failure(step, process.returncode, log))
+        return StepResult(time.monotonic() - start, tree.peak)
+
+    def _watch(self, step: Step, process: subprocess.Popen[bytes], tree: ProcessTree, log: Path, start: float) -> None:
+        """Wait for the end, sampling memory and showing the last line of the log."""
+        shown = start
+        with self.console.status("starting") if step.logged else _Nothing() as status:
+            while True:
+                try:
+                    process.wait(SAMPLE_SECONDS if time.monotonic() - start > SAMPLE_SECONDS else 0.5)
+                    return
+                except subprocess.TimeoutExpired:
+                    pass
+                tree.sample()
+                elapsed = time.monotonic() - start
+                if elapsed > step.timeout:
+                    raise InputError(
+                        f"step {step.name!r} took more than {step.timeout:.0f} s and was stopped; see {log}"
+                    )
+                if not step.logged:
+                    continue
+                line = last_line(log)
+                if self.console.is_terminal:
+                    status.update(f"{elapsed:.0f} s  {line[: max(20, self.console.width - 14)]}")
+                elif time.monotonic() - shown >= QUIET_SECONDS:
+                    shown = time.monotonic()
+                    self.console.print(f"  {elapsed:4.0f} s  {line[:140]}", highlight=False, markup=False)
+
+
+class _Nothing:
+    """Stands where a status line would, for steps that write to the terminal themselves."""
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, text: str) -> None:
+        """Show nothing."""
+
+
+class ProcessTree:
+    """The processes below one process: their peak memory, and their end.
+
+    Ray's daemons leave the process group of their driver, so every descendant is remembered by id and start time.
+    """
+
+    def __init__(self, pid: int) -> None:
+        import psutil
+
+        self.peak = 0
+        self._root = psutil.Process(pid)
+        self._known: set[psutil.Process] = {self._root}
+
+    def sample(self) -> None:
+        """Remember new descendants and the peak of the memory all of them hold together, in bytes."""
+        import psutil
+
+        try:
+            self._known.update(self._root.children(recursive=True))
+        except psutil.NoSuchProcess:
+            return
+        total = 0
+        for process in self._known:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+        self.peak = max(self.peak, total)
+
+    def stop(self) -> None:
+        """End every process that is still there: politely first, so that a training run can clean up."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._known.update(self._root.children(recursive=True))
+        left = [process for process in self._known if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        for deadline, send in ((10.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
+            for process in left:
+                try:
+                    process.send_signal(send)
+                except psutil.NoSuchProcess:
+                    continue
+            _, left = psutil.wait_procs(left, timeout=deadline)
+
+
+def environment() -> dict[str, str]:
+    """The environment of a step: this interpreter's commands come first, and its text is not held back."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def fingerprint_step(step: Step) -> str:
+    """Return a hash of the command and of the contents of everything the step reads."""
+    digest = hashlib.sha256(json.dumps(list(step.command)).encode())
+    for path in step.reads:
+        for file in files_below(path):
+            digest.update(str(file).encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """Yield ``path`` when it is a file, else the files directly in it, in order.
+
+    Raises:
+        InputError: When there is no such file or folder.
+    """
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        yield from sorted(file for file in path.iterdir() if file.is_file())
+    else:
+        raise InputError(f"{path}: no such file or folder; check the path")
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log in which a progress bar may have rewritten its line many times."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    return next((line for line in reversed(lines) if line), "starting")
+
+
+def _failure(step: Step, code: int, log: Path) -> str:
+    message = f"step {step.name!r} failed (exit status {code}); what was finished before it is kept"
+    if not step.logged:
+        return message
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16384))
+        tail = file.read().decode("utf-8", errors="replace").replace("\r", "\n").splitlines()[-LOG_TAIL:]
+    return "\n".join([*tail, f"{message}; the whole log is {log}"])

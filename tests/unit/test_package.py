@@ -1,0 +1,116 @@
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if files.returncode:
+        pytest.skip("not a git checkout: cannot tell the project's files from others")
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_carries_the_recipes_the_sft_configs_and_the_template(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in [*ROOT.glob("recipes/recipe/*.yaml"), *ROOT.glob("sft_configs/*.[yj]*")]:
+        assert f"gream_verl/{path.relative_to(ROOT)}" in names
+    assert "gream_verl/evaluation/report.html" in names
+    assert "hydra_plugins/gream/__init__.py" in names
+    assert "hydra_plugins/__init__.py" not in names
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
+
+
+def test_the_wheel_carries_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {
+        str(path.relative_to(ROOT))
+        for package in ("gream_verl", "data_processing")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert modules <= names
+
+
+def test_the_entry_points_are_there(wheel):
+    archive = zipfile.ZipFile(wheel)
+    text = archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt"))).decode()
+    assert "[verl.plugins]\ngream = gream_verl.plugin" in text
+    assert "[vllm.general_plugins]" in text
+    assert "gream = gream_verl.cli:main" in text
+
+
+def resolve(extra, python, tmp_path):
+    """Resolve an extra as `pip install gream-verl[extra]` would, from the index that pip is set up for."""
+    environment = dict(os.environ)
+    for variable, setting in (("UV_DEFAULT_INDEX", "index-url"), ("SSL_CERT_FILE", "cert")):
+        for key in (f"global.{setting}", f":env:.{setting}"):
+            found = subprocess.run(
+                [sys.executable, "-m", "pip", "config", "get", key], capture_output=True, text=True, check=False
+            )
+            if found.returncode == 0 and found.stdout.strip():
+                environment.setdefault(variable, found.stdout.strip())
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
+    command += ["--python-version", python, "--extra", "pipeline", "--extra", extra, str(ROOT / "pyproject.toml")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=280, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return dict(line.split("==") for line in result.stdout.splitlines() if "==" in line and not line.startswith(" "))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_gpu_extra_resolves_to_what_verl_pins(python, tmp_path):
+    versions = resolve("gpu", python, tmp_path)
+    assert versions["verl"] == "0.9.1"
+    assert {"vllm", "megatron-core", "faiss-gpu-cu12", "torch"} <= set(versions)
+    assert "faiss-cpu" not in versions
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_the_gpu_sft_extra_resolves(python, tmp_path):
+    versions = resolve("gpu-sft", python, tmp_path)
+    assert versions["llamafactory"] == "0.9.5"
+    assert "deepspeed" in versions
+    assert versions["torch"].split(".")[:2] == versions["torchaudio"].split(".")[:2]
+
+
+def test_gpu_and_cpu_worlds_pin_the_same_verl():
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert "verl==0.9.1" in extras["cpu"]
+    assert "verl[vllm]==0.9.1" in extras["gpu"]
+
+
+def test_the_house_keeps_its_rooms_apart():
+    for path in (ROOT / "data_processing").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]) and words[1].startswith("gream_verl"):
+                assert words[1] in ("gream_verl.files", "gream_verl.semantic_ids"), f"{path}: {line}"
+    for path in (ROOT / "gream_verl").rglob("*.py"):
+        if path.name != "cli.py":
+            assert "data_processing" not in "".join(
+                line for line in path.read_text().splitlines() if line.strip().startswith(("import", "from"))
+            ), path

@@ -1,0 +1,93 @@
+import os
+import sys
+import time
+
+import psutil
+import pytest
+from rich.console import Console
+
+from gream_verl.files import InputError
+from gream_verl.steps import Pipeline, Step, last_line
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    return Pipeline(tmp_path / "run", Console(file=open(os.devnull, "w"), width=80))
+
+
+def copy_step(tmp_path, *, name="copy", extra=""):
+    """A step that copies one file and counts how often it ran."""
+    code = (
+        "import sys, shutil, pathlib; shutil.copy(sys.argv[1], sys.argv[2]); "
+        f"open(sys.argv[3], 'a').write('x'); {extra}"
+    )
+    source, target, count = (tmp_path / part for part in ("source", "target", "count"))
+    return Step(name, "Copy", [sys.executable, "-c", code, str(source), str(target), str(count)], [source], [target])
+
+
+def runs(tmp_path):
+    return len((tmp_path / "count").read_text())
+
+
+def test_a_finished_step_is_kept_and_a_changed_input_runs_it_again(tmp_path, pipeline):
+    (tmp_path / "source").write_text("one")
+    step = copy_step(tmp_path)
+    assert not pipeline.run([step])["copy"].reused
+    assert pipeline.run([step])["copy"].reused
+    assert runs(tmp_path) == 1
+    (tmp_path / "source").write_text("two")
+    assert not pipeline.run([step])["copy"].reused
+    assert (tmp_path / "target").read_text() == "two"
+    (tmp_path / "target").unlink()
+    pipeline.run([step])
+    assert runs(tmp_path) == 3
+
+
+def test_a_changed_command_runs_again(tmp_path, pipeline):
+    (tmp_path / "source").write_text("one")
+    pipeline.run([copy_step(tmp_path)])
+    pipeline.run([copy_step(tmp_path, extra="pass")])
+    assert runs(tmp_path) == 2
+
+
+def test_a_failure_names_the_log_and_keeps_what_was_done(tmp_path, pipeline):
+    (tmp_path / "source").write_text("one")
+    first = copy_step(tmp_path)
+    command = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
+    with pytest.raises(InputError, match=r"the reason[\s\S]*'bad' failed \(exit status 3\)[\s\S]*bad\.log"):
+        pipeline.run([first, Step("bad", "Bad", command, logged=True)])
+    assert pipeline.run([first])["copy"].reused
+
+
+def test_a_step_that_makes_nothing_is_not_called_done(tmp_path, pipeline):
+    step = Step("idle", "Idle", [sys.executable, "-c", "pass"], [], [tmp_path / "never"])
+    with pytest.raises(InputError, match="without making"):
+        pipeline.run([step])
+
+
+def test_a_missing_input_is_one_sentence(tmp_path, pipeline):
+    with pytest.raises(InputError, match="no such file"):
+        pipeline.run([Step("none", "None", ["true"], [tmp_path / "absent"])])
+
+
+def test_a_step_out_of_time_is_stopped_with_everything_it_started(tmp_path, pipeline):
+    child = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time, pathlib; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); "
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid)); time.sleep(600)"
+    )
+    started = time.monotonic()
+    with pytest.raises(InputError, match="more than 2 s"):
+        pipeline.run([Step("slow", "Slow", [sys.executable, "-c", code], timeout=2.0, logged=True)])
+    assert time.monotonic() - started < 60
+    pid = int(child.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_last_line_of_a_rewritten_progress_bar_is_shown(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"start\n 1%|\r 50%|##  |\r\n\n")
+    assert last_line(log) == "50%|##  |"
+    log.write_bytes(b"")
+    assert last_line(log) == "starting"
