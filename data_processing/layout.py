@@ -1,0 +1,202 @@
+"""Names, schemas and checks of every file of one data set.
+
+The names are those of the authors' code, LC-Rec and LETTER (``<D>.inter.json``, ``<D>.item.json``, ``<D>.index.json``),
+so that published data drop in. All files of a data set lie in one folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gream_verl.files import InputError, read_json
+from gream_verl.semantic_ids import ItemIndex
+
+HELD_OUT = 2
+"""Interactions at the end of every user that no training row may have as a target: validation, then test."""
+
+FIRST_REASONING_TARGET = 4
+"""Position (from 0) of a user's first interaction with enough before it to reason about: the 5th."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of one item.
+
+    Attributes:
+        title: Readable title, never empty.
+        description: Readable description, "" when there is none.
+        brand: Brand, author or label, "" when there is none.
+        categories: Names of categories, general to special where the source orders them.
+    """
+
+    title: str
+    description: str = ""
+    brand: str = ""
+    categories: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the value that ``<D>.item.json`` holds for this item."""
+        return {
+            "title": self.title,
+            "description": self.description,
+            "brand": self.brand,
+            "categories": list(self.categories),
+        }
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """Where every file of a data set lies.
+
+    Attributes:
+        root: The folder.
+        name: The data set's name, ``<D>`` in file names, such as ``ml-100k``.
+    """
+
+    root: Path
+    name: str
+
+    def __init__(self, root: str | os.PathLike[str], name: str) -> None:
+        object.__setattr__(self, "root", Path(root))
+        object.__setattr__(self, "name", name)
+        if not name or Path(name).name != name:
+            raise InputError(f"data set name {name!r}: not usable in file names; use letters, digits, '-' and '_'")
+
+    @property
+    def inter(self) -> Path:
+        """``{user: [item, ...]}`` in time order."""
+        return self.root / f"{self.name}.inter.json"
+
+    @property
+    def item(self) -> Path:
+        """``{item: {title, description, brand, categories}}``."""
+        return self.root / f"{self.name}.item.json"
+
+    @property
+    def embeddings(self) -> Path:
+        """float32 ``[items, dimension]``, rows in the order of :attr:`item`."""
+        return self.root / f"{self.name}.emb.npy"
+
+    @property
+    def index(self) -> Path:
+        """``{item: [token, ...]}``: the semantic IDs."""
+        return self.root / f"{self.name}.index.json"
+
+    @property
+    def report(self) -> Path:
+        """What the source held, what was dropped and why, and the statistics of what is left."""
+        return self.root / f"{self.name}.report.json"
+
+    @property
+    def mix(self) -> Path:
+        """SFT rows in the order in which they are to be trained."""
+        return self.root / f"{self.name}-mix.parquet"
+
+    @property
+    def rl(self) -> Path:
+        """RL prompts."""
+        return self.root / f"{self.name}-rl.parquet"
+
+    @property
+    def val(self) -> Path:
+        """Validation prompts: the second last interaction of every user."""
+        return self.root / f"{self.name}-val.parquet"
+
+    @property
+    def test(self) -> Path:
+        """Test prompts: the last interaction of every user."""
+        return self.root / f"{self.name}-test.parquet"
+
+    @property
+    def dataset_info(self) -> Path:
+        """What LLaMA-Factory reads to find :attr:`mix`."""
+        return self.root / "dataset_info.json"
+
+    def read_items(self) -> dict[str, Item]:
+        """Read and check :attr:`item`.
+
+        Raises:
+            InputError: When the file is missing or malformed, or an item has no title.
+        """
+        raw = read_json(self.item, "prepare the data set first")
+        if not isinstance(raw, dict) or not raw:
+            raise InputError(f"{self.item}: expected {{item: {{title, ...}}}} with at least one item; prepare it anew")
+        return {item: _item(self.item, item, fields) for item, fields in raw.items()}
+
+    def read_inter(self, items: Mapping[str, Item] | None = None) -> dict[str, list[str]]:
+        """Read and check :attr:`inter`.
+
+        Args:
+            items: What :meth:`read_items` gave, to spare reading it again.
+
+        Raises:
+            InputError: When the file is missing or malformed, or names an item that :attr:`item` does not hold.
+        """
+        raw = read_json(self.inter, "prepare the data set first")
+        if not isinstance(raw, dict) or not raw:
+            raise InputError(f"{self.inter}: expected {{user: [item, ...]}} with at least one user; prepare it anew")
+        known = self.read_items() if items is None else items
+        sequences = {}
+        for user, sequence in raw.items():
+            if not isinstance(sequence, list) or not all(isinstance(item, str | int) for item in sequence):
+                raise InputError(f"{self.inter}: user {user!r}: expected a list of item ids; prepare it anew")
+            sequences[user] = [str(item) for item in sequence]
+            unknown = next((item for item in sequences[user] if item not in known), None)
+            if unknown is not None:
+                raise InputError(
+                    f"{self.inter}: user {user!r}: item {unknown!r} is not in {self.item.name}; prepare both together"
+                )
+        return sequences
+
+    def read_index(self, items: Iterable[str]) -> ItemIndex:
+        """Read :attr:`index` and check that it has a SID for each of ``items``.
+
+        Raises:
+            InputError: When the file is missing or malformed, or lacks an item.
+        """
+        index = ItemIndex.load(self.index)
+        missing = [item for item in items if item not in index.sids]
+        if missing:
+            raise InputError(
+                f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} items lack one); build the index anew "
+                f"for this {self.item.name}"
+            )
+        return index
+
+
+def training_part(sequence: Sequence[str]) -> Sequence[str]:
+    """Return what training may see of a user's items: all but the last two."""
+    return sequence[:-HELD_OUT]
+
+
+def _item(path: Path, item: str, fields: Any) -> Item:
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: item {item!r}: expected an object with a title; prepare it anew")
+    title = _text(fields.get("title"))
+    if not title:
+        raise InputError(f"{path}: item {item!r} has no title; remove the item or give it one")
+    return Item(
+        title,
+        _text(fields.get("description")),
+        _text(fields.get("brand")),
+        tuple(dict.fromkeys(_names(fields.get("categories")))),
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(filter(None, map(_text, value)))
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _names(value: Any) -> list[str]:
+    """Flatten the ways in which published files write categories: a list, a list of paths, one text with commas."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    if isinstance(value, list):
+        return [name for part in value for name in (_names(part) if isinstance(part, list) else [_text(part)]) if name]
+    return []

@@ -1,0 +1,182 @@
+"""Writes the prompts of RL, validation and test as verl reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_processing.layout import FIRST_REASONING_TARGET, HELD_OUT, DataFolder, Item
+from data_processing.sft import prompts
+from gream_verl.files import InputError, atomic_path
+from gream_verl.semantic_ids import ItemIndex
+
+CHUNK = 1024
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("ability", pa.string()),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+        (
+            "extra_info",
+            pa.struct(
+                [
+                    ("index", pa.int64()),
+                    ("user", pa.string()),
+                    ("item", pa.string()),
+                    ("title", pa.string()),
+                    ("type", pa.string()),
+                    ("history", pa.list_(pa.string())),
+                ]
+            ),
+        ),
+    ]
+)
+
+Mode = Literal["direct", "reasoning"]
+
+
+class Target(NamedTuple):
+    """One prompt to write: which interaction of which user is asked for, and how."""
+
+    user: str
+    position: int
+    mode: Mode
+
+
+def write_prompts(
+    folder: DataFolder,
+    *,
+    seed: int,
+    history: int = 20,
+    rl_rows: int | None = None,
+    val_rows: int | None = None,
+    test_users: int | None = None,
+) -> dict[str, Any]:
+    """Write ``<D>-rl.parquet``, ``<D>-val.parquet`` and ``<D>-test.parquet``.
+
+    RL: reasoning, every target from the 5th interaction of a user to the third last, in random order. Validation:
+    reasoning, the second last. Test: the last, once in direct and once in reasoning mode, all direct rows first.
+
+    Args:
+        folder: A prepared data set with an index.
+        seed: Draws and orders rows; same seed, same bytes.
+        history: Items shown in a prompt, the most recent ones.
+        rl_rows: RL rows to draw; all when None.
+        val_rows: Users to draw for validation; all when None.
+        test_users: Users to draw for the test, each gives two rows; all when None.
+
+    Returns:
+        Rows written by file, and how many users were skipped as too short.
+
+    Raises:
+        InputError: When no RL row or no held-out row exists, or a file of the data set cannot be used.
+    """
+    items = folder.read_items()
+    sequences = folder.read_inter(items)
+    index = folder.read_index(items)
+    users = [user for user, sequence in sequences.items() if len(sequence) > HELD_OUT]
+    if not users:
+        raise InputError(
+            f"{folder.inter}: no user has more than {HELD_OUT} interactions; prepare it with a higher core"
+        )
+    generator = np.random.default_rng(seed)
+    training = rl_targets(sequences, generator, rl_rows)
+    if not training:
+        raise InputError(
+            f"{folder.inter}: no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row "
+            "needs; bring longer histories"
+        )
+    validation = [Target(user, len(sequences[user]) - 2, "reasoning") for user in _some(users, val_rows, generator)]
+    tested = _some(users, test_users, generator)
+    modes: tuple[Mode, ...] = ("direct", "reasoning")
+    test = [Target(user, len(sequences[user]) - 1, mode) for mode in modes for user in tested]
+    for path, rows in ((folder.rl, training), (folder.val, validation), (folder.test, test)):
+        _write(
+            path,
+            (
+                _record(folder.name, number, target, sequences, items, index, history)
+                for number, target in enumerate(rows)
+            ),
+        )
+    return {
+        "rows": {"rl": len(training), "val": len(validation), "test": len(test)},
+        "users with too few interactions": len(sequences) - len(users),
+    }
+
+
+def rl_targets(
+    sequences: Mapping[str, Sequence[str]], generator: np.random.Generator, count: int | None = None
+) -> list[Target]:
+    """Draw RL targets in random order, without replacement.
+
+    Args:
+        sequences: Every user's items in time order.
+        generator: Source of randomness.
+        count: How many; all when None.
+    """
+    users = list(sequences)
+    counts = np.array([max(len(sequence) - HELD_OUT - FIRST_REASONING_TARGET, 0) for sequence in sequences.values()])
+    ends = np.cumsum(counts)
+    flat = generator.permutation(int(counts.sum()))[:count]
+    owners = np.searchsorted(ends, flat, side="right")
+    positions = FIRST_REASONING_TARGET + flat - (ends - counts)[owners]
+    return [
+        Target(users[owner], position, "reasoning")
+        for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)
+    ]
+
+
+def _some(users: Sequence[str], count: int | None, generator: np.random.Generator) -> list[str]:
+    """Draw ``count`` users, in the order of ``users``."""
+    if count is None or count >= len(users):
+        return list(users)
+    return [users[number] for number in np.sort(generator.choice(len(users), count, replace=False)).tolist()]
+
+
+def _record(
+    source: str,
+    number: int,
+    target: Target,
+    sequences: Mapping[str, Sequence[str]],
+    items: Mapping[str, Item],
+    index: ItemIndex,
+    history: int,
+) -> dict[str, Any]:
+    past, item = sequences[target.user][: target.position], sequences[target.user][target.position]
+    return {
+        "data_source": source,
+        "prompt": messages("".join(index.texts(past[-history:])), target.mode),
+        "ability": "recommendation",
+        "reward_model": {"style": "rule", "ground_truth": index.text(item)},
+        "extra_info": {
+            "index": number,
+            "user": target.user,
+            "item": item,
+            "title": items[item].title,
+            "type": target.mode,
+            "history": list(past),
+        },
+    }
+
+
+def messages(history: str, mode: Mode) -> list[dict[str, str]]:
+    """Return the chat of a prompt; ``history`` is the semantic IDs, oldest first."""
+    if mode == "direct":
+        return [{"role": "user", "content": prompts.direct_prompt(history)}]
+    return [
+        {"role": "system", "content": prompts.REASONING_SYSTEM},
+        {"role": "user", "content": prompts.reasoning_prompt(history)},
+    ]
+
+
+def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        while chunk := list(islice(rows, CHUNK)):
+            writer.write_table(pa.Table.from_pylist(chunk, SCHEMA))

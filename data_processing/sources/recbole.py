@@ -1,0 +1,170 @@
+"""Reader for RecBole atomic files.
+
+An atomic file is a table with tabs; its header names each field and its type, ``user_id:token``, ``rating:float``,
+``class:token_seq``, ``embedding:float_seq`` (https://recbole.io/docs/user_guide/data/atomic_files.html).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from data_processing.layout import Item
+from data_processing.sources.tables import RowChecks, SourceTables, items_frame
+from gream_verl.files import InputError, require_file
+
+TYPES = ("token", "token_seq", "float", "float_seq")
+FIRST_ROW = 2
+"""The header is row 1."""
+LATEST_TIMESTAMP = 2**62
+
+
+@dataclass(frozen=True)
+class RecboleFields:
+    """Which field of the atomic files means what; of several names the first that is there is taken.
+
+    Attributes:
+        user: User id in ``.inter``.
+        item: Item id in ``.inter`` and ``.item``.
+        timestamp: Seconds in ``.inter``.
+        rating: Rating in ``.inter``; may be missing.
+        title: Title in ``.item``.
+        categories: Categories in ``.item``; may be missing.
+        brand: Brand in ``.item``; may be missing.
+        description: Description in ``.item``; may be missing.
+        year: Year of release in ``.item``; may be missing.
+        separator: What stands between the values of a sequence.
+    """
+
+    user: tuple[str, ...] = ("user_id",)
+    item: tuple[str, ...] = ("item_id",)
+    timestamp: tuple[str, ...] = ("timestamp",)
+    rating: tuple[str, ...] = ("rating",)
+    title: tuple[str, ...] = ("title", "movie_title", "name")
+    categories: tuple[str, ...] = ("categories", "genre", "class")
+    brand: tuple[str, ...] = ("brand",)
+    description: tuple[str, ...] = ("description",)
+    year: tuple[str, ...] = ("release_year",)
+    separator: str = " "
+
+
+def read_recbole(
+    interactions: str | os.PathLike[str],
+    items: str | os.PathLike[str],
+    *,
+    fields: RecboleFields | None = None,
+    clean_title: Callable[[str], str] = str.strip,
+) -> SourceTables:
+    """Read a ``.inter`` and a ``.item`` file.
+
+    Args:
+        interactions: The ``.inter`` file.
+        items: The ``.item`` file.
+        fields: Names of the fields, when they are not the usual ones.
+        clean_title: Makes a title readable.
+
+    Returns:
+        The two tables; bad rows are counted and sampled, items without a title too.
+
+    Raises:
+        InputError: When a file is missing, lacks a field, or holds too many bad rows.
+    """
+    fields = fields or RecboleFields()
+    interaction_rows, interaction_checks = _read_interactions(Path(interactions), fields)
+    item_rows, item_checks, untitled = _read_items(Path(items), fields, clean_title)
+    report = {
+        "interaction rows": interaction_checks.rows,
+        "item rows": item_checks.rows,
+        "items without a title": untitled,
+    }
+    for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
+        report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}
+    return SourceTables(
+        interaction_rows, items_frame(item_rows), report, interaction_checks.rejects + item_checks.rejects
+    )
+
+
+def _read_atomic(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Return the table with every field as text, and the type of every field."""
+    require_file(path, "give the path of a RecBole atomic file")
+    try:
+        table = pl.read_csv(
+            path, separator="\t", infer_schema=False, quote_char=None, truncate_ragged_lines=True, raise_if_empty=False
+        )
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a table with tabs in UTF-8 ({str(error).splitlines()[0]}); check it") from error
+    types = {}
+    for column in table.columns:
+        name, colon, kind = column.rpartition(":")
+        if not colon or kind not in TYPES:
+            raise InputError(f"{path}: header field {column!r}: expected name:type with a type of {', '.join(TYPES)}")
+        types[name] = kind
+    if not types:
+        raise InputError(f"{path}: is empty; expected a header such as user_id:token")
+    return table.rename(dict(zip(table.columns, types, strict=True))), types
+
+
+def _optional(types: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in types), None)
+
+
+def _required(path: Path, types: Mapping[str, str], names: tuple[str, ...]) -> str:
+    found = _optional(types, names)
+    if found is None:
+        raise InputError(f"{path}: no field {' or '.join(names)} in the header ({', '.join(types)}); name the field")
+    return found
+
+
+def _read_interactions(path: Path, fields: RecboleFields) -> tuple[pl.DataFrame, RowChecks]:
+    table, types = _read_atomic(path)
+    rating = _optional(types, fields.rating)
+    rows = table.select(
+        pl.col(_required(path, types, fields.user)).str.strip_chars().alias("user"),
+        pl.col(_required(path, types, fields.item)).str.strip_chars().alias("item"),
+        pl.col(_required(path, types, fields.timestamp)).cast(pl.Float64, strict=False).alias("timestamp"),
+        (pl.col(rating).cast(pl.Float64, strict=False) if rating else pl.lit(None, pl.Float64)).alias("rating"),
+    )
+    named = (pl.col("user").fill_null("") != "") & (pl.col("item").fill_null("") != "")
+    timed = (pl.col("timestamp").is_finite() & (pl.col("timestamp").abs() < LATEST_TIMESTAMP)).fill_null(False)
+    checks = RowChecks(str(path), rows=len(rows))
+    for row, *values in rows.with_row_index(offset=FIRST_ROW).filter(~(named & timed)).iter_rows():
+        checks.skip(row, "no user, item or timestamp", "\t".join(map(str, values)))
+    checks.finish("a user, an item and a timestamp in every row")
+    return rows.filter(named & timed).with_columns(pl.col("timestamp").cast(pl.Int64)), checks
+
+
+def _read_items(
+    path: Path, fields: RecboleFields, clean_title: Callable[[str], str]
+) -> tuple[dict[str, Item], RowChecks, int]:
+    """Return the items, the checks, and how many items had no title: that is dropped, but no fault of the row."""
+    table, types = _read_atomic(path)
+    key, title = _required(path, types, fields.item), _required(path, types, fields.title)
+    optional = {
+        name: _optional(types, getattr(fields, name)) for name in ("categories", "brand", "description", "year")
+    }
+    kind = types.get(optional["categories"] or "", "")
+    items: dict[str, Item] = {}
+    untitled = 0
+    checks = RowChecks(str(path), rows=len(table))
+    for row, values in enumerate(table.iter_rows(named=True), start=FIRST_ROW):
+        cells = {name: (values[column] or "").strip() if column else "" for name, column in optional.items()}
+        item, text = (values[key] or "").strip(), clean_title(values[title] or "")
+        if not item or item in items:
+            checks.skip(row, "item listed before" if item else "no item id", "\t".join(map(str, values.values())))
+        elif not text:
+            untitled += 1
+        else:
+            released = f"Released in {cells['year']}." if cells["year"].isdigit() else ""
+            categories = _categories(cells["categories"], kind, fields.separator)
+            items[item] = Item(text, cells["description"] or released, cells["brand"], categories)
+    checks.finish("an item id in every row, each item once")
+    return items, checks, untitled
+
+
+def _categories(cell: str, kind: str, separator: str) -> tuple[str, ...]:
+    names = cell.split(separator) if kind == "token_seq" else [cell]
+    return tuple(dict.fromkeys(name for name in map(str.strip, names) if name and name.casefold() != "unknown"))

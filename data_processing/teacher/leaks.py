@@ -1,0 +1,105 @@
+"""Does a chain of thought give its own answer away?
+
+The teacher is shown the true next item and asked to reason as if it did not know it. A chain that names the item's
+title or semantic ID before the answer would teach the model to recall, not to reason, so it is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from difflib import SequenceMatcher
+from functools import lru_cache
+from itertools import product
+
+from gream_verl.semantic_ids import SID_TOKEN, SemanticId, find_tokens
+
+_ANSWER = re.compile(r"<answer>[^<]*(?:<\|[^<]*)*</answer>\s*$")
+_WORD = re.compile(r"\w+")
+SIMILAR = 0.9
+SHARED_TRIGRAMS = 0.4
+"""What is similar by :data:`SIMILAR` lacks at most 18% of the title's letters, and each letter is in 3 trigrams."""
+FUZZY_LENGTH = 8
+"""Shorter titles are compared exactly: a letter more makes another word of them."""
+
+
+def find_leak(
+    chain: str,
+    *,
+    title: str,
+    sid: SemanticId,
+    history_titles: Collection[str] = (),
+    history_sids: Collection[SemanticId] = (),
+) -> str | None:
+    """Return what of the target a chain names outside its final answer.
+
+    What the user has really had before may be named: an item that is bought again, or "Alien 3" when the target is
+    "Alien".
+
+    Args:
+        chain: The whole response, with its ``<answer>``.
+        title: The target's title.
+        sid: The target's semantic ID.
+        history_titles: Titles of the user's earlier items.
+        history_sids: Their semantic IDs.
+
+    Returns:
+        "sid", "title" or None.
+    """
+    thought = _ANSWER.sub("", chain)
+    if any(_names_target(mention, sid) for mention in _mentions(thought) if mention not in history_sids):
+        return "sid"
+    return "title" if names_title(SID_TOKEN.sub(" ", thought), title, history_titles) else None
+
+
+def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
+    """Whether ``text`` names ``title``: any case, accents, punctuation and division in words, small misspellings too.
+
+    Args:
+        text: Where to look.
+        title: What to look for, with and without what it holds in brackets.
+        allowed: Other titles that the text may name; they are taken out first, the longest first.
+    """
+    words = f" {_normal(text)} "
+    for other in sorted({_normal(other) for other in allowed} - {""}, key=lambda other: (-len(other), other)):
+        words = words.replace(f" {other} ", " | ")
+    forms = {_normal(title), _normal(re.sub(r"\(.*?\)", " ", title))} - {""}
+    return any(f" {form} " in words or (len(form) >= FUZZY_LENGTH and _fuzzy(words, form)) for form in forms)
+
+
+def _fuzzy(text: str, form: str) -> bool:
+    """Whether some words of ``text`` are nearly ``form``; the trigrams in common rule most texts out at once."""
+    trigrams = [form[start : start + 3] for start in range(len(form) - 2)]
+    if sum(trigram in text for trigram in trigrams) < SHARED_TRIGRAMS * len(trigrams):
+        return False
+    words, width = text.split(), len(form.split())
+    matcher = SequenceMatcher(b=form, autojunk=False)
+    for start, length in product(range(len(words)), range(max(width - 1, 1), width + 2)):
+        matcher.set_seq1(" ".join(words[start : start + length]))
+        if matcher.real_quick_ratio() >= SIMILAR and matcher.quick_ratio() >= SIMILAR and matcher.ratio() >= SIMILAR:
+            return True
+    return False
+
+
+@lru_cache(maxsize=1 << 16)
+def _normal(text: str) -> str:
+    if text.isascii():
+        return " ".join(_WORD.findall(text.casefold()))
+    plain = unicodedata.normalize("NFKD", text).casefold()
+    return " ".join(_WORD.findall("".join(letter for letter in plain if not unicodedata.combining(letter))))
+
+
+def _mentions(text: str) -> list[SemanticId]:
+    """Cut the SID tokens of ``text`` into SIDs: a token of the first level begins a new one."""
+    mentions: list[list[str]] = []
+    for token in find_tokens(text):
+        if token.startswith("<|a_") or not mentions:
+            mentions.append([])
+        mentions[-1].append(token)
+    return [tuple(mention) for mention in mentions]
+
+
+def _names_target(mention: SemanticId, sid: SemanticId) -> bool:
+    """Whether ``mention`` is the target or all of its path but the last token."""
+    return mention[: len(sid)] == sid or (len(sid) > 1 and mention == sid[:-1])

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_processing.interactions import prepare
+from data_processing.layout import DataFolder
+from data_processing.sources import amazon2018
+from data_processing.sources.amazon2018 import clean_text, clean_title, read_amazon2018
+from gream_verl.files import InputError
+
+SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+MAGAZINE = SHARED / "magazine2018_raw"
+DIRTY = '<span class="a-size-medium a-color-secondary"'
+
+
+def review(user: str, item: str, time: Any = 100, **other: Any) -> dict[str, Any]:
+    return {"reviewerID": user, "asin": item, "unixReviewTime": time, "overall": 5.0, "reviewText": "x", **other}
+
+
+def metadata(item: str, title: str, **other: Any) -> dict[str, Any]:
+    return {"asin": item, "title": title, "description": [], "brand": "", "category": [], **other}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n"))
+    return path
+
+
+def read(folder: Path, reviews: list[Any], items: list[Any]) -> amazon2018.SourceTables:
+    return read_amazon2018(write(folder / "R.json.gz", reviews), write(folder / "M.json.gz", items))
+
+
+def test_dirty_metadata_is_cleaned(tmp_path: Path) -> None:
+    items = [
+        metadata("a", "Home &amp; <b>Garden</b>", category=["Magazines", "Home &amp; Garden", "<span>x</span>" * 40]),
+        metadata("b", DIRTY, description=["<p>Vogue is the fashion authority. ", "Since 1892 it has set the tone."]),
+        metadata("c", DIRTY),
+        metadata("c", DIRTY, brand="by Acme", description=["Late"]),
+        metadata("c", "Third &quot;line&quot;", brand="Other", category="Single"),
+        metadata("d", DIRTY),
+        metadata("never reviewed", "Title"),
+    ]
+    reviews = [review("u", item) for item in ("a", "b", "c", "d", "no metadata")]
+    tables = read(tmp_path, reviews, items)
+    assert tables.items.rows() == [
+        ("a", "Home & Garden", "", "", ["Magazines", "Home & Garden"]),
+        (
+            "b",
+            "Vogue is the fashion authority. Since 1892 it",
+            "Vogue is the fashion authority. Since 1892 it has set the tone.",
+            "",
+            [],
+        ),
+        ("c", 'Third "line"', "Late", "Acme", ["Single"]),
+    ]
+    assert tables.report == {
+        "review lines": 5,
+        "metadata lines": 7,
+        "items with several metadata lines": 1,
+        "reviewed items without metadata": 1,
+        "titles taken from the description": 1,
+        "items without a title": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (DIRTY, ""),
+        ('" Magazines" />', ""),
+        ("I <3 Cats & Dogs", "I <3 Cats & Dogs"),
+        ("AT&amp;amp;T", "AT&T"),
+        ("Caf&eacute;\n  au   lait", "Café au lait"),
+        ("<a href='x'>Link</a> text</span>", "Link text"),
+        ("var aPageStart = (new Date()).getTime(); var ue", ""),
+        ("...", ""),
+        ("日本語", "日本語"),
+    ],
+)
+def test_titles_lose_html_and_nothing_else(text: str, clean: str) -> None:
+    assert clean_title(text) == clean
+
+
+@given(st.text(max_size=60))
+def test_cleaning_any_text_ends_and_leaves_no_tags(text: str) -> None:
+    cleaned = clean_text(text)
+    assert cleaned == " ".join(cleaned.split())
+    assert "<span" not in clean_text(f"<span {text}")
+
+
+def test_single_bad_lines_are_counted_and_sampled(tmp_path: Path) -> None:
+    bad = [
+        b'{"reviewerID": "u", "asin": ',
+        b"\xff\xfe\x00",
+        b"[1, 2]",
+        b"[" * 100_000,
+        review("u", "i", "soon"),
+        review("u", "i", None),
+        review("u", "i", 1e300),
+        review("u", "i", True),
+        review("", "i"),
+        {"asin": "i", "unixReviewTime": 5},
+        {"reviewerID": 7, "asin": "i", "unixReviewTime": 5},
+    ]
+    good = [review(f"u{row}", "i", str(row), overall="high") for row in range(300)]
+    items = [metadata("i", "Title"), *([metadata("j", "Other")] * 40), {"title": "no asin"}]
+    tables = read(tmp_path, [*bad, b"", *good], items)
+    assert tables.interactions.rows()[:2] == [("u0", "i", 0, None), ("u1", "i", 1, None)]
+    assert len(tables.interactions) == 300
+    assert tables.report["reviews: not a JSON object"] == 4
+    assert tables.report["reviews: no user, item or time"] == 7
+    assert tables.report["metadata: no asin"] == 1
+    assert [reject["row"] for reject in tables.rejects] == [*range(1, 12), 42]
+    assert all(len(str(reject["text"])) <= 200 for reject in tables.rejects)
+
+
+def test_many_bad_lines_stop_the_run_early(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"R\.json\.gz: 1 of 1 rows cannot be used, the first is row 1 \(not a JSON"):
+        read(tmp_path, [b"oops"], [metadata("i", "Title")])
+    with pytest.raises(InputError, match=r"10000 of 10000 rows cannot be used"):
+        read(tmp_path, [b"oops"] * 25_000, [metadata("i", "Title")])
+    with pytest.raises(InputError, match=r"M\.json\.gz: 2 of 2 rows cannot be used"):
+        read(tmp_path, [review("u", "i")], [{"title": "x"}, {"title": "y"}])
+
+
+@pytest.mark.parametrize("which", ["R.json.gz", "M.json.gz"])
+def test_a_truncated_gzip_is_named_with_a_remedy(tmp_path: Path, which: str) -> None:
+    paths = [
+        write(tmp_path / "R.json.gz", [review(f"u{row}", "i", row) for row in range(2000)]),
+        write(tmp_path / "M.json.gz", [metadata("i", f"Title {row}") for row in range(2000)]),
+    ]
+    cut = tmp_path / which
+    cut.write_bytes(cut.read_bytes()[:-200])
+    with pytest.raises(InputError, match=rf"{which}: the gzip file is cut short or damaged .*download it again"):
+        read_amazon2018(*paths)
+    cut.write_bytes(cut.read_bytes()[:60] + b"garbage" * 20)
+    with pytest.raises(InputError, match=rf"{which}: the gzip file is cut short or damaged"):
+        read_amazon2018(*paths)
+
+
+def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
+    reviews, items = write(tmp_path / "R.json.gz", [review("u", "i")]), write(tmp_path / "M.json.gz", [])
+    with pytest.raises(InputError, match=r"M\.json\.gz: holds no rows"):
+        read_amazon2018(reviews, items)
+    with pytest.raises(InputError, match=r"none\.json\.gz: no such file; give the path"):
+        read_amazon2018(tmp_path / "none.json.gz", items)
+
+
+def test_plain_json_lines_are_read_too(tmp_path: Path) -> None:
+    reviews, items = tmp_path / "r.json", tmp_path / "m.json"
+    reviews.write_text(json.dumps(review("u", "i")) + "\n")
+    items.write_text(json.dumps(metadata("i", "Title")))
+    assert read_amazon2018(reviews, items).items["title"].to_list() == ["Title"]
+
+
+def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviews = [review(f"u{row}", "i", row) for row in range(25)]
+    whole = read(tmp_path, reviews, [metadata("i", "Title")])
+    monkeypatch.setattr(amazon2018, "CHUNK", 10)
+    assert read(tmp_path, reviews, [metadata("i", "Title")]).interactions.equals(whole.interactions)
+
+
+@pytest.mark.skipif(not MAGAZINE.is_dir(), reason="the raw Magazine sample is not on this machine")
+def test_a_real_dirty_dump_becomes_a_data_set(tmp_path: Path) -> None:
+    tables = read_amazon2018(
+        MAGAZINE / "Magazine_Subscriptions_5.json.gz", MAGAZINE / "meta_Magazine_Subscriptions.json.gz"
+    )
+    assert (tables.report["review lines"], tables.report["metadata lines"]) == (2375, 3385)
+    assert tables.report["reviewed items without metadata"] == 6
+    report = prepare(tables, DataFolder(tmp_path, "magazine"))
+    statistics = report["statistics"]
+    assert (statistics["users"], statistics["items"], statistics["interactions"]) == (257, 120, 1767)
+    titles = [item.title for item in DataFolder(tmp_path, "magazine").read_items().values()]
+    assert not any("<" in title or "&amp;" in title for title in titles)

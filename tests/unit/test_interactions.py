@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_processing.interactions import deduplicate, k_core, prepare, sequences, sort_ids, statistics
+from data_processing.layout import DataFolder, Item
+from data_processing.sources.tables import SourceTables, interactions_frame, items_frame
+from gream_verl.files import InputError, read_json
+
+Rows = list[tuple[str, str, int, float | None]]
+interaction_rows = st.lists(
+    st.tuples(st.sampled_from("uvwxyz"), st.sampled_from("abcdef"), st.integers(0, 3), st.none()), max_size=60
+)
+
+
+def tables(rows: Rows, items: str = "abcdef") -> SourceTables:
+    catalogue = {key: Item(f"Title {key}", categories=("Drama",)) for key in items}
+    return SourceTables(interactions_frame(rows), items_frame(catalogue), {"rows": len(rows)}, [])
+
+
+def slow_k_core(rows: Rows, core: int) -> Rows:
+    while True:
+        users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
+        kept = [row for row in rows if users[row[0]] >= core and items[row[1]] >= core]
+        if kept == rows:
+            return rows
+        rows = kept
+
+
+@given(interaction_rows, st.integers(1, 4))
+def test_k_core_equals_the_slow_one(rows: Rows, core: int) -> None:
+    assert k_core(interactions_frame(rows), core).rows() == slow_k_core(rows, core)
+
+
+@given(interaction_rows)
+def test_deduplication_keeps_the_earliest_and_the_order(rows: Rows) -> None:
+    best = {}
+    for number, row in enumerate(rows):
+        best.setdefault(row[:2], []).append((row[2], number))
+    kept = sorted(min(times)[1] for times in best.values())
+    assert deduplicate(interactions_frame(rows)).rows() == [rows[number] for number in kept]
+
+
+@given(interaction_rows)
+def test_sequences_are_in_time_order_and_ties_keep_the_order_of_the_file(rows: Rows) -> None:
+    by_user = sequences(interactions_frame(rows))
+    expected = {
+        user: [row[1] for row in sorted((row for row in rows if row[0] == user), key=lambda row: row[2])]
+        for user in sorted({row[0] for row in rows})
+    }
+    assert by_user == expected
+    assert list(by_user) == list(expected)
+
+
+def test_ids_sort_as_numbers_only_where_all_are() -> None:
+    assert sort_ids(["10", "9", "1"]) == ["1", "9", "10"]
+    assert sort_ids(["10", "9", "a"]) == ["10", "9", "a"]
+    assert sort_ids(["²", "1"]) == ["1", "²"]
+
+
+def test_prepare_writes_filtered_ordered_files_and_counts_what_it_dropped(tmp_path: Path) -> None:
+    rows: Rows = [(user, item, 10 - number, 5.0) for user in "uvw" for number, item in enumerate("abc")]
+    rows += [("u", "a", 1, 1.0), ("x", "a", 1, 1.0), ("x", "untitled", 2, 1.0), ("w", "d", 3, 1.0)]
+    folder = DataFolder(tmp_path, "D")
+    report = prepare(tables(rows, "fcbad"), folder, core=3)
+    assert folder.read_inter() == {"u": ["a", "c", "b"], "v": ["c", "b", "a"], "w": ["c", "b", "a"]}
+    assert list(folder.read_items()) == ["a", "b", "c"]
+    assert report == read_json(folder.report)
+    assert report["dropped"] == {
+        "interactions with an item that has no title": 1,
+        "repeated interactions": 1,
+        "interactions outside the core": 2,
+        "users with too few interactions": 1,
+        "items outside the core": 2,
+    }
+    assert report["statistics"] == {
+        "users": 3,
+        "items": 3,
+        "interactions": 9,
+        "sparsity": 0.0,
+        "mean_length": 3.0,
+        "longest": 3,
+    }
+
+
+def test_a_low_core_still_leaves_three_interactions_a_user(tmp_path: Path) -> None:
+    rows: Rows = [("u", item, 1, None) for item in "abc"] + [("v", item, 1, None) for item in "ab"]
+    folder = DataFolder(tmp_path, "D")
+    report = prepare(tables(rows), folder, core=1)
+    assert folder.read_inter() == {"u": ["a", "b", "c"]}
+    assert report["dropped"]["users with too few interactions"] == 1
+
+
+def test_nothing_left_is_one_sentence_and_leaves_earlier_files(tmp_path: Path) -> None:
+    folder = DataFolder(tmp_path, "D")
+    prepare(tables([("u", item, 1, None) for item in "abc"]), folder, core=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"D: none of 2 interactions is left .* lower the core \(5\)"):
+        prepare(tables([("u", "a", 1, None), ("u", "b", 2, None)]), folder)
+    with pytest.raises(InputError, match="none of 0 interactions"):
+        prepare(tables([]), folder)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_twice_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    rows: Rows = [(user, item, 1, None) for user in "uvwxyz" for item in "abcdef"]
+    contents = []
+    for name in ("one", "two"):
+        prepare(tables(rows), DataFolder(tmp_path / name, "D"))
+        contents.append({path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())})
+    assert contents[0] == contents[1]
+
+
+def test_statistics_of_a_known_set() -> None:
+    numbers = statistics({"u": ["a", "b", "c"], "v": ["a"]})
+    assert numbers == {
+        "users": 2,
+        "items": 3,
+        "interactions": 4,
+        "sparsity": pytest.approx(1 / 3),
+        "mean_length": 2.0,
+        "longest": 3,
+    }
+
+
+def test_empty_tables_keep_their_types() -> None:
+    assert interactions_frame([]).schema["timestamp"] == pl.Int64
+    assert items_frame({}).schema["categories"] == pl.List(pl.String)
