@@ -1,0 +1,230 @@
+"""The cheapest assignment of rows to clusters with bounded sizes: an exact min-cost flow, compiled.
+
+Rows are not nodes. The graph has one node a cluster and one sink; the arc from cluster j to cluster k costs what the
+cheapest row of j would lose by moving to k, and the arcs between clusters and the sink let sizes move between their
+bounds. Starting from the rows' favourite clusters at given prices, successive shortest paths (Ahuja, Magnanti and
+Orlin, Network Flows, 1993, chapter 9) move rows from clusters that hold too many to clusters that hold too few. The
+node potentials are the prices; every path keeps all reduced costs at zero or above, so the last assignment is optimal
+whatever the first prices were. Good first prices leave few paths to find, each of O(clusters^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+FAR = np.inf
+
+
+class _Flow(NamedTuple):
+    """State of the flow; nodes are the clusters ``0..K-1`` and the sink ``K``.
+
+    Attributes:
+        labels: [rows] cluster of each row.
+        members: [K, capacity] rows of each cluster, in the first ``sizes[k]`` places.
+        places: [rows] place of each row among the members of its cluster.
+        sizes: [K] rows a cluster.
+        sent: [K] flow from each cluster to the sink, within the bounds.
+        excess: [K + 1] inflow less outflow of each node; all zero at the end.
+        prices: [K + 1] node potentials.
+        move_costs: [K, K] cost of moving the cheapest row from one cluster to another.
+        movers: [K, K] that row, -1 where the cluster is empty.
+    """
+
+    labels: np.ndarray
+    members: np.ndarray
+    places: np.ndarray
+    sizes: np.ndarray
+    sent: np.ndarray
+    excess: np.ndarray
+    prices: np.ndarray
+    move_costs: np.ndarray
+    movers: np.ndarray
+
+
+def assign_balanced(
+    costs: np.ndarray, lower: int, upper: int, prices: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Assign every row to one cluster so that the summed cost is least and every size is within bounds.
+
+    Args:
+        costs: Finite float32 [rows, clusters].
+        lower: Smallest size of a cluster.
+        upper: Largest size of a cluster.
+        prices: [clusters] first guess of the prices; it changes the time taken, not the cost reached.
+
+    Returns:
+        int32 [rows], the cluster of each row, and float32 [clusters], prices to start a similar problem from.
+
+    Raises:
+        ValueError: When the bounds cannot be met.
+    """
+    rows, clusters = costs.shape
+    if not 0 <= lower <= upper or not clusters * lower <= rows <= clusters * upper:
+        raise ValueError(f"{rows} rows cannot fill {clusters} clusters with sizes from {lower} to {upper}")
+    start = np.zeros(clusters) if prices is None else np.asarray(prices, dtype=np.float64)
+    costs = np.ascontiguousarray(costs, dtype=np.float32)
+    flow = _start(costs, start, lower, upper)
+    _settle(flow, costs, lower, upper)
+    potentials = flow.prices[:clusters]
+    return flow.labels, (potentials - potentials.mean()).astype(np.float32)
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile with numba; machine code is kept on disk, where there is a folder that can be written."""
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # numba found no such folder
+        return numba.njit(function)
+
+
+@_compiled
+def _settle(flow, costs, lower, upper):  # type: ignore[no-untyped-def]
+    """Run the flow until no cluster holds too many rows or too few; ``flow`` is changed in place."""
+    nodes = len(flow.excess)
+    distances = np.empty(nodes)
+    parents = np.empty(nodes, np.int64)
+    for cluster in range(nodes - 1):
+        _find_movers(flow, costs, cluster)
+    while flow.excess.max() > 0:
+        end = _shortest_path(flow, lower, upper, distances, parents)
+        _push(flow, costs, end, parents)
+
+
+def _start(costs: np.ndarray, prices: np.ndarray, lower: int, upper: int) -> _Flow:
+    """Give every row its favourite cluster, and set the sink's flow to what the prices say."""
+    rows, clusters = costs.shape
+    labels = _favourites(costs, prices)
+    sizes = np.bincount(labels, minlength=clusters)
+    by_cluster = np.argsort(labels, kind="stable")
+    places = np.empty(rows, np.int32)
+    places[by_cluster] = np.arange(rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    members = np.full((clusters, max(int(sizes.max()), upper) + 2), -1, np.int32)
+    members[labels, places] = np.arange(rows)
+    # The sink's price parts the clusters: dearer ones are full, cheaper ones as small as allowed.
+    small = int(clusters - (rows - clusters * lower) / max(upper - lower, 1))
+    sink_price = np.sort(prices)[min(max(small, 0), clusters - 1)]
+    sent = np.where(prices > sink_price, upper, np.where(prices < sink_price, lower, np.clip(sizes, lower, upper)))
+    return _Flow(
+        labels=labels,
+        members=members,
+        places=places,
+        sizes=sizes.astype(np.int64),
+        sent=sent.astype(np.int64),
+        excess=np.append(sizes - sent, sent.sum() - rows).astype(np.int64),
+        prices=np.append(prices, sink_price),
+        move_costs=np.empty((clusters, clusters)),
+        movers=np.empty((clusters, clusters), np.int32),
+    )
+
+
+@_compiled
+def _favourites(costs, prices):  # type: ignore[no-untyped-def]
+    """Return each row's cheapest cluster, prices included; of equally cheap ones, the smallest so far."""
+    rows, clusters = costs.shape
+    labels = np.empty(rows, np.int32)
+    sizes = np.zeros(clusters, np.int64)
+    for row in range(rows):
+        best = 0
+        best_cost = costs[row, 0] + prices[0]
+        for k in range(1, clusters):
+            cost = costs[row, k] + prices[k]
+            if cost < best_cost or (cost == best_cost and sizes[k] < sizes[best]):
+                best, best_cost = k, cost
+        labels[row] = best
+        sizes[best] += 1
+    return labels
+
+
+@_compiled
+def _find_movers(flow, costs, cluster):  # type: ignore[no-untyped-def]
+    """For every other cluster, find the row of ``cluster`` that loses least by moving there."""
+    move_costs, movers = flow.move_costs[cluster], flow.movers[cluster]
+    move_costs[:] = FAR
+    movers[:] = -1
+    for place in range(flow.sizes[cluster]):
+        row = flow.members[cluster, place]
+        row_costs = costs[row]
+        here = np.float64(row_costs[cluster])
+        for k in range(len(movers)):
+            loss = row_costs[k] - here
+            better = loss < move_costs[k]
+            move_costs[k] = loss if better else move_costs[k]
+            movers[k] = row if better else movers[k]
+
+
+@_compiled
+def _shortest_path(flow, lower, upper, distances, parents):  # type: ignore[no-untyped-def]
+    """Find the cheapest path from a node with too much to one with too little (Dijkstra), and update the prices.
+
+    Returns the path's last node; ``parents`` leads back to its first, whose parent is -1.
+    """
+    nodes = len(distances)
+    sink = nodes - 1
+    done = np.zeros(nodes, np.bool_)
+    for node in range(nodes):
+        distances[node] = 0.0 if flow.excess[node] > 0 else FAR
+        parents[node] = -1
+    while True:
+        here = -1
+        for node in range(nodes):
+            if not done[node] and distances[node] < (FAR if here < 0 else distances[here]):
+                here = node
+        done[here] = True
+        if flow.excess[here] < 0:
+            break
+        for node in range(nodes):
+            if done[node]:
+                continue
+            if here == sink:
+                length = 0.0 if flow.sent[node] > lower else FAR
+            elif node == sink:
+                length = 0.0 if flow.sent[here] < upper else FAR
+            else:
+                length = flow.move_costs[here, node]
+            # Zero or above but for rounding.
+            length = distances[here] + max(length + flow.prices[node] - flow.prices[here], 0.0)
+            if length < distances[node]:
+                distances[node] = length
+                parents[node] = here
+    for node in range(nodes):
+        flow.prices[node] -= min(distances[node], distances[here])
+    return here
+
+
+@_compiled
+def _push(flow, costs, end, parents):  # type: ignore[no-untyped-def]
+    """Move one unit along the path that ends in ``end``: a row between clusters, a unit of flow at the sink."""
+    sink = len(parents) - 1
+    flow.excess[end] += 1
+    node = end
+    while parents[node] >= 0:
+        source = parents[node]
+        if node == sink:
+            flow.sent[source] += 1
+        elif source == sink:
+            flow.sent[node] -= 1
+        else:
+            _move_row(flow, flow.movers[source, node], source, node)
+        node = source
+    flow.excess[node] -= 1
+    node = end
+    while node >= 0:
+        if node != sink:
+            _find_movers(flow, costs, node)
+        node = parents[node]
+
+
+@_compiled
+def _move_row(flow, row, source, target):  # type: ignore[no-untyped-def]
+    last = flow.members[source, flow.sizes[source] - 1]
+    flow.members[source, flow.places[row]] = last
+    flow.places[last] = flow.places[row]
+    flow.sizes[source] -= 1
+    flow.members[target, flow.sizes[target]] = row
+    flow.places[row] = flow.sizes[target]
+    flow.sizes[target] += 1
+    flow.labels[row] = target

@@ -1,0 +1,186 @@
+"""Balanced k-means: every cluster holds between ``rows // clusters - 1`` and ``rows // clusters + 1`` rows, exactly.
+
+Each round assigns rows to centroids and moves the centroids to the means of their rows, as Lloyd's algorithm does. Only
+the assignment differs: it is the cheapest one that keeps the bounds, found in two steps.
+
+1. Prices. Every cluster has a price that its rows pay on top of their squared distance. Crowded clusters get dearer and
+   empty ones cheaper (subgradient ascent on the dual of the assignment problem) until the sizes are nearly right.
+2. Exact flow (``assignment.py``). It repairs what is left, at the least possible cost.
+
+The first rounds stop after one step on the prices: sizes that are only nearly right leave the centroids free to travel,
+which ends in lower distortion.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import faiss
+import numpy as np
+from scipy import sparse
+
+from data_processing.indexing.assignment import assign_balanced
+
+SEEDING_ROUNDS = 2
+LOOSE_ROUNDS = 15
+MAX_ROUNDS = 100
+STALE = 0.05
+"""Prices that misplace a larger share of the rows than this are compared with prices found from nothing."""
+FRESH_STEPS = np.geomspace(2.0, 0.1, 20)
+LOOSE_STEP = 0.3
+
+
+class Clustering(NamedTuple):
+    """What ``balanced_kmeans`` found.
+
+    Attributes:
+        labels: int32 [rows], the cluster of each row.
+        centroids: float32 [clusters, dimensions], the mean of each cluster's rows.
+        inertia: Sum of squared distances of the rows to their centroids.
+    """
+
+    labels: np.ndarray
+    centroids: np.ndarray
+    inertia: float
+
+
+def size_bounds(rows: int, clusters: int) -> tuple[int, int]:
+    """Return the smallest and the largest size of a cluster; no cluster is empty.
+
+    Raises:
+        ValueError: When there are fewer rows than clusters.
+    """
+    if not 1 <= clusters <= rows:
+        raise ValueError(f"{rows} rows cannot fill {clusters} clusters; ask for between 1 and {rows} clusters")
+    return max(1, rows // clusters - 1), rows // clusters + 1
+
+
+def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolerance: float = 1e-4) -> Clustering:
+    """Cluster ``vectors`` with sizes within ``size_bounds``; the same input and seed give the same output.
+
+    Args:
+        vectors: Finite array [rows, dimensions].
+        clusters: Number of clusters, at most the number of rows.
+        seed: Seed of the first centroids.
+        tolerance: Stop when a round lowers the inertia by less than this share of it.
+
+    Returns:
+        Labels, centroids and inertia.
+
+    Raises:
+        ValueError: When ``vectors`` is not a finite matrix, or has fewer rows than clusters.
+    """
+    vectors = _checked(vectors)
+    lower, upper = size_bounds(len(vectors), clusters)
+    middle = vectors.mean(axis=0)
+    centred = np.ascontiguousarray(vectors - middle)  # expanded squared distances lose digits far from the origin
+    total = float(np.einsum("ij,ij->", centred, centred, dtype=np.float64))
+    centroids = _first_centroids(centred, clusters, seed)
+    prices, unit, inertia = np.zeros(clusters, np.float32), 1.0, np.inf
+    for turn in range(MAX_ROUNDS):
+        costs = assignment_costs(centred, centroids)
+        if turn < 2:  # the first centroids are few rows' means, and their distances not yet typical
+            unit = _price_unit(costs)
+        prices = _fresh_if_stale(costs, prices, unit)
+        if turn < LOOSE_ROUNDS:
+            labels = (costs + prices).argmin(axis=1)
+            prices = raise_crowded(prices, np.bincount(labels, minlength=clusters), LOOSE_STEP * unit)
+            centroids = _means(centred, labels, centroids)
+            continue
+        labels, prices = assign_balanced(costs, lower, upper, prices)
+        centroids = _means(centred, labels, centroids)
+        squared_lengths = (centroids.astype(np.float64) ** 2).sum(axis=1)
+        previous, inertia = inertia, max(0.0, total - float(squared_lengths[labels].sum()))
+        if previous - inertia <= tolerance * inertia:
+            break
+    return Clustering(labels, (centroids + middle).astype(np.float32), inertia)
+
+
+def assignment_costs(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Return squared distances less the squared length of each vector, which changes no assignment.
+
+    Args:
+        vectors: float32 [rows, dimensions].
+        centroids: float32 [clusters, dimensions].
+
+    Returns:
+        float32 [rows, clusters].
+    """
+    costs = vectors @ (-2.0 * centroids.T)
+    costs += (centroids**2).sum(axis=1)
+    return costs
+
+
+def _checked(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.asarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] == 0:
+        raise ValueError(f"expected vectors of shape [rows, dimensions], got {vectors.shape}")
+    if not np.isfinite(vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        raise ValueError(f"row {row} of the vectors is not finite; embed the items anew")
+    return vectors
+
+
+def _first_centroids(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """Return the centroids of few rounds of plain k-means, on one thread so that sums have one order."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        kmeans = faiss.Kmeans(
+            vectors.shape[1], clusters, niter=SEEDING_ROUNDS, seed=seed % 2**31, min_points_per_centroid=1
+        )
+        kmeans.train(vectors)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return np.array(kmeans.centroids, dtype=np.float32)
+
+
+def raise_crowded(prices: np.ndarray, sizes: np.ndarray, step: float) -> np.ndarray:
+    """Move the price of each cluster by at most ``step``: up when it holds too many rows, down when too few.
+
+    Args:
+        prices: float32 [clusters].
+        sizes: Rows a cluster at these prices.
+        step: Largest change, in units of the costs.
+
+    Returns:
+        float32 [clusters].
+    """
+    crowding = sizes * (len(sizes) / sizes.sum()) - 1.0
+    return (prices + step * np.clip(crowding, -1.0, 1.0)).astype(np.float32)
+
+
+def _price_unit(costs: np.ndarray) -> float:
+    """Return the mean gap between a row's best and second best cluster: the price difference that moves rows."""
+    if costs.shape[1] == 1:
+        return 1.0
+    best = np.partition(costs, 1, axis=1)[:, :2]
+    return float((best[:, 1] - best[:, 0]).mean())
+
+
+def _sizes(costs: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    return np.bincount((costs + prices).argmin(axis=1), minlength=len(prices))
+
+
+def _misplaced(sizes: np.ndarray) -> float:
+    """Return the share of the rows that would have to move for all sizes to be equal."""
+    return float(np.abs(sizes / sizes.sum() - 1.0 / len(sizes)).sum() / 2.0)
+
+
+def _fresh_if_stale(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.ndarray:
+    """Return ``prices``, or new ones where those no longer fit the centroids and the new ones do better."""
+    misplaced = _misplaced(_sizes(costs, prices))
+    if misplaced <= STALE:
+        return prices
+    fresh = np.zeros_like(prices)
+    for step in FRESH_STEPS:
+        fresh = raise_crowded(fresh, _sizes(costs, fresh), step * unit)
+    return fresh if _misplaced(_sizes(costs, fresh)) < misplaced else prices
+
+
+def _means(vectors: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+    """Return the mean of each cluster's rows; an empty cluster keeps its centroid of ``fallback``."""
+    rows, clusters = len(vectors), len(fallback)
+    membership = sparse.csr_matrix((np.ones(rows, np.float32), (labels, np.arange(rows))), shape=(clusters, rows))
+    sizes = np.bincount(labels, minlength=clusters)[:, None]
+    return np.where(sizes > 0, (membership @ vectors) / np.maximum(sizes, 1), fallback).astype(np.float32)
