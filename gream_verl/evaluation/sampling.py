@@ -1,0 +1,212 @@
+"""Free sampling of chains of thought, by vLLM or by a plain loop over a Hugging Face model.
+
+Every setting is handed over explicitly, so that no ``generation_config.json`` decides a result, and every prompt has a
+seed of its own, so that a chain does not depend on which prompts share its batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from gream_verl.cpu.environment import set_defaults
+from gream_verl.evaluation.prompts import batches
+from gream_verl.files import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Engine = Literal["vllm", "hf"]
+
+MOST_TOKENS_AT_ONCE = 8192
+"""Prompt tokens that vLLM computes in one step."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How chains are sampled.
+
+    Attributes:
+        chains: Samples a prompt.
+        temperature: Above 0.
+        top_p: Share of probability kept, above 0, up to 1.
+        max_tokens: Longest response in tokens.
+    """
+
+    chains: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.chains < 1 or self.max_tokens < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"{self}: cannot sample so; chains and max_tokens must be at least 1, temperature above 0, "
+                "top_p above 0 and at most 1"
+            )
+
+
+class Sampler(Protocol):
+    """Samples responses to prompts."""
+
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
+        """Return the token ids of every response, without the end-of-sequence token, for every prompt.
+
+        Args:
+            sequences: Token ids of each prompt.
+            seeds: Seed of each prompt.
+        """
+        ...
+
+
+class HuggingFaceSampler:
+    """Samples with a Hugging Face model: slower on many prompts, but nothing to start and little memory."""
+
+    def __init__(self, model: PreTrainedModel, settings: SamplingSettings, eos: int, batch_size: int) -> None:
+        self.model = model
+        self.settings = settings
+        self.eos = eos
+        self.batch_size = batch_size
+
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
+        """See ``Sampler``."""
+        chains = self.settings.chains
+        responses: list[list[int]] = [[] for _ in range(len(sequences) * chains)]
+        repeated = [sequence for sequence in sequences for _ in range(chains)]
+        draws = [_uniforms(seed + chain, self.settings.max_tokens) for seed in seeds for chain in range(chains)]
+        for places, ids, mask in batches(repeated, self.batch_size):
+            sampled = self._sample_batch(ids, mask, torch.stack([draws[place] for place in places]))
+            for place, response in zip(places, sampled.tolist(), strict=True):
+                responses[place] = response[: response.index(self.eos)] if self.eos in response else response
+        return [responses[start : start + chains] for start in range(0, len(responses), chains)]
+
+    @torch.inference_mode()
+    def _sample_batch(self, ids: Tensor, mask: Tensor, uniforms: Tensor) -> Tensor:
+        """Return int64 [prompts, max_tokens], end-of-sequence tokens where a response has ended.
+
+        Args:
+            ids: int64 [prompts, length], padded on the left.
+            mask: int64 [prompts, length].
+            uniforms: float32 [prompts, max_tokens]; random numbers in [0, 1).
+        """
+        device = self.model.device
+        ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
+        responses = torch.full(uniforms.shape, self.eos, device=device)
+        alive = torch.arange(len(ids), device=device)
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+        for step in range(self.settings.max_tokens):
+            logits = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens = choose(logits, uniforms[alive, step], self.settings.temperature, self.settings.top_p)
+            responses[alive, step] = tokens
+            going = tokens != self.eos
+            if not going.any():
+                break
+            ids, mask = tokens[:, None], torch.cat([mask, torch.ones_like(tokens)[:, None]], dim=1)
+            positions = mask.sum(dim=1, keepdim=True) - 1
+            if not going.all():
+                kept = going.nonzero()[:, 0]
+                alive, ids, mask, positions = alive[kept], ids[kept], mask[kept], positions[kept]
+                cache.batch_select_indices(kept)
+        return responses
+
+
+def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw one token a row by nucleus sampling (arXiv 1904.09751).
+
+    Args:
+        logits: [rows, vocabulary].
+        uniforms: [rows]; random numbers in [0, 1), which decide the draw.
+        temperature: Divides the logits.
+        top_p: The fewest most likely tokens that together reach this probability are kept.
+
+    Returns:
+        int64 [rows].
+    """
+    probabilities, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    kept = probabilities.masked_fill(before >= top_p, 0.0).cumsum(dim=-1)
+    draw = torch.searchsorted(kept, uniforms[:, None] * kept[:, -1:], right=True)
+    last = (before < top_p).sum(dim=-1, keepdim=True) - 1
+    return order.gather(1, draw.clamp_max(last))[:, 0]
+
+
+class VllmSampler:
+    """Samples with vLLM's offline engine inside this process."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        settings: SamplingSettings,
+        eos: int,
+        batch_size: int,
+        longest_prompt: int,
+        seed: int,
+    ) -> None:
+        cpu = not torch.cuda.is_available()
+        if cpu:
+            set_defaults()
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no second process that could hang
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM, SamplingParams
+
+        self.engine = LLM(
+            model=os.fspath(folder),
+            dtype="float32" if cpu else "auto",
+            generation_config="vllm",  # vLLM's neutral defaults, not the model's generation_config.json
+            max_model_len=longest_prompt + settings.max_tokens,
+            # Where a prompt is cut in two, vLLM 0.27 rewinds its generator, and one on a CPU cannot be rewound.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(MOST_TOKENS_AT_ONCE, longest_prompt + settings.max_tokens),
+            max_num_seqs=batch_size,
+            gpu_memory_utilization=0.6,  # the model of the beam search lives beside the engine
+            enforce_eager=cpu,
+            disable_log_stats=True,
+            seed=seed,
+        )
+        self.parameters = partial(
+            SamplingParams,
+            n=settings.chains,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=0,
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            max_tokens=settings.max_tokens,
+            stop_token_ids=[eos],
+            detokenize=False,  # we decode the ids ourselves, so that no token is lost
+        )
+        self.eos = eos
+
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
+        """See ``Sampler``."""
+        outputs = self.engine.generate(
+            [{"prompt_token_ids": list(sequence)} for sequence in sequences],
+            [self.parameters(seed=seed) for seed in seeds],
+            use_tqdm=False,
+        )
+        return [
+            [[token for token in chain.token_ids if token != self.eos] for chain in output.outputs]
+            for output in outputs
+        ]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    """Return float32 [count] random numbers in [0, 1)."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from gream_verl.decoding.beam_search import beam_search
+from gream_verl.decoding.prefix_tree import PrefixTree
+
+VOCABULARY = 60
+FIRST_SID_TOKEN = 20
+
+
+def tiny_model(seed: int, attention: str = "sdpa", scale: float = 0.3) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=scale,
+        max_position_embeddings=128,
+        attn_implementation=attention,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def random_paths(seed: int, levels: int, codes: int, items: int, collisions: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(codes**levels, generator=generator)[:items]
+    paths = [
+        [FIRST_SID_TOKEN + level * codes + int(c) // codes**level % codes for level in range(levels)] for c in chosen
+    ]
+    if not collisions:
+        return torch.tensor(paths)
+    extra = FIRST_SID_TOKEN + levels * codes
+    long = [[*path, extra + member] for path in paths[::3] for member in range(2)]
+    return torch.tensor([[*path, -1] for path in paths if path not in paths[::3]] + long)
+
+
+def random_prompts(seed: int, users: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (users,), generator=generator)
+    ids = torch.randint(1, FIRST_SID_TOKEN, (users, int(lengths.max())), generator=generator)
+    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
+    return ids * mask, mask
+
+
+def hugging_face(
+    model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor, paths: torch.Tensor, beams: int
+) -> list[list[tuple[int, float]]]:
+    rows = {tuple(path): row for row, path in enumerate(paths.tolist())}
+    allowed: dict[tuple[int, ...], set[int]] = {}
+    for path in rows:
+        for level, token in enumerate(path):
+            allowed.setdefault(path[:level], set()).add(token)
+    length, levels = ids.shape[1], paths.shape[1]
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=levels,
+        do_sample=False,
+        length_penalty=0.0,
+        early_stopping=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        prefix_allowed_tokens_fn=lambda _, sequence: sorted(allowed[tuple(sequence[length:].tolist())]),
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    found: list[list[tuple[int, float]]] = [[] for _ in range(len(ids))]
+    for number, (sequence, score) in enumerate(
+        zip(output.sequences[:, length:].tolist(), output.sequences_scores.tolist(), strict=True)
+    ):
+        if score > -1e8:  # Hugging Face fills missing beams with copies at -1e9
+            found[number // beams].append((rows[tuple(sequence)], score))
+    return found
+
+
+@torch.inference_mode()
+def brute_force(
+    model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor, paths: torch.Tensor
+) -> list[list[tuple[int, float]]]:
+    result = []
+    for prompt, real in zip(ids, mask, strict=True):
+        scored = []
+        for row, path in enumerate(paths):
+            path = path[path >= 0]
+            sequence = torch.cat([prompt[real.bool()], path])[None]
+            log_probs = model(sequence).logits[0, -len(path) - 1 : -1].log_softmax(-1)
+            scored.append((row, log_probs[torch.arange(len(path)), path].sum().item()))
+        result.append(sorted(scored, key=lambda pair: -pair[1]))
+    return result
+
+
+def ours(
+    model: Qwen3ForCausalLM,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    paths: torch.Tensor,
+    beams: int,
+    exclude: torch.Tensor | None = None,
+) -> list[list[tuple[int, float]]]:
+    items, scores = beam_search(model, ids, mask, PrefixTree.from_paths(paths.numpy()), beams, exclude)
+    assert items.shape == scores.shape == (len(ids), beams)
+    assert torch.equal(items < 0, scores == -math.inf)
+    return [
+        [(item, score) for item, score in zip(row, row_scores, strict=True) if item >= 0]
+        for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def assert_same(left: list[list[tuple[int, float]]], right: list[list[tuple[int, float]]]) -> None:
+    assert [[item for item, _ in row] for row in left] == [[item for item, _ in row] for row in right]
+    for left_row, right_row in zip(left, right, strict=True):
+        assert [score for _, score in left_row] == pytest.approx([score for _, score in right_row], abs=1e-4)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    levels=st.integers(1, 4),
+    codes=st.integers(2, 6),
+    share=st.floats(0.05, 1.0),
+    users=st.integers(1, 4),
+    beams=st.integers(2, 12),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_hugging_face_on_random_models_trees_and_prompts(
+    seed: int, levels: int, codes: int, share: float, users: int, beams: int
+) -> None:
+    model = tiny_model(seed)
+    paths = random_paths(seed, levels, codes, max(1, min(200, int(share * codes**levels))))
+    ids, mask = random_prompts(seed, users)
+    assert_same(ours(model, ids, mask, paths, beams), hugging_face(model, ids, mask, paths, beams))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("collisions", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_is_the_exact_ranking_when_there_is_a_beam_for_every_item(attention: str, collisions: bool, seed: int) -> None:
+    model = tiny_model(seed, attention)
+    paths = random_paths(seed, 3, 4, 18, collisions)
+    ids, mask = random_prompts(seed, 3)
+    assert_same(ours(model, ids, mask, paths, len(paths) + 3), brute_force(model, ids, mask, paths))
+
+
+@pytest.mark.parametrize("beams", [2, 5, 40])
+def test_excluded_items_never_appear_and_change_nothing_else(beams: int) -> None:
+    model = tiny_model(1)
+    paths = random_paths(1, 3, 4, 30, collisions=True)
+    ids, mask = random_prompts(1, 3)
+    exclude = [[0, 3, 4], [], list(range(len(paths) - 2))]
+    padded = torch.full((3, len(paths)), -1)
+    for user, rows in enumerate(exclude):
+        padded[user, : len(rows)] = torch.tensor(rows, dtype=torch.long)
+    found = ours(model, ids, mask, paths, beams, padded)
+    for user, rows in enumerate(exclude):
+        kept = [row for row in range(len(paths)) if row not in rows]
+        without = ours(model, ids[user : user + 1], mask[user : user + 1], paths[kept], beams)[0]
+        assert_same([found[user]], [[(kept[item], score) for item, score in without]])
+
+
+def test_the_generation_config_of_the_model_changes_nothing() -> None:
+    model = tiny_model(2)
+    paths = random_paths(2, 3, 4, 30)
+    ids, mask = random_prompts(2, 3)
+    before = ours(model, ids, mask, paths, 5)
+    model.generation_config.update(
+        do_sample=True, temperature=0.1, top_k=1, top_p=0.1, num_beams=1, max_new_tokens=1, repetition_penalty=9.0
+    )
+    assert ours(model, ids, mask, paths, 5) == before
+
+
+def test_a_user_gets_the_same_items_alone_and_in_a_batch() -> None:
+    model = tiny_model(3)
+    paths = random_paths(3, 3, 5, 60, collisions=True)
+    ids, mask = random_prompts(3, 6)
+    alone = [ours(model, i[m.bool()][None], m[m.bool()][None], paths, 7)[0] for i, m in zip(ids, mask, strict=True)]
+    assert_same(ours(model, ids, mask, paths, 7), alone)
