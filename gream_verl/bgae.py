@@ -1,0 +1,154 @@
+"""BGAE, the bonus-calibrated group advantage estimator (arXiv 2510.20815): a tensor function and its verl adapter.
+
+With rewards r of a group of n responses of which c are exact hits, and eps = 1e-6:
+
+    A = (r - mean r) / (std r + eps) + weight * B
+
+B is the analytic Pass@K advantage on hits. With rho = 1 - C(n-c, K) / C(n, K) and sigma = sqrt(rho (1 - rho)) it is
+(1 - rho) / (sigma + eps) for a hit and (1 - rho - C(n-c-1, K-1) / C(n-1, K-1)) / (sigma + eps) for a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gream_verl.files import InputError
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class BgaeOptions:
+    """What may stand under ``algorithm.bgae``.
+
+    Attributes:
+        k: K of Pass@K, at least 1; groups smaller than K use their own size.
+        weight: Weight of the bonus.
+        success: Reward from which a response is an exact hit.
+    """
+
+    k: int = 4
+    weight: float = 1.0
+    success: float = 0.999
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or self.k < 1:
+            raise InputError(f"algorithm.bgae.k: must be a whole number of at least 1, got {self.k!r}")
+
+    @classmethod
+    def from_config(cls, algorithm: Mapping[str, Any] | None) -> BgaeOptions:
+        """Return the options in the ``algorithm`` node.
+
+        Raises:
+            InputError: When a key is unknown or has a wrong value; the message names it.
+        """
+        given = dict((algorithm or {}).get("bgae") or {})
+        known = [field.name for field in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise InputError(f"algorithm.bgae.{key}: unknown key; known keys are {', '.join(known)}")
+        return cls(**given)
+
+
+def bgae_advantage(
+    rewards: Tensor,
+    groups: Tensor,
+    active: Tensor,
+    *,
+    k: int = 4,
+    weight: float = 1.0,
+    success: float = 0.999,
+) -> Tensor:
+    """Return the advantage of every response, computed for all groups at once.
+
+    Groups may have different sizes. A group of one has mean 0 and standard deviation 1, as in verl's GRPO. The bonus is
+    0 for a group without hits, and for one with so many that every draw of K holds one.
+
+    Args:
+        rewards: Rewards, shape [rows].
+        groups: Number of the group of each row, from 0, shape [rows].
+        active: False for padding rows, which count in no group and get 0, shape [rows].
+        k: K of Pass@K.
+        weight: Weight of the bonus.
+        success: Reward from which a response is an exact hit.
+
+    Returns:
+        Advantages in the type of ``rewards``, shape [rows].
+    """
+    reward = rewards.double()
+    hit = (reward >= success) & active
+    number_of_groups = int(groups.max()) + 1 if len(groups) else 0
+
+    def total(values: Tensor) -> Tensor:
+        """Sum over the active rows of each group, given back to each row."""
+        sums = torch.zeros(number_of_groups, dtype=torch.float64, device=rewards.device)
+        return sums.index_add_(0, groups, torch.where(active, values.double(), 0.0))[groups]
+
+    n = total(active).clamp(min=1)
+    c = total(hit)
+    alone = n == 1
+    mean = torch.where(alone, 0.0, total(reward) / n)
+    variance = total((reward - mean).square()) / (n - 1).clamp(min=1)
+    deviation = torch.where(alone, 1.0, variance.sqrt())
+    advantage = (reward - mean) / (deviation + EPSILON) + weight * _bonus(n, c, hit, k)
+    return torch.where(active, advantage, 0.0).to(rewards.dtype)
+
+
+def _bonus(n: Tensor, c: Tensor, hit: Tensor, k: int) -> Tensor:
+    """Return the Pass@K advantage B of every row, in a group of n rows with c hits; all shapes [rows]."""
+    draw = n.clamp(max=k)
+    all_miss = _choose_ratio(n - c, n, draw)
+    rho = 1 - all_miss
+    sigma = (rho * all_miss).sqrt()
+    others_miss = _choose_ratio(n - c - 1, n - 1, draw - 1)
+    bonus = (all_miss - torch.where(hit, 0.0, others_miss)) / (sigma + EPSILON)
+    return torch.where((c > 0) & (c <= n - draw), bonus, 0.0)
+
+
+def _choose_ratio(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
+    """Return C(a, k) / C(b, k) for whole numbers a <= b and 0 <= k <= b, elementwise; 0 where a < k."""
+    possible = a >= k
+    a = torch.where(possible, a, b)
+    logarithm = torch.lgamma(a + 1) - torch.lgamma(a - k + 1) - torch.lgamma(b + 1) + torch.lgamma(b - k + 1)
+    return torch.where(possible, logarithm.exp(), 0.0)
+
+
+def compute_bgae(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    config: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns as verl's trainer asks for them (``algorithm.adv_estimator=bgae``).
+
+    verl passes every row of a session with several outputs, and no session number: each counts as a response.
+
+    Args:
+        token_level_rewards: Rewards, shape [rows, tokens].
+        response_mask: 1 for tokens of the response, shape [rows, tokens]; a padding row has none.
+        index: The prompt (group) of each row, shape [rows].
+        config: The ``algorithm`` node; its ``bgae`` holds the options.
+
+    Returns:
+        The advantage of each row on all its response tokens, twice, shape [rows, tokens].
+    """
+    options = BgaeOptions.from_config(config)
+    groups = np.unique(np.asarray(index).astype(str), return_inverse=True)[1]
+    with torch.no_grad():
+        advantage = bgae_advantage(
+            token_level_rewards.sum(dim=-1),
+            torch.as_tensor(groups, device=token_level_rewards.device),
+            response_mask.bool().any(dim=-1),
+            k=options.k,
+            weight=options.weight,
+            success=options.success,
+        )
+        advantages = advantage.unsqueeze(-1) * response_mask
+    return advantages, advantages

@@ -1,0 +1,64 @@
+"""verl's dataset, which refuses data that the model cannot answer (``data.custom_cls.name=SemanticIdDataset``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+from gream_verl.files import InputError
+from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_sid
+
+
+class SemanticIdDataset(RLHFDataset):
+    """Checks every ground truth before training starts.
+
+    Each must be a well-formed SID, every token of it one token of the tokenizer, and, where ``data.index_file`` names
+    an item index, an item of it.
+
+    Raises:
+        InputError: Naming file, row and token.
+    """
+
+    def _read_files_and_tokenize(self) -> None:
+        index_file = self.config.get("index_file")
+        index = ItemIndex.load(index_file) if index_file else None
+        seen: set[str] = set()
+        for place, truth in _ground_truths(self.data_files):
+            if index is not None and truth not in index.items:
+                raise InputError(
+                    f"{place}: {''.join(truth)} is no item of {index.source}; build the parquet files from this index"
+                )
+            for token in truth:
+                if token not in seen and not is_one_token(self.tokenizer, token):
+                    raise InputError(
+                        f"{place}: {token} is not one token of the tokenizer; "
+                        "extend the model with `gream model extend` and train that one"
+                    )
+                seen.add(token)
+        super()._read_files_and_tokenize()
+
+
+def is_one_token(tokenizer: Any, token: str) -> bool:
+    """Return whether ``tokenizer`` reads ``token`` as exactly one token."""
+    return len(tokenizer.encode(token, add_special_tokens=False)) == 1
+
+
+def _ground_truths(files: list[str]) -> Iterator[tuple[str, SemanticId]]:
+    """Yield where each ground truth stands, and its SID."""
+    for file in files:
+        try:
+            column = pq.read_table(file, columns=["reward_model"])["reward_model"].to_pylist()
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read as verl parquet ({error}); make it with `gream rl`") from error
+        for row, reward_model in enumerate(column):
+            text = (reward_model or {}).get("ground_truth")
+            truth = parse_sid(text) if isinstance(text, str) else None
+            if truth is None:
+                raise InputError(
+                    f"{file}: row {row}: reward_model.ground_truth is {text!r}; expected a SID such as "
+                    "'<|a_1|><|b_7|>'; make the file with `gream rl`"
+                )
+            yield f"{file}: row {row}", truth

@@ -1,0 +1,143 @@
+"""Dynamic sampling that ends (``trainer.v1.sampler.custom_sampler.name=BoundedGroupFilter``).
+
+A group whose responses all have the same value of the filter metric teaches nothing. verl evicts it and generates
+another prompt, ignores ``algorithm.filter_groups.max_num_gen_batches`` (verl/trainer/ppo/v1/trainer_base.py:208), and
+so generates forever when every group is uniform. Here a training step generates at most that many batches of prompts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+from gream_verl.files import InputError
+
+OPTIONS = "trainer.v1.sampler.sampler_kwargs"
+
+EvictionReasons = tuple[set[str], set[str], set[str], Counter]
+
+
+class GroupFilterOptions(BaseModel):
+    """What may stand under ``trainer.v1.sampler.sampler_kwargs``; the recipes fill in what other nodes say.
+
+    Attributes:
+        metric: Key of ``reward_extra_info`` to compare within a group, ``reward`` for the reward itself; None for no
+            filter.
+        train_batch_size: Prompts a training step uses.
+        max_num_gen_batches: Batches of ``train_batch_size`` prompts a training step may generate.
+        max_inflight_gen_batches: Batches that may be generated at the same time.
+        when_exhausted: ``fill``: the last uniform groups fill the batch up; they have no advantage, so the step learns
+            from the groups there are. ``raise``: stop the training.
+        poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str | None
+    train_batch_size: int = Field(ge=1)
+    max_num_gen_batches: int = Field(ge=1)
+    max_inflight_gen_batches: int = Field(default=1, ge=1)
+    when_exhausted: Literal["fill", "raise"] = "fill"
+    poll_interval: float = Field(default=0.2, gt=0)
+
+
+def read_options(sampler_kwargs: Mapping[str, Any]) -> GroupFilterOptions:
+    """Return the checked options.
+
+    Raises:
+        InputError: When a key is missing, unknown or has a wrong value; the message names it.
+    """
+    try:
+        return GroupFilterOptions.model_validate(dict(sampler_kwargs))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([OPTIONS, *map(str, first["loc"])])
+        raise InputError(
+            f"{key}: {first['msg']}; known keys are {', '.join(GroupFilterOptions.model_fields)}"
+        ) from None
+
+
+class BoundedGroupFilter(ReplayBuffer):
+    """verl's synchronous sampler with a budget of prompts a step.
+
+    A uniform group is evicted only while the groups at hand and those the budget still allows fill a batch. So every
+    step gets its full batch: groups that teach something first, and uniform ones only when the budget is spent.
+    """
+
+    def __init__(self, *, trainer_mode: str, sampler_kwargs: Mapping[str, Any], refill_fn: Any, **kwargs: Any) -> None:
+        if trainer_mode != "sync":
+            raise InputError(
+                f"trainer.v1.trainer_mode: BoundedGroupFilter works with 'sync' only, got {trainer_mode!r}; "
+                "set trainer.v1.sampler.custom_sampler.path and name to null"
+            )
+        self.options = read_options(sampler_kwargs)
+        self._budget = 0
+        self._generate = refill_fn
+        super().__init__(
+            trainer_mode=trainer_mode,
+            sampler_kwargs=sampler_kwargs,
+            refill_fn=self._generate_within_budget,
+            poll_interval=self.options.poll_interval,
+            filter_groups_metric=self.options.metric,
+            train_batch_size=self.options.train_batch_size,
+            gen_batch_size=1,  # verl fetches single prompts when filter_groups is on (trainer_base.py:733)
+            max_inflight_gen_batches=self.options.max_inflight_gen_batches,
+            **kwargs,
+        )
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
+        """Wait for a batch and return it, with metrics; see ``ReplayBuffer.sample``.
+
+        Raises:
+            InputError: When the budget is spent, the batch is not full of groups that teach something, and
+                ``when_exhausted`` is ``raise``.
+        """
+        # The trainer has already asked for one batch.
+        self._budget = (self.options.max_num_gen_batches - 1) * self.options.train_batch_size
+        self._uniform_kept = 0
+        batch, metrics = super().sample(global_steps, partition_id, batch_size)
+        if partition_id != "val" and self.options.metric is not None:
+            metrics["training/filter_groups/uniform_kept"] = self._uniform_kept
+        return batch, metrics
+
+    def _generate_within_budget(self, prompts: int) -> None:
+        prompts = min(prompts, self._budget)
+        if prompts > 0:
+            self._budget -= prompts
+            self._generate(prompts)
+
+    def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> EvictionReasons:
+        stale, uniform, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
+        if not uniform:
+            return stale, uniform, failed, counts
+        groups = sum(
+            len(keys[partition_id])
+            for keys in (self.pending_keys, self.running_keys, self.finished_keys, self.failure_keys)
+        )
+        spare = max(0, groups + self._budget - self.options.train_batch_size)
+        evicted = set(sorted(uniform)[:spare])
+        values = self._dapo_classification_cache[partition_id]
+        return stale, evicted, failed, Counter(values[uid] for uid in evicted)
+
+    def _select_prompt_uids(
+        self, partition_id: str, sampleable_keys: set[str], batch_size: int
+    ) -> tuple[list[str], dict[str, dict], dict[str, int]]:
+        uniform = self._dapo_filtered_keys(partition_id)[0] & sampleable_keys
+        teaching = sampleable_keys - uniform
+        missing = batch_size - len(teaching)
+        if partition_id == "val" or not uniform or missing <= 0:
+            return super()._select_prompt_uids(partition_id, teaching or sampleable_keys, batch_size)
+        if self.options.when_exhausted == "raise":
+            raise InputError(
+                f"algorithm.filter_groups: only {len(teaching)} of {batch_size} groups differ in "
+                f"{self.options.metric!r} after {self.options.max_num_gen_batches} generation batches; raise "
+                "max_num_gen_batches or rollout.n, or set when_exhausted=fill"
+            )
+        self._uniform_kept = missing
+        kept = teaching | set(sorted(uniform)[:missing])
+        return super()._select_prompt_uids(partition_id, kept, batch_size)

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import verl  # noqa: F401  loads the plugin
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gream_verl import group_filter
+from gream_verl.files import InputError
+from gream_verl.group_filter import BoundedGroupFilter, read_options
+
+BATCH = 4
+RESPONSES = 3
+
+
+class Queue:
+    """An in-memory stand-in for TransferQueue, and for the trainer that generates at once."""
+
+    def __init__(self, uniform: Any) -> None:
+        self.uniform = uniform  # (number of the group) -> whether its responses are all alike
+        self.tags: dict[str, dict[str, Any]] = {}
+        self.values: dict[str, float] = {}
+        self.generated = 0
+        self.numbers = itertools.count()
+
+    def generate(self, prompts: int) -> None:
+        for number in itertools.islice(self.numbers, prompts):
+            self.generated += 1
+            uid = f"u{number:04d}"
+            self.tags[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
+            for session in range(RESPONSES):
+                key = f"{uid}_{session}_0"
+                self.tags[key] = {"seq_len": 7}
+                self.values[key] = 0.0 if self.uniform(number) else float(session)
+
+    def kv_list(self, *_: Any) -> dict[str, dict[str, Any]]:
+        return {"train": self.tags}
+
+    def kv_batch_get(self, keys: list[str], **_: Any) -> dict[str, list[Any]]:
+        return {"extra_fields": [{"reward_extra_info": {"match": self.values[key]}} for key in keys]}
+
+    def kv_clear(self, partition_id: str, keys: list[str]) -> None:
+        for key in keys:
+            self.tags.pop(key, None)
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    def make(uniform: Any, **options: Any) -> tuple[BoundedGroupFilter, Queue]:
+        from verl.trainer.ppo.v1 import replay_buffer
+
+        queue = Queue(uniform)
+        monkeypatch.setattr(replay_buffer, "tq", queue)
+        kwargs = {"metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-4}
+        built = BoundedGroupFilter(
+            trainer_mode="sync",
+            trainer_config={},
+            max_off_policy_threshold=8,
+            max_off_policy_strategy="drop",
+            sampler_kwargs=kwargs | options,
+            refill_fn=queue.generate,
+        )
+        queue.generate(BATCH)
+        return built, queue
+
+    return make
+
+
+def groups_of(batch: Any) -> set[str]:
+    return {key.split("_")[0] for key in batch.keys}
+
+
+@pytest.mark.timeout(20)
+def test_it_ends_when_every_group_is_uniform(sampler):
+    built, queue = sampler(lambda number: True)
+    batch, metrics = built.sample(1, "train", BATCH)
+    assert queue.generated == 3 * BATCH
+    assert len(groups_of(batch)) == BATCH
+    assert len(batch.keys) == BATCH * RESPONSES
+    assert metrics["training/filter_groups/uniform_kept"] == BATCH
+    assert metrics["training/filter_groups/evicted_samples"] == 2 * BATCH
+
+
+@pytest.mark.timeout(20)
+def test_the_budget_starts_anew_each_step(sampler):
+    built, queue = sampler(lambda number: True)
+    built.sample(1, "train", BATCH)
+    queue.tags.clear()
+    queue.generate(BATCH)
+    batch, _ = built.sample(2, "train", BATCH)
+    assert queue.generated == 6 * BATCH
+    assert len(groups_of(batch)) == BATCH
+
+
+@pytest.mark.timeout(20)
+def test_one_batch_means_no_second_generation(sampler):
+    built, queue = sampler(lambda number: number % 2 == 0, max_num_gen_batches=1)
+    batch, metrics = built.sample(1, "train", BATCH)
+    assert queue.generated == BATCH
+    assert len(groups_of(batch)) == BATCH
+    assert metrics["training/filter_groups/uniform_kept"] == BATCH / 2
+
+
+@pytest.mark.timeout(20)
+def test_groups_that_teach_are_enough_without_a_refill(sampler):
+    built, queue = sampler(lambda number: False)
+    batch, metrics = built.sample(1, "train", BATCH)
+    assert queue.generated == BATCH
+    assert groups_of(batch) == {f"u{number:04d}" for number in range(BATCH)}
+    assert metrics["training/filter_groups/uniform_kept"] == 0
+
+
+@pytest.mark.timeout(20)
+def test_uniform_groups_are_replaced_while_the_budget_lasts(sampler):
+    built, queue = sampler(lambda number: number < BATCH)
+    batch, metrics = built.sample(1, "train", BATCH)
+    assert groups_of(batch).isdisjoint({f"u{number:04d}" for number in range(BATCH)})
+    assert metrics["training/filter_groups/uniform_kept"] == 0
+    assert queue.generated <= 3 * BATCH
+
+
+@pytest.mark.timeout(20)
+def test_without_a_metric_nothing_is_filtered(sampler):
+    built, queue = sampler(lambda number: True, metric=None)
+    batch, _ = built.sample(1, "train", BATCH)
+    assert queue.generated == BATCH
+    assert len(groups_of(batch)) == BATCH
+
+
+@pytest.mark.timeout(20)
+def test_it_stops_with_a_remedy_when_asked_to(sampler):
+    built, _ = sampler(lambda number: number != 0, when_exhausted="raise")
+    with pytest.raises(InputError, match=r"only 1 of 4 groups differ.*max_num_gen_batches"):
+        built.sample(1, "train", BATCH)
+
+
+def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first(monkeypatch):
+    from verl.trainer.ppo.v1 import replay_buffer
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.booleans(), min_size=64, max_size=64), st.integers(1, 4), st.integers(1, 3))
+    def check(uniform: list[bool], batches: int, inflight: int) -> None:
+        queue = Queue(lambda number: uniform[number])
+        monkeypatch.setattr(replay_buffer, "tq", queue)
+        built = BoundedGroupFilter(
+            trainer_mode="sync",
+            trainer_config={},
+            max_off_policy_threshold=8,
+            max_off_policy_strategy="drop",
+            sampler_kwargs={
+                "metric": "match",
+                "train_batch_size": BATCH,
+                "max_num_gen_batches": batches,
+                "max_inflight_gen_batches": inflight,
+                "poll_interval": 1e-5,
+            },
+            refill_fn=queue.generate,
+        )
+        queue.generate(BATCH)
+        batch, metrics = built.sample(1, "train", BATCH)
+        chosen = groups_of(batch)
+        teaching = {f"u{number:04d}" for number in range(queue.generated) if not uniform[number]}
+        assert len(chosen) == BATCH
+        assert queue.generated <= batches * BATCH
+        assert len(chosen & teaching) == min(BATCH, len(teaching))
+        assert metrics["training/filter_groups/uniform_kept"] == BATCH - min(BATCH, len(teaching))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"metric": "match", "train_batch_size": 4, "max_num_gen_batches": 0}, "max_num_gen_batches"),
+        ({"metric": "match", "train_batch_size": 4}, "max_num_gen_batches"),
+        ({"metric": "match", "train_batch_size": 4, "max_num_gen_batches": 2, "polls": 1}, "polls"),
+    ],
+)
+def test_wrong_options_are_named(options, key):
+    with pytest.raises(InputError, match=rf"{group_filter.OPTIONS}\.{key}"):
+        read_options(options)
+
+
+def test_other_trainer_modes_are_refused():
+    with pytest.raises(InputError, match="works with 'sync' only"):
+        BoundedGroupFilter(trainer_mode="colocate_async", sampler_kwargs={}, refill_fn=None)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import verl  # noqa: F401  loads the plugin
+from assets import make_index, make_tokenizer, reasoning_response
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from verl import DataProto
+from verl.utils.ray_utils import get_event_loop
+
+import gream_verl.plugin
+from gream_verl.files import InputError
+from gream_verl.import_hooks import when_imported
+from gream_verl.plugin import self_check
+
+INDEX = make_index()
+TRUTH = INDEX.text("23")
+
+
+def run_python(script: str, folder) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False, cwd=folder
+    )
+
+
+def test_the_self_check_finds_every_part():
+    findings = self_check()
+    assert [finding for finding in findings if not finding.ok] == []
+    assert {"advantage estimator bgae", "reward manager rsvr", "recipes"} <= {finding.what for finding in findings}
+
+
+def test_the_self_check_names_what_is_missing(monkeypatch):
+    from verl.trainer.ppo import core_algos
+
+    monkeypatch.delitem(core_algos.ADV_ESTIMATOR_REGISTRY, "bgae")
+    broken = [finding for finding in self_check() if not finding.ok]
+    assert [finding.what for finding in broken] == ["advantage estimator bgae"]
+    assert "bgae" in broken[0].detail
+
+
+def test_registering_costs_little_and_imports_nothing_heavy():
+    before = set(sys.modules)
+    start = time.perf_counter()
+    gream_verl.plugin.register()
+    assert time.perf_counter() - start < 0.3
+    assert not {name for name in set(sys.modules) - before if name.startswith(("verl.", "vllm", "pydantic"))}
+
+
+def test_import_verl_stays_light(tmp_path):
+    script = (
+        "import verl, sys\n"
+        "heavy = [m for m in ('verl.trainer.ppo.core_algos', 'verl.experimental.reward_loop', 'vllm', 'pydantic',"
+        " 'gream_verl.reward_manager', 'gream_verl.cpu.hf_rollout') if m in sys.modules]\n"
+        "assert 'gream_verl.plugin' in sys.modules\n"
+        "assert not heavy, heavy\n"
+    )
+    done = run_python(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_plugin_is_loud(tmp_path):
+    script = (
+        "import gream_verl.cpu\n"
+        "def broken(): raise RuntimeError('the roof is on fire')\n"
+        "gream_verl.cpu.activate = broken\n"
+        "import verl\n"
+    )
+    done = run_python(script, tmp_path)
+    assert "the roof is on fire" in done.stderr
+    assert "run `gream doctor`" in done.stderr
+
+
+def test_an_error_in_a_hook_fails_the_import(tmp_path):
+    script = (
+        "from gream_verl.import_hooks import when_imported\n"
+        "def fail(module): raise RuntimeError('no ' + module.__name__)\n"
+        "when_imported('colorsys', fail)\n"
+        "import colorsys\n"
+    )
+    done = run_python(script, tmp_path)
+    assert done.returncode == 1
+    assert "no colorsys" in done.stderr
+
+
+def test_hooks_run_once_after_import_and_at_once_for_what_is_there(tmp_path):
+    seen = []
+    when_imported("sys", seen.append)
+    assert seen == [sys]
+    script = (
+        "from gream_verl.import_hooks import when_imported\n"
+        "import sys, inspect\n"
+        "seen = []\n"
+        "when_imported('colorsys', seen.append)\n"
+        "assert not seen\n"
+        "import colorsys, importlib\n"
+        "assert seen == [colorsys] and colorsys.rgb_to_hsv\n"
+        "assert 'def rgb_to_hsv' in inspect.getsource(colorsys)\n"
+    )
+    done = run_python(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(["likes Alien."], INDEX)
+
+
+def reward_manager(tokenizer, **options):
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+
+    config = OmegaConf.create({"reward": {"reward_kwargs": {"rsvr": options}}})
+    return get_reward_manager_cls("rsvr")(config, tokenizer, None, reward_router_address=None)
+
+
+def row(tokenizer, response: str, *, ends: int = 1, truth: str = TRUTH, **extra_info) -> DataProto:
+    ids = tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id] * ends
+    responses = torch.tensor([ids + [tokenizer.pad_token_id] * 5])
+    mask = torch.tensor([[1, 1] + [1] * len(ids) + [0] * 5])
+    return DataProto(
+        batch=TensorDict({"responses": responses, "attention_mask": mask}, batch_size=1),
+        non_tensor_batch={
+            "data_source": _objects("tiny"),
+            "reward_model": _objects({"style": "rule", "ground_truth": truth}),
+            "extra_info": _objects({"index": 7, **extra_info}),
+        },
+    )
+
+
+def _objects(value):
+    import numpy as np
+
+    column = np.empty(1, dtype=object)
+    column[0] = value
+    return column
+
+
+def score(manager, data: DataProto) -> dict:
+    return get_event_loop().run_until_complete(manager.run_single(data))
+
+
+def test_the_reward_manager_pays_a_well_formed_hit_and_reports_every_key(tokenizer):
+    result = score(reward_manager(tokenizer), row(tokenizer, reasoning_response(TRUTH), type="reasoning"))
+    assert result == {
+        "reward_score": 1.0,
+        "reward_extra_info": {"acc": 1.0, "format": 1.0, "match": 1.0, "depth": 4.0, "valid_item": 1.0},
+    }
+
+
+def test_the_row_decides_between_direct_and_reasoning(tokenizer):
+    manager = reward_manager(tokenizer)
+    assert score(manager, row(tokenizer, TRUTH, type="direct"))["reward_score"] == 1
+    assert score(manager, row(tokenizer, TRUTH, type="reasoning"))["reward_score"] == 0
+    assert score(manager, row(tokenizer, TRUTH))["reward_score"] == 0
+    assert score(reward_manager(tokenizer, mode="direct"), row(tokenizer, TRUTH))["reward_score"] == 1
+
+
+def test_one_end_token_is_dropped_and_other_special_tokens_stay_visible(tokenizer):
+    manager = reward_manager(tokenizer)
+    assert score(manager, row(tokenizer, TRUTH, ends=0, type="direct"))["reward_score"] == 1
+    assert score(manager, row(tokenizer, TRUTH, ends=2, type="direct"))["reward_score"] == 0
+    assert score(manager, row(tokenizer, "<|im_start|>" + TRUTH, type="direct"))["reward_score"] == 0
+
+
+def test_the_index_is_read_and_can_be_part_of_the_gate(tokenizer, tmp_path):
+    INDEX.save(tmp_path / "index.json")
+    no_item = "".join(INDEX.sids["23"][:3])
+    free = reward_manager(tokenizer, index_file=str(tmp_path / "index.json"))
+    result = score(free, row(tokenizer, no_item, type="direct"))
+    assert result["reward_score"] == 0.95
+    assert result["reward_extra_info"]["valid_item"] == 0
+    gated = reward_manager(tokenizer, index_file=str(tmp_path / "index.json"), require_valid_item=True)
+    assert score(gated, row(tokenizer, no_item, type="direct"))["reward_score"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "loose"}, r"reward\.reward_kwargs\.rsvr\.format"),
+        ({"strict": True}, r"reward\.reward_kwargs\.rsvr\.strict"),
+        ({"require_valid_item": True}, "require_valid_item needs index_file"),
+        ({"index_file": "nowhere.json"}, "nowhere.json: no such file"),
+    ],
+)
+def test_wrong_reward_options_are_named(tokenizer, options, message):
+    with pytest.raises(InputError, match=message):
+        reward_manager(tokenizer, **options)
+
+
+def test_a_row_without_a_truth_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"tiny: row 7: reward_model\.ground_truth is 'Alien'"):
+        score(reward_manager(tokenizer), row(tokenizer, TRUTH, truth="Alien"))
