@@ -75,8 +75,6 @@ class Rollout(StrEnum):
 
 def main() -> None:
     """Run the command; what the user can mend is one sentence, not a traceback."""
-    # Small matrices on few cores: threads cost more than they bring, and their order of summation changes bytes.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         app()
     except InputError as error:
@@ -226,6 +224,8 @@ def build(
     seed: SeedOption = 0,
 ) -> None:
     """Embed the items and give each a semantic ID by residual balanced k-means: D.index.json."""
+    # One thread, before any library starts more: the order of summation would change the bytes of the index.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from data_processing.indexing.residual_index import build_index
     from data_processing.layout import DataFolder
 
@@ -279,7 +279,7 @@ def evaluate(
     mode: Annotated[list[Mode] | None, typer.Option(help="Direct or reasoning; repeat it. Default: both.")] = None,
     split: Annotated[Split, typer.Option(help="Which held-out interaction is to be found.")] = Split.test,
     engine: Annotated[Engine, typer.Option(help="What generates the chains of thought.")] = Engine.vllm,
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the constrained search.")] = 30,
+    beams: Annotated[int, typer.Option(min=0, help="Beams of the search; 0: score free answers only.")] = 30,
     chains: Annotated[int, typer.Option(min=1, help="Chains of thought a user.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest chain with its answer, in tokens.")] = 256,
     limit: Annotated[int | None, typer.Option(help="Evaluate a seeded sample of this many users.")] = None,

@@ -63,7 +63,14 @@ def _steps(run: Path, folder: Path, dataset: str, seed: int) -> list[Step]:
     return [
         _evaluation(run, folder, dataset, seed, "sft", run / "sft", run / "sft" / "model.safetensors"),
         Step(
-            f"srpo-{seed}", f"SRPO, seed {seed}", train, [*prompts, run / "sft"], [finished], logged=True, timeout=3600
+            f"srpo-{seed}",
+            f"SRPO, seed {seed}",
+            train,
+            [*prompts, run / "sft"],
+            [finished],
+            resumes=[checkpoints],
+            logged=True,
+            timeout=5400,
         ),
         _evaluation(run, folder, dataset, seed, "srpo", checkpoints, finished),
     ]

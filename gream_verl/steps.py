@@ -7,10 +7,12 @@ holds the fingerprint of its command and of everything it reads, and what it mak
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,8 @@ from gream_verl.files import InputError, read_json, write_json
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 15.0
 LOG_TAIL = 25
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Step:
         command: The words of the command; ``python``, ``gream`` and ``llamafactory-cli`` are those of this environment.
         reads: Files and folders it depends on.
         makes: Files and folders that are there once it is done.
+        resumes: Folders from which the command goes on after a stop, such as checkpoints. When what the step reads has
+            changed since, they are moved aside (to ``<folder>.previous``): they belong to another run.
         timeout: Seconds after which it is stopped.
         logged: Whether its output goes to a log file, with one line of progress on the terminal, instead of straight to
             the terminal.
@@ -48,6 +54,7 @@ class Step:
     command: Sequence[str]
     reads: Sequence[Path] = ()
     makes: Sequence[Path] = ()
+    resumes: Sequence[Path] = ()
     timeout: float = 1800.0
     logged: bool = False
 
@@ -96,6 +103,7 @@ class Pipeline:
                 self.console.print(f"kept from an earlier run ({kept['seconds']:.0f} s then)", style="green")
                 return StepResult(kept["seconds"], kept["memory"], reused=True)
         stamp.unlink(missing_ok=True)
+        self._set_aside(step, fingerprint)
         result = self._execute(step)
         missing = [str(path) for path in step.makes if not path.exists()]
         if missing:
@@ -103,6 +111,18 @@ class Pipeline:
         write_json(stamp, {"fingerprint": fingerprint, "seconds": result.seconds, "memory": result.memory})
         self.console.print(f"done in {result.seconds:.0f} s, {result.memory / 2**30:.1f} GiB at most", style="green")
         return result
+
+    def _set_aside(self, step: Step, fingerprint: str) -> None:
+        """Keep what a stopped run of the same step left; move aside what another run left."""
+        started = self.folder / ".steps" / f"{step.name}.started.json"
+        if started.is_file() and read_json(started).get("fingerprint") == fingerprint:
+            return
+        for folder in filter(Path.exists, step.resumes):
+            previous = folder.with_name(f"{folder.name}.previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+            self.console.print(f"{folder} is from other inputs: moved to {previous}", style="yellow", soft_wrap=True)
+        write_json(started, {"fingerprint": fingerprint})
 
     def _execute(self, step: Step) -> StepResult:
         log = self.folder / "logs" / f"{step.name}.log"
@@ -116,6 +136,7 @@ class Pipeline:
                 stdin=subprocess.DEVNULL,
                 env=environment(),
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         tree = ProcessTree(process.pid)
         try:
@@ -150,6 +171,11 @@ class Pipeline:
                 elif time.monotonic() - shown >= QUIET_SECONDS:
                     shown = time.monotonic()
                     self.console.print(f"  {elapsed:4.0f} s  {line[:140]}", highlight=False, markup=False)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this child when its parent dies, also by kill -9: no training goes on unwatched."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Nothing:
@@ -211,9 +237,9 @@ class ProcessTree:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a step: this interpreter's commands come first, its text is not held back, one thread each."""
+    """The environment of a step: this interpreter's commands come first, and its text is not held back."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def fingerprint_step(step: Step) -> str:

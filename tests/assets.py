@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gream_verl import tiny_model
 from gream_verl.semantic_ids import ItemIndex
+from gream_verl.tiny_model import train_tokenizer
+from gream_verl.vocabulary import add_sid_tokens
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TITLES = ("Alien", "Toy Story", "Fargo", "Heat", "Casablanca", "Psycho", "Jaws", "Brazil")
 
 
@@ -24,34 +23,9 @@ def make_index(items: int = 24, levels: int = 3, codes: int = 4) -> ItemIndex:
 
 
 def make_tokenizer(texts: Iterable[str], index: ItemIndex, vocabulary: int = 512) -> Any:
-    """Return a BPE tokenizer trained on ``texts``, with ChatML, ``<think>`` and the SID tokens as ordinary tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    ordinary = ["<think>", "</think>", *index.tokens]
-    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in ordinary])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    """Return the project's own tokenizer, trained on ``texts``, that knows the SIDs of ``index``."""
+    tokenizer = train_tokenizer(texts, vocabulary)
+    add_sid_tokens(tokenizer, index)
     return tokenizer
 
 
@@ -66,31 +40,16 @@ def make_tiny_model(
     seed: int = 0,
 ) -> Path:
     """Save a random Qwen3 and a tokenizer that knows the SIDs of ``index``; return the folder."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    tokenizer = make_tokenizer([*texts, "system user assistant <answer> </answer>"], index, vocabulary)
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=(len(tokenizer) + 63) // 64 * 64,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,  # the smallest that vLLM's CPU attention takes
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).float()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
+    tiny_model.make_tiny_model(
+        [*texts, "system user assistant <answer> </answer>"],
+        index,
+        folder,
+        vocabulary_size=vocabulary,
+        hidden_size=hidden,
+        layers=layers,
+        heads=hidden // 32,  # a head of 32 is the smallest that vLLM's CPU attention takes
+        seed=seed,
+    )
     return Path(folder)
 
 

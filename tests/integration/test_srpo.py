@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ import verl  # noqa: F401  loads the plugin
 from assets import make_index, make_tiny_model, teach_form, write_rl_files
 
 from gream_verl import cpu
+from gream_verl.steps import ProcessTree
 
 pytestmark = [
     pytest.mark.integration,
@@ -43,7 +44,7 @@ def main_ppo(run: Path, *overrides: str) -> str:
     try:
         output, _ = process.communicate(timeout=540)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+        ProcessTree(process.pid).stop()  # Ray's daemons too
         output, _ = process.communicate(timeout=30)
         pytest.fail(f"main_ppo hangs:\n{output[-5000:]}")
     assert process.returncode == 0, output[-5000:]
@@ -56,6 +57,24 @@ def run(tmp_path):
     make_tiny_model(tmp_path / "sft", index)
     write_rl_files(tmp_path / "data", index)
     return tmp_path
+
+
+@pytest.fixture
+def usual_ports_in_use():
+    """Hold the ports that Ray, its dashboard and torch take by default, as another program would."""
+    sockets = []
+    for port in (6379, 8265, 10001, 29500):
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", port))
+            holder.listen()
+        except OSError:  # somebody else holds it: just as well
+            holder.close()
+            continue
+        sockets.append(holder)
+    yield
+    for holder in sockets:
+        holder.close()
 
 
 def steps(run: Path) -> dict[int, dict[str, float]]:
@@ -101,6 +120,7 @@ def test_stock_verl_trains_with_vllm_rollouts_on_a_cpu(run):
     assert not torch.equal(before, weights(exported(run)))
 
 
+@pytest.mark.usefixtures("usual_ports_in_use")
 def test_stock_verl_ends_with_hugging_face_rollouts_although_no_group_teaches_anything(run):
     main_ppo(run, "actor_rollout_ref.rollout.name=hf_cpu")
     logged = steps(run)

@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 import time
 
@@ -83,6 +84,46 @@ def test_a_step_out_of_time_is_stopped_with_everything_it_started(tmp_path, pipe
     assert time.monotonic() - started < 60
     pid = int(child.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_stopped_step_finds_its_checkpoints_and_another_run_does_not(tmp_path, pipeline):
+    (tmp_path / "source").write_text("one")
+    checkpoints = tmp_path / "checkpoints"
+    code = (
+        "import pathlib, sys; folder = pathlib.Path(sys.argv[1]); folder.mkdir(exist_ok=True); "
+        "seen = sorted(p.name for p in folder.iterdir()); (folder / f'run{len(seen)}').touch(); "
+        "sys.exit(0 if len(seen) == 1 else 7)"
+    )
+    command = [sys.executable, "-c", code, str(checkpoints)]
+    step = Step("train", "Train", command, [tmp_path / "source"], [checkpoints], resumes=[checkpoints])
+    with pytest.raises(InputError, match="exit status 7"):
+        pipeline.run([step])
+    pipeline.run([step])  # goes on from run0, and ends well
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["run0", "run1"]
+    (tmp_path / "source").write_text("two")
+    with pytest.raises(InputError, match="exit status 7"):
+        pipeline.run([step])  # begins anew
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["run0"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints.previous").iterdir()) == ["run0", "run1"]
+
+
+def test_a_step_ends_with_the_process_that_runs_it(tmp_path):
+    child = tmp_path / "child"
+    step = f"import os, time, pathlib; pathlib.Path({str(child)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    code = (
+        "import sys; from pathlib import Path; from gream_verl.steps import Pipeline, Step; "
+        f"Pipeline(Path({str(tmp_path)!r})).run([Step('slow', 'Slow', [sys.executable, '-c', {step!r}], logged=True)])"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    pid = int(child.read_text())
+    runner.kill()
+    runner.wait(10)
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_last_line_of_a_rewritten_progress_bar_is_shown(tmp_path):
