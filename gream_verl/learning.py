@@ -11,11 +11,14 @@ from rich.table import Table
 from gream_verl.evaluation.metrics import bootstrap_difference, bootstrap_mean
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.files import write_json, write_text
+from gream_verl.quickstart import recipe_folder
 from gream_verl.steps import Pipeline, Step
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+STEPS = 40
+"""Steps of SRPO: twice those of the quickstart."""
 CHAINS = 5
 """Samples a prompt, at the temperature and top-p of the authors' validation."""
 
@@ -58,7 +61,7 @@ def _steps(run: Path, folder: Path, dataset: str, seed: int) -> list[Step]:
     prompts = [data / f"{dataset}-{part}.parquet" for part in ("rl", "val")]
     train = ["python", "-m", "verl.trainer.main_ppo", "+recipe=gream_srpo_cpu", f"gream.run={run}"]
     train += [f"gream.dataset={dataset}", f"gream.checkpoints={checkpoints}", f"gream.seed={seed}"]
-    train += ["trainer.val_before_train=false", "trainer.test_freq=-1"]
+    train += [f"trainer.total_training_steps={STEPS}", "trainer.val_before_train=false", "trainer.test_freq=-1"]
     finished = checkpoints / "latest_checkpointed_iteration.txt"
     return [
         _evaluation(run, folder, dataset, seed, "sft", run / "sft", run / "sft" / "model.safetensors"),
@@ -66,7 +69,7 @@ def _steps(run: Path, folder: Path, dataset: str, seed: int) -> list[Step]:
             f"srpo-{seed}",
             f"SRPO, seed {seed}",
             train,
-            [*prompts, run / "sft"],
+            [*prompts, run / "sft", recipe_folder()],
             [finished],
             resumes=[checkpoints],
             logged=True,

@@ -5,7 +5,10 @@ Every step is a command of `gream`, of stock LLaMA-Factory or of stock verl that
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gream_verl.files import InputError, require_file
@@ -52,6 +55,9 @@ class QuickstartOptions:
 
     def check(self) -> None:
         """Raise InputError when the options do not fit together or a file is missing."""
+        for name in (self.name, self.dataset):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise InputError(f"{name!r}: cannot be a name here; use letters, digits, '.', '_' and '-' only")
         if self.source not in SOURCES:
             raise InputError(f"--source {self.source}: not known; choose one of {', '.join(SOURCES)}")
         if self.rollout not in ("vllm", "hf_cpu"):
@@ -73,6 +79,23 @@ def config_file(name: str) -> Path:
     from importlib.resources import files
 
     return Path(str(files("gream_verl.sft_configs").joinpath(name)))
+
+
+def recipe_folder() -> Path:
+    """Return the folder of the verl recipes, in a clone or in the installed package."""
+    from importlib.resources import files
+
+    return Path(str(files("gream_verl.recipes").joinpath("recipe")))
+
+
+def drop_torn_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of LLaMA-Factory that a kill cut short: it would try to go on from the newest.
+
+    The trainer's state is the last file of a checkpoint to be written.
+    """
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / "trainer_state.json").is_file():
+            shutil.rmtree(checkpoint)
 
 
 def steps(options: QuickstartOptions) -> list[Step]:
@@ -153,6 +176,7 @@ def _training_steps(options: QuickstartOptions) -> list[Step]:
             [sft_config, data / f"{dataset}-mix.parquet", data / "dataset_info.json", folder / "model"],
             [folder / "sft" / "model.safetensors"],
             resumes=[folder / "sft"],
+            before=partial(drop_torn_checkpoints, folder / "sft"),
             logged=True,
         ),
         _evaluation_step(options, "sft"),
@@ -160,9 +184,9 @@ def _training_steps(options: QuickstartOptions) -> list[Step]:
             "srpo",
             "SRPO with verl",
             srpo,
-            [*prompts, data / f"{dataset}.index.json", folder / "sft"],
+            [*prompts, data / f"{dataset}.index.json", folder / "sft", recipe_folder()],
             [folder / "srpo" / "latest_checkpointed_iteration.txt"],
-            resumes=[folder / "srpo", folder / "logs" / "srpo"],
+            resumes=[folder / "srpo"],
             logged=True,
         ),
         _evaluation_step(options, "srpo"),

@@ -113,6 +113,6 @@ def _ground_truth(row: dict[str, Any], extra_info: dict[str, Any]) -> SemanticId
     if truth is None:
         raise InputError(
             f"{row.get('data_source')}: row {extra_info.get('index')}: reward_model.ground_truth is {text!r}; "
-            "expected a SID such as '<|a_1|><|b_7|>'; build the parquet files anew with `gream rl`"
+            "expected a SID such as '<|a_1|><|b_7|>'; build the parquet files anew with `gream data rl`"
         )
     return truth

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
+from gream_verl import __version__
 from gream_verl.files import InputError, read_json, write_json
 
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 15.0
 LOG_TAIL = 25
+KNOWN_REASON = re.compile(r"InputError: (?=\S)|(?=\[Errno \d+\])")
+"""Where in a framework's traceback the sentence for the user begins."""
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
@@ -42,8 +47,9 @@ class Step:
         command: The words of the command; ``python``, ``gream`` and ``llamafactory-cli`` are those of this environment.
         reads: Files and folders it depends on.
         makes: Files and folders that are there once it is done.
-        resumes: Folders from which the command goes on after a stop, such as checkpoints. When what the step reads has
-            changed since, they are moved aside (to ``<folder>.previous``): they belong to another run.
+        resumes: Folders of a training, from which the command goes on after a stop, such as checkpoints. When what the
+            step reads has changed since, they are moved aside (to ``<folder>.previous``): they belong to another run.
+        before: What to do right before the command is run.
         timeout: Seconds after which it is stopped.
         logged: Whether its output goes to a log file, with one line of progress on the terminal, instead of straight to
             the terminal.
@@ -55,6 +61,7 @@ class Step:
     reads: Sequence[Path] = ()
     makes: Sequence[Path] = ()
     resumes: Sequence[Path] = ()
+    before: Callable[[], None] | None = None
     timeout: float = 1800.0
     logged: bool = False
 
@@ -85,18 +92,35 @@ class Pipeline:
         """Run ``steps`` in order and return what each took.
 
         Raises:
-            InputError: When a step fails or runs out of time; earlier results stay.
+            InputError: When a step fails or runs out of time, earlier results stay; when the folder is in use.
         """
         results = {}
-        for number, step in enumerate(steps, start=1):
-            self.console.rule(f"[bold]{number}/{len(steps)} {step.title}", align="left")
-            self.console.print(f"$ {shlex.join(step.command)}", style="cyan", highlight=False, soft_wrap=True)
-            results[step.name] = self._run_or_reuse(step)
+        with self._locked():
+            for number, step in enumerate(steps, start=1):
+                self.console.rule(f"[bold]{number}/{len(steps)} {step.title}", align="left")
+                self.console.print(f"$ {shlex.join(step.command)}", style="cyan", highlight=False, soft_wrap=True)
+                trainings = [self._stamp(made) for made in steps[: number - 1] if made.resumes and feeds(made, step)]
+                results[step.name] = self._run_or_reuse(step, trainings)
         return results
 
-    def _run_or_reuse(self, step: Step) -> StepResult:
-        stamp = self.folder / ".steps" / f"{step.name}.json"
-        fingerprint = fingerprint_step(step)
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the folder: two pipelines in it would write the same checkpoints."""
+        lock = self.folder / ".steps" / "lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.folder}: in use by another run; wait for it or choose another name") from None
+            yield
+
+    def _stamp(self, step: Step) -> Path:
+        return self.folder / ".steps" / f"{step.name}.json"
+
+    def _run_or_reuse(self, step: Step, trainings: Sequence[Path]) -> StepResult:
+        stamp = self._stamp(step)
+        fingerprint = fingerprint_step(step, trainings)
         if stamp.is_file() and all(path.exists() for path in step.makes):
             kept = read_json(stamp, "delete it and run again")
             if kept.get("fingerprint") == fingerprint:
@@ -108,13 +132,14 @@ class Pipeline:
         missing = [str(path) for path in step.makes if not path.exists()]
         if missing:
             raise InputError(f"step {step.name!r} ended without making {', '.join(missing)}; run its command by hand")
-        write_json(stamp, {"fingerprint": fingerprint, "seconds": result.seconds, "memory": result.memory})
+        finished = {"seconds": result.seconds, "memory": result.memory, "finished": time.time()}
+        write_json(stamp, {"fingerprint": fingerprint, **finished})
         self.console.print(f"done in {result.seconds:.0f} s, {result.memory / 2**30:.1f} GiB at most", style="green")
         return result
 
     def _set_aside(self, step: Step, fingerprint: str) -> None:
         """Keep what a stopped run of the same step left; move aside what another run left."""
-        started = self.folder / ".steps" / f"{step.name}.started.json"
+        started = self.folder / ".steps" / f"{step.name}.started"
         if started.is_file() and read_json(started).get("fingerprint") == fingerprint:
             return
         for folder in filter(Path.exists, step.resumes):
@@ -127,6 +152,8 @@ class Pipeline:
     def _execute(self, step: Step) -> StepResult:
         log = self.folder / "logs" / f"{step.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
+        if step.before is not None:
+            step.before()
         start = time.monotonic()
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -226,13 +253,11 @@ class ProcessTree:
 
         with contextlib.suppress(psutil.NoSuchProcess):
             self._known.update(self._root.children(recursive=True))
-        left = [process for process in self._known if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        left = list(self._known)
         for deadline, send in ((10.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
             for process in left:
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(send)
-                except psutil.NoSuchProcess:
-                    continue
             _, left = psutil.wait_procs(left, timeout=deadline)
 
 
@@ -242,10 +267,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
-def fingerprint_step(step: Step) -> str:
-    """Return a hash of the command and of the contents of everything the step reads."""
-    digest = hashlib.sha256(json.dumps(list(step.command)).encode())
-    for path in step.reads:
+def feeds(made: Step, step: Step) -> bool:
+    """Return whether ``step`` reads something that ``made`` makes."""
+    return any(read == path or read in path.parents for read in step.reads for path in made.makes)
+
+
+def fingerprint_step(step: Step, trainings: Sequence[Path] = ()) -> str:
+    """Return a hash of the command, of the contents of everything the step reads, and of this package's version.
+
+    Args:
+        step: The step.
+        trainings: Stamps of the trainings whose results it reads: no two runs of a training give the same weights, so
+            what was made from an earlier one is out of date.
+    """
+    digest = hashlib.sha256(json.dumps([__version__, *step.command]).encode())
+    for path in (*step.reads, *trainings):
         for file in files_below(path):
             digest.update(str(file).encode())
             with file.open("rb") as content:
@@ -277,10 +313,12 @@ def last_line(log: Path) -> str:
 
 
 def _failure(step: Step, code: int, log: Path) -> str:
-    message = f"step {step.name!r} failed (exit status {code}); what was finished before it is kept"
+    reason = f"killed by signal {-code}, perhaps for memory" if code < 0 else f"exit status {code}"
+    message = f"step {step.name!r} failed ({reason}); what was finished before it is kept"
     if not step.logged:
         return message
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 16384))
-        tail = file.read().decode("utf-8", errors="replace").replace("\r", "\n").splitlines()[-LOG_TAIL:]
-    return "\n".join([*tail, f"{message}; the whole log is {log}"])
+        lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").splitlines()
+    known = [line[found.end() :] for line in lines if (found := KNOWN_REASON.search(line))]
+    return "\n".join([*(known[-1:] or lines[-LOG_TAIL:]), f"{message}; the whole log is {log}"])

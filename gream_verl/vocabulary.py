@@ -115,7 +115,6 @@ def extend_checkpoint(base: str, index_file: str | Path, output: str | Path, *, 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: str | Path) -> None:
     """Save model and tokenizer to a folder that appears only when both are complete."""
-    import shutil
     import tempfile
 
     output = Path(output)
@@ -125,5 +124,5 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(Path(temporary) / "previous")
         folder.rename(output)

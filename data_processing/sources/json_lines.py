@@ -34,6 +34,8 @@ def read_json_lines(path: Path, checks: RowChecks, expected: str) -> Iterator[tu
         checks.rows += 1
         try:
             value = json.loads(line)
+            if b"\\ud" in line.lower():  # half of a surrogate pair is valid JSON, but no text that can be written
+                json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):

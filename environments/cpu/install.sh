@@ -28,7 +28,11 @@ fi
 start=$SECONDS
 echo "make env: building .venv from $lock with $("$python" --version)"
 rm -f "$stamp"
-[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
+# A .venv of another Python, or one that was moved here, is made anew.
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python -c \
+    'import os, sys; sys.exit(sys.version_info[:2] != (3, 11) or os.path.realpath(sys.prefix) != os.path.realpath(".venv"))'; then
+    "$python" -m venv --clear .venv
+fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -o '^uv==[^ ]*' "$lock")"
 
 # uv does not read pip's configuration: pass on what pip itself would use.
@@ -41,6 +45,7 @@ pass_on() { # variable of uv, setting of pip
     if [ -z "${!1:-}" ] && [ -n "$value" ]; then export "$1=$value"; fi
 }
 pass_on UV_DEFAULT_INDEX index-url
+pass_on UV_INDEX extra-index-url
 pass_on UV_FIND_LINKS find-links
 pass_on SSL_CERT_FILE cert
 UV_FIND_LINKS=$(echo "${UV_FIND_LINKS:-}" | tr -s ' \n' ',') && export UV_FIND_LINKS
@@ -54,7 +59,7 @@ if ! uv pip install --quiet --dry-run --no-deps "$torch+cpu" 2>/dev/null; then
     backend=(--torch-backend cpu)
 fi
 # Bytecode at install: a training run starts a dozen processes, and each would compile torch and verl for itself.
-uv pip sync "${backend[@]}" --compile-bytecode "$lock"
+uv pip sync ${backend[@]+"${backend[@]}"} --compile-bytecode "$lock"
 uv pip install --quiet --no-deps --no-build-isolation ./environments/cpu/torchaudio_stub
 uv pip install --quiet --no-deps --no-build-isolation --editable .
 .venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' || {

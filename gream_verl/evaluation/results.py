@@ -38,7 +38,7 @@ class Evaluation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` (metrics and settings) and, beside it, ``<stem>.rows.jsonl``."""
-        write_text(_rows_path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
+        write_text(_rows_path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
         write_json(path, {"metrics": dict(self.metrics), "settings": dict(self.settings)}, indent=2)
 
     @classmethod
@@ -50,7 +50,7 @@ class Evaluation:
         """
         remedy = "evaluate anew with `gream evaluate`"
         content = read_json(path, remedy)
-        lines = require_file(_rows_path(path), remedy).read_text(encoding="utf-8").splitlines()
+        lines = require_file(_rows_path(path), remedy).read_text(encoding="utf-8").rstrip("\n").split("\n")
         try:
             return cls(content["metrics"], content["settings"], [json.loads(line) for line in lines])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -80,7 +80,7 @@ class ProgressFile:
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path is None:
             return
-        header = json.dumps({"settings": settings}, ensure_ascii=False, sort_keys=True)
+        header = json.dumps({"settings": settings}, sort_keys=True)
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
         complete = [line for line in lines if line.endswith("\n")]
         if not complete or complete[0].rstrip("\n") != header:
@@ -95,6 +95,6 @@ class ProgressFile:
         self.rows |= {row["user"]: row for row in rows}
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(json.dumps(row) + "\n" for row in rows)
                 file.flush()
                 os.fsync(file.fileno())

@@ -129,7 +129,7 @@ def report_run(run: Path, dataset: str) -> None:
         prompts=read_prompts(test, "reasoning", limit=limit, seed=settings["seed"])[0],
         examples="SRPO, reasoning",
         sft_log=read_sft_log(run / "sft"),
-        srpo_log=read_srpo_log(sorted(run.glob("logs/srpo/*/*/*.jsonl"))),
+        srpo_log=read_srpo_log(sorted(run.glob("srpo/logs/*/gream/srpo.jsonl"))),
         tasks=pl.read_parquet(data / f"{dataset}-mix.parquet", columns=["task"])["task"].to_list(),
         details=_details(run),
     )

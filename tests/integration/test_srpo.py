@@ -78,7 +78,7 @@ def usual_ports_in_use():
 
 
 def steps(run: Path) -> dict[int, dict[str, float]]:
-    logs = sorted(run.glob("logs/srpo/*/gream/srpo.jsonl"))
+    logs = sorted(run.glob("srpo/logs/*/gream/srpo.jsonl"))
     records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     return {record["step"]: record["data"] for record in records}
 

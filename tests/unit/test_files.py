@@ -36,6 +36,12 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert json.loads(path.read_text()) == "old"
 
 
+@pytest.mark.parametrize("place", ["/sys/none.json", "/proc/none/such/x.json"])
+def test_a_place_that_takes_no_files_is_one_sentence(place):
+    with pytest.raises(InputError, match="cannot be written"):
+        write_json(place, 1)
+
+
 def test_an_error_about_another_file_is_passed_on(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "out.json"):
         (tmp_path / "absent").read_text()

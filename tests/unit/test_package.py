@@ -61,7 +61,11 @@ def test_the_entry_points_are_there(wheel):
 def resolve(extra, python, tmp_path):
     """Resolve an extra as `pip install gream-verl[extra]` would, from the index that pip is set up for."""
     environment = dict(os.environ)
-    for variable, setting in (("UV_DEFAULT_INDEX", "index-url"), ("SSL_CERT_FILE", "cert")):
+    for variable, setting in (
+        ("UV_DEFAULT_INDEX", "index-url"),
+        ("UV_INDEX", "extra-index-url"),
+        ("SSL_CERT_FILE", "cert"),
+    ):
         for key in (f"global.{setting}", f":env:.{setting}"):
             found = subprocess.run(
                 [sys.executable, "-m", "pip", "config", "get", key], capture_output=True, text=True, check=False

@@ -126,6 +126,39 @@ def test_a_step_ends_with_the_process_that_runs_it(tmp_path):
         time.sleep(0.1)
 
 
+def test_what_was_made_from_an_earlier_training_is_out_of_date(tmp_path, pipeline):
+    weights, score = tmp_path / "weights", tmp_path / "score"
+    train = [sys.executable, "-c", f"open({str(weights)!r}, 'w').write('the same')"]
+    evaluate = [sys.executable, "-c", f"open({str(score)!r}, 'w').write('1')"]
+    steps = [
+        Step("train", "Train", train, makes=[weights], resumes=[tmp_path / "checkpoints"]),
+        Step("evaluate", "Evaluate", evaluate, [weights], [score]),
+    ]
+    pipeline.run(steps)
+    assert all(result.reused for result in pipeline.run(steps).values())
+    weights.unlink()
+    assert not any(result.reused for result in pipeline.run(steps).values())
+
+
+def test_a_sentence_of_ours_in_a_framework_s_traceback_is_what_the_user_sees(pipeline):
+    code = "from gream_verl.files import InputError; raise InputError('D.index.json: the item is missing; build it')"
+    with pytest.raises(InputError) as caught:
+        pipeline.run([Step("bad", "Bad", [sys.executable, "-c", code], logged=True)])
+    first, second = str(caught.value).splitlines()
+    assert first == "D.index.json: the item is missing; build it"
+    assert "'bad' failed" in second
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, pipeline):
+    nested = (
+        "from pathlib import Path; from gream_verl.files import InputError; from gream_verl.steps import Pipeline\n"
+        f"try: Pipeline(Path({str(tmp_path / 'run')!r})).run([])\n"
+        f"except InputError as error: open({str(tmp_path / 'said')!r}, 'w').write(str(error))"
+    )
+    pipeline.run([Step("outer", "Outer", [sys.executable, "-c", nested], makes=[tmp_path / "said"])])
+    assert "in use by another run" in (tmp_path / "said").read_text()
+
+
 def test_the_last_line_of_a_rewritten_progress_bar_is_shown(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"start\n 1%|\r 50%|##  |\r\n\n")
