@@ -49,6 +49,8 @@ pass_on UV_INDEX extra-index-url
 pass_on UV_FIND_LINKS find-links
 pass_on SSL_CERT_FILE cert
 UV_FIND_LINKS=$(echo "${UV_FIND_LINKS:-}" | tr -s ' \n' ',') && export UV_FIND_LINKS
+# All indexes count alike, as they do for pip; the hashes in the lock say which files are meant.
+export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 export UV_LINK_MODE=${UV_LINK_MODE:-copy} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 
 uv() { .venv/bin/uv "$@" --python .venv/bin/python; }

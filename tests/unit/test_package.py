@@ -60,7 +60,7 @@ def test_the_entry_points_are_there(wheel):
 
 def resolve(extra, python, tmp_path):
     """Resolve an extra as `pip install gream-verl[extra]` would, from the index that pip is set up for."""
-    environment = dict(os.environ)
+    environment = {"UV_INDEX_STRATEGY": "unsafe-best-match", **os.environ}
     for variable, setting in (
         ("UV_DEFAULT_INDEX", "index-url"),
         ("UV_INDEX", "extra-index-url"),
