@@ -187,6 +187,10 @@ def sft(
     ] = None,
     history: HistoryOption = 20,
     block: Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch a device.")] = 16,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
+    ] = None,
+    longest: Annotated[int, typer.Option(min=1, help="Tokens a row may have: the trainer's cutoff_len.")] = 2048,
     seed: SeedOption = 0,
 ) -> None:
     """Write the SFT mix: alignment tasks and chains of thought in the order of the curriculum."""
@@ -195,7 +199,29 @@ def sft(
     from gream_verl.quickstart import TINY_MIX
 
     counts = _row_counts(rows) if rows else TINY_MIX
-    _print_dict("SFT rows", write_mix(DataFolder(data, dataset), rows=counts, seed=seed, history=history, block=block))
+    limit = _length_limit(tokenizer, longest) if tokenizer else None
+    folder = DataFolder(data, dataset)
+    _print_dict("SFT rows", write_mix(folder, rows=counts, seed=seed, history=history, block=block, limit=limit))
+
+
+def _length_limit(tokenizer: str, longest: int) -> Any:
+    """Return a limit that counts the tokens of a whole conversation as the trainer does."""
+    from transformers import AutoTokenizer
+
+    from data_processing.sft.mix import LengthLimit
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({error})") from error
+
+    def count_tokens(row: Any) -> int:
+        turns = [("system", row.system), ("user", row.user), ("assistant", row.assistant)]
+        messages = [{"role": role, "content": text} for role, text in turns if text]
+        text = loaded.apply_chat_template(messages, tokenize=False)
+        return len(loaded(text, add_special_tokens=False)["input_ids"])
+
+    return LengthLimit(count_tokens, longest)
 
 
 def _row_counts(rows: list[str]) -> dict[str, int]:

@@ -43,15 +43,17 @@ def compare(run: Path, dataset: str, *, seeds: int, console: Console) -> dict[st
         InputError: When the run has no SFT checkpoint or a step fails.
     """
     folder = run / "learning"
-    Pipeline(folder, console).run([step for seed in range(seeds) for step in _steps(run, folder, dataset, seed)])
-    before = [_user_means(folder / f"sft-{seed}-reasoning.json") for seed in range(seeds)]
+    baseline = _evaluation(run, folder, dataset, "sft", run / "sft", run / "sft" / "model.safetensors", seed=0)
+    trainings = [step for seed in range(seeds) for step in _steps(run, folder, dataset, seed)]
+    Pipeline(folder, console).run([baseline, *trainings])
+    before = _user_means(folder / "sft-reasoning.json")
     after = [_user_means(folder / f"srpo-{seed}-reasoning.json") for seed in range(seeds)]
-    rows = {f"seed {seed}": _row(after[seed], before[seed]) for seed in range(seeds)}
-    rows["all seeds"] = _row(np.mean(after, axis=0), np.mean(before, axis=0))
-    result = {"metric": "mean RSVR, reasoning mode", "prompts": len(before[0]), "chains": CHAINS, "results": rows}
+    rows = {f"seed {seed}": _row(after[seed], before) for seed in range(seeds)}
+    rows["all seeds"] = _row(np.mean(after, axis=0), before)
+    result = {"metric": "mean RSVR, reasoning mode", "prompts": len(before), "chains": CHAINS, "results": rows}
     write_json(folder / "learning.json", result, indent=2)
     write_text(folder / "learning.svg", _picture(rows))
-    console.print(_table(rows, len(before[0])))
+    console.print(_table(rows, len(before)))
     console.print(f"Kept in {folder / 'learning.json'} and learning.svg", soft_wrap=True)
     return result
 
@@ -64,7 +66,6 @@ def _steps(run: Path, folder: Path, dataset: str, seed: int) -> list[Step]:
     train += [f"trainer.total_training_steps={STEPS}", "trainer.val_before_train=false", "trainer.test_freq=-1"]
     finished = checkpoints / "latest_checkpointed_iteration.txt"
     return [
-        _evaluation(run, folder, dataset, seed, "sft", run / "sft", run / "sft" / "model.safetensors"),
         Step(
             f"srpo-{seed}",
             f"SRPO, seed {seed}",
@@ -75,18 +76,17 @@ def _steps(run: Path, folder: Path, dataset: str, seed: int) -> list[Step]:
             logged=True,
             timeout=5400,
         ),
-        _evaluation(run, folder, dataset, seed, "srpo", checkpoints, finished),
+        _evaluation(run, folder, dataset, f"srpo-{seed}", checkpoints, finished, seed=seed),
     ]
 
 
-def _evaluation(run: Path, folder: Path, dataset: str, seed: int, stage: str, model: Path, finished: Path) -> Step:
-    name = f"{stage}-{seed}"
+def _evaluation(run: Path, folder: Path, dataset: str, name: str, model: Path, finished: Path, *, seed: int) -> Step:
     command = ["gream", "evaluate", "--model", str(model), "--data", str(run / "data"), "--dataset", dataset]
     command += ["--output", str(folder), "--name", name, "--mode", "reasoning", "--split", "val"]
     command += ["--chains", str(CHAINS), "--beams", "0", "--max-tokens", "128", "--seed", str(seed)]
     reads = [finished, run / "data" / f"{dataset}-val.parquet"]
     return Step(
-        f"evaluate-{name}", f"Validation of {stage.upper()}, seed {seed}", command, reads,
+        f"evaluate-{name}", f"Validation of {name.upper()}", command, reads,
         [folder / f"{name}-reasoning.json"], timeout=3600,
     )  # fmt: skip
 

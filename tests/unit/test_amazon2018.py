@@ -181,3 +181,11 @@ def test_a_real_dirty_dump_becomes_a_data_set(tmp_path: Path) -> None:
     assert (statistics["users"], statistics["items"], statistics["interactions"]) == (257, 120, 1767)
     titles = [item.title for item in DataFolder(tmp_path, "magazine").read_items().values()]
     assert not any("<" in title or "&amp;" in title for title in titles)
+
+
+def test_half_a_surrogate_pair_is_one_bad_row_and_a_whole_one_is_text(tmp_path: Path) -> None:
+    items = [metadata("a", "Fine"), metadata("b", "Movie \U0001f3ac"), b'{"asin": "c", "title": "half \\ud83c"}']
+    reviews = [review("u", item) for item in ("a", "b")] * 30
+    tables = read(tmp_path, reviews, [*items, *(metadata(f"x{number}", "Fine") for number in range(60))])
+    assert dict(zip(tables.items["item"], tables.items["title"], strict=True))["b"] == "Movie \U0001f3ac"
+    assert "c" not in tables.items["item"]

@@ -2,9 +2,12 @@ import gzip
 import json
 
 import pytest
+from assets import make_tiny_model
+from small_data import make_data
 
 from gream_verl import cli
-from gream_verl.quickstart import QuickstartOptions, steps
+from gream_verl.files import InputError
+from gream_verl.quickstart import QuickstartOptions, drop_torn_checkpoints, steps
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -105,6 +108,32 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(monkeypatch, capsys, am
     status, _, err = run(monkeypatch, capsys, *prepare(amazon))
     assert status == 1
     assert "cannot be written" in err
+
+
+def test_histories_are_shortened_to_what_the_trainer_takes(monkeypatch, capsys, tmp_path):
+    folder = make_data(tmp_path, users=40)
+    model = make_tiny_model(tmp_path / "model", folder.read_index(folder.read_items()))
+    where = ["data", "sft", "--data", tmp_path, "--dataset", "small", "--rows", "seqrec=50"]
+    status, out, err = run(monkeypatch, capsys, *where, "--tokenizer", model, "--longest", "60")
+    assert status == 0, err
+    assert "tokens shortened" in out
+    assert "left out" in out
+    longest = next(line for line in out.splitlines() if "tokens longest" in line)
+    assert float(longest.split("│")[2]) <= 60
+
+
+@pytest.mark.parametrize("name", ["../up", "a,b", "a=b", "with blank", ""])
+def test_a_name_that_a_config_would_misread_is_refused(name):
+    with pytest.raises(InputError, match="cannot be a name"):
+        QuickstartOptions(name=name).check()
+
+
+def test_a_killed_checkpoint_is_dropped_and_a_whole_one_kept(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-20").mkdir()
+    drop_torn_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
 def test_the_default_quickstart_runs_the_bare_commands():
