@@ -33,6 +33,7 @@ QUIET_SECONDS = 15.0
 LOG_TAIL = 25
 KNOWN_REASON = re.compile(r"InputError: (?=\S)|(?=\[Errno \d+\])")
 """Where in a framework's traceback the sentence for the user begins."""
+NOISE = re.compile(r"\x1b\[[0-9;]*m|\(\w+ pid=\d+\) ?")
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
 
@@ -197,7 +198,9 @@ class Pipeline:
                     status.update(f"{elapsed:.0f} s  {line[: max(20, self.console.width - 14)]}")
                 elif time.monotonic() - shown >= QUIET_SECONDS:
                     shown = time.monotonic()
-                    self.console.print(f"  {elapsed:4.0f} s  {line[:140]}", highlight=False, markup=False)
+                    self.console.print(
+                        f"  {elapsed:4.0f} s  {line[:110]}", highlight=False, markup=False, soft_wrap=True
+                    )
 
 
 def _end_with_parent() -> None:
@@ -304,12 +307,12 @@ def files_below(path: Path) -> Iterator[Path]:
 
 
 def last_line(log: Path) -> str:
-    """Return the last line of a log in which a progress bar may have rewritten its line many times."""
+    """Return the last progress bar in the end of a log, else its last line, without colours and Ray's prefix."""
     with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        text = file.read().decode("utf-8", errors="replace")
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
-    return next((line for line in reversed(lines) if line), "starting")
+        file.seek(max(0, log.stat().st_size - 16384))
+        text = NOISE.sub("", file.read().decode("utf-8", errors="replace"))
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    return next((line for line in reversed(lines) if "%|" in line), lines[-1] if lines else "starting")
 
 
 def _failure(step: Step, code: int, log: Path) -> str:

@@ -117,6 +117,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """Save model and tokenizer to a folder that appears only when both are complete."""
     import tempfile
 
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:

@@ -90,7 +90,9 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrai
         InputError: When the folder is no Hugging Face model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if not (Path(folder) / "config.json").is_file():
         raise InputError(f"{folder}: no Hugging Face model (config.json is missing); train one or check the path")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -163,5 +163,9 @@ def test_the_last_line_of_a_rewritten_progress_bar_is_shown(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"start\n 1%|\r 50%|##  |\r\n\n")
     assert last_line(log) == "50%|##  |"
+    log.write_bytes(
+        b"\x1b[36m(Task pid=7)\x1b[0m Progress: 5%|#\r\x1b[36m(Task pid=7)\x1b[0m Progress: 9%|#\nstep:3 - a:1\n"
+    )
+    assert last_line(log) == "Progress: 9%|#"
     log.write_bytes(b"")
     assert last_line(log) == "starting"
