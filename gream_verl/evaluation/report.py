@@ -20,6 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -36,8 +37,8 @@ COLUMNS = {
     "recall@10": "R@10",
     "ndcg@5": "N@5",
     "ndcg@10": "N@10",
-    "mrr@10": "MRR@10",
-    "valid_item": "Valid items",
+    "mrr@10": "M@10",
+    "valid_item": "Valid",
     "rsvr": "RSVR",
 }
 INTERVALS = ("recall@10", "rsvr")
@@ -132,14 +133,14 @@ def summarise(record: RunRecord, *, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def table_rows(summary: Mapping[str, Any], digits: int = 4) -> list[list[str]]:
     """Return the cells of the result table, the name first and the number of users last."""
     rows = []
     for name, result in summary["results"].items():
         metrics = dict(result["metrics"])
         if result["settings"]["mode"] != "reasoning":
             metrics["valid_item"] = 1.0  # these recommend from the list of items and nothing else
-        cells = [f"{metrics[metric]:.4f}" if metric in metrics else "–" for metric in COLUMNS]
+        cells = [f"{metrics[metric]:.{digits}f}" if metric in metrics else "–" for metric in COLUMNS]
         rows.append([name, *cells, f"{result['settings']['users']:,}"])
     return rows
 
@@ -150,11 +151,11 @@ def render_table(summary: Mapping[str, Any]) -> Group:
     Args:
         summary: What ``summarise`` returned, the content of ``metrics.json``.
     """
-    table = Table(title=Text(summary["title"]), title_justify="left")
-    table.add_column("")
-    for heading in [*COLUMNS.values(), "Users"]:
-        table.add_column(heading, justify="right")
-    for row in table_rows(summary):
+    table = Table(title=Text(summary["title"]), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in [*COLUMNS.values(), "n"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in table_rows(summary, digits=3):  # fits into 80 columns
         table.add_row(*map(Text, row))
     return Group(table, *(Text(_sentence(comparison)) for comparison in summary["comparisons"]))
 
