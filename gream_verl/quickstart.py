@@ -200,7 +200,8 @@ def _evaluation_step(options: QuickstartOptions, stage: str) -> Step:
     finished = model / ("model.safetensors" if stage == "sft" else "latest_checkpointed_iteration.txt")
     output = folder / "evaluation"
     command = ["gream", "evaluate", "--model", str(model), "--data", str(data), "--dataset", dataset]
-    command += ["--output", str(output), "--name", stage, "--max-tokens", "128", "--seed", str(options.seed)]
+    command += ["--output", str(output), "--name", stage, "--chains", "3", "--max-tokens", "128"]
+    command += ["--seed", str(options.seed)]
     return Step(
         f"evaluate-{stage}",
         f"Evaluation of {stage.upper()}, direct and reasoning",
