@@ -17,18 +17,18 @@ from gream_verl.steps import Pipeline, Step
 if TYPE_CHECKING:
     from rich.console import Console
 
-STEPS = 40
-"""Steps of SRPO: twice those of the quickstart."""
+STEPS = 60
+"""Steps of SRPO: three times those of the quickstart."""
 CHAINS = 5
-"""Samples a prompt, at the temperature and top-p of the authors' validation."""
+"""Answers a prompt and seed, at the temperature and top-p of the authors' validation."""
 
 
 def compare(run: Path, dataset: str, *, seeds: int, console: Console) -> dict[str, Any]:
     """Train SRPO with seeds 0, 1, ... from the run's SFT checkpoint and compare the mean RSVR with that of SFT.
 
-    Every user's second last interaction is a validation prompt; it is in no training row. Both models answer each
-    prompt five times. Intervals are bootstrapped over users, after averaging over answers (and over seeds, for the
-    interval of all).
+    Every user's second last interaction is a validation prompt; it is in no training row. Each SRPO model answers each
+    prompt five times, and the one SFT model as often as all of them together. Intervals are bootstrapped over users,
+    after averaging over answers (and over seeds, for the interval of all).
 
     Args:
         run: Folder of a finished quickstart.
@@ -43,14 +43,21 @@ def compare(run: Path, dataset: str, *, seeds: int, console: Console) -> dict[st
         InputError: When the run has no SFT checkpoint or a step fails.
     """
     folder = run / "learning"
-    baseline = _evaluation(run, folder, dataset, "sft", run / "sft", run / "sft" / "model.safetensors", seed=0)
+    sft = run / "sft"
+    baseline = _evaluation(run, folder, dataset, "sft", sft, sft / "model.safetensors", seed=0, chains=CHAINS * seeds)
     trainings = [step for seed in range(seeds) for step in _steps(run, folder, dataset, seed)]
     Pipeline(folder, console).run([baseline, *trainings])
     before = _user_means(folder / "sft-reasoning.json")
     after = [_user_means(folder / f"srpo-{seed}-reasoning.json") for seed in range(seeds)]
     rows = {f"seed {seed}": _row(after[seed], before) for seed in range(seeds)}
     rows["all seeds"] = _row(np.mean(after, axis=0), before)
-    result = {"metric": "mean RSVR, reasoning mode", "prompts": len(before), "chains": CHAINS, "results": rows}
+    result = {
+        "metric": "mean RSVR, reasoning mode",
+        "prompts": len(before),
+        "answers": {"sft": CHAINS * seeds, "srpo": CHAINS},
+        "steps": STEPS,
+        "results": rows,
+    }
     write_json(folder / "learning.json", result, indent=2)
     write_text(folder / "learning.svg", _picture(rows))
     console.print(_table(rows, len(before)))
@@ -76,14 +83,16 @@ def _steps(run: Path, folder: Path, dataset: str, seed: int) -> list[Step]:
             logged=True,
             timeout=5400,
         ),
-        _evaluation(run, folder, dataset, f"srpo-{seed}", checkpoints, finished, seed=seed),
+        _evaluation(run, folder, dataset, f"srpo-{seed}", checkpoints, finished, seed=seed, chains=CHAINS),
     ]
 
 
-def _evaluation(run: Path, folder: Path, dataset: str, name: str, model: Path, finished: Path, *, seed: int) -> Step:
+def _evaluation(
+    run: Path, folder: Path, dataset: str, name: str, model: Path, finished: Path, *, seed: int, chains: int
+) -> Step:
     command = ["gream", "evaluate", "--model", str(model), "--data", str(run / "data"), "--dataset", dataset]
     command += ["--output", str(folder), "--name", name, "--mode", "reasoning", "--split", "val"]
-    command += ["--chains", str(CHAINS), "--beams", "0", "--max-tokens", "128", "--seed", str(seed)]
+    command += ["--chains", str(chains), "--beams", "0", "--max-tokens", "128", "--seed", str(seed)]
     reads = [finished, run / "data" / f"{dataset}-val.parquet"]
     return Step(
         f"evaluate-{name}", f"Validation of {name.upper()}", command, reads,
@@ -108,7 +117,7 @@ def _row(after: np.ndarray, before: np.ndarray) -> dict[str, Any]:
 
 
 def _table(rows: dict[str, Any], prompts: int) -> Table:
-    table = Table(title=f"Mean RSVR of {prompts} validation prompts x {CHAINS} answers", title_justify="left")
+    table = Table(title=f"Mean RSVR of {prompts} validation prompts, reasoning mode", title_justify="left")
     for heading in ("", "SFT", "SRPO", "difference", "95% interval"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, row in rows.items():
