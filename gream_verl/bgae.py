@@ -86,29 +86,61 @@ def bgae_advantage(
     number_of_groups = int(groups.max()) + 1 if len(groups) else 0
 
     def total(values: Tensor) -> Tensor:
-        """Sum over the active rows of each group, given back to each row."""
+        """Sum over the active rows of each group, shape [groups]."""
         sums = torch.zeros(number_of_groups, dtype=torch.float64, device=rewards.device)
-        return sums.index_add_(0, groups, torch.where(active, values.double(), 0.0))[groups]
+        return sums.index_add_(0, groups, torch.where(active, values.double(), 0.0))
 
     n = total(active).clamp(min=1)
-    c = total(hit)
     alone = n == 1
-    mean = torch.where(alone, 0.0, total(reward) / n)
-    variance = total((reward - mean).square()) / (n - 1).clamp(min=1)
+    centred = reward - torch.where(alone, 0.0, total(reward) / n)[groups]
+    variance = total(centred.square()) / (n - 1).clamp(min=1)
     deviation = torch.where(alone, 1.0, variance.sqrt())
-    advantage = (reward - mean) / (deviation + EPSILON) + weight * _bonus(n, c, hit, k)
+    of_hit, of_miss = _bonus(n, total(hit), k)
+    bonus = torch.where(hit, of_hit[groups], of_miss[groups])
+    advantage = centred / (deviation + EPSILON)[groups] + weight * bonus
     return torch.where(active, advantage, 0.0).to(rewards.dtype)
 
 
-def _bonus(n: Tensor, c: Tensor, hit: Tensor, k: int) -> Tensor:
-    """Return the Pass@K advantage B of every row, in a group of n rows with c hits; all shapes [rows]."""
+def group_statistics(rewards: Tensor, groups: Tensor, active: Tensor, options: BgaeOptions) -> dict[str, float]:
+    """Return what there is to learn in a batch, for the log of a training step.
+
+    Args:
+        rewards: Rewards, shape [rows].
+        groups: Number of the group of each row, from 0, shape [rows].
+        active: False for padding rows, shape [rows].
+        options: Those of the estimator.
+
+    Returns:
+        ``groups_without_hit`` and ``groups_without_advantage``, shares of the groups; ``hits_mean``, hits a group;
+        ``bonus_abs_mean``, mean size of the weighted bonus over the rows.
+    """
+    reward, group = rewards[active].double(), groups[active].unique(return_inverse=True)[1]
+    if not len(reward):
+        return {}
+    everyone = torch.ones_like(group, dtype=torch.bool)
+    plain, full = (
+        bgae_advantage(reward, group, everyone, k=options.k, weight=weight, success=options.success)
+        for weight in (0.0, options.weight)
+    )
+    hits = torch.bincount(group, weights=(reward >= options.success).double())
+    size = torch.bincount(group, weights=full.abs())
+    return {
+        "groups_without_hit": float((hits == 0).double().mean()),
+        "groups_without_advantage": float((size < EPSILON).double().mean()),
+        "hits_mean": float(hits.mean()),
+        "bonus_abs_mean": float((full - plain).abs().mean()),
+    }
+
+
+def _bonus(n: Tensor, c: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the Pass@K advantage B of a hit and of a miss in groups of n rows with c hits; all shapes [groups]."""
     draw = n.clamp(max=k)
     all_miss = _choose_ratio(n - c, n, draw)
-    rho = 1 - all_miss
-    sigma = (rho * all_miss).sqrt()
+    scale = ((1 - all_miss) * all_miss).sqrt() + EPSILON
     others_miss = _choose_ratio(n - c - 1, n - 1, draw - 1)
-    bonus = (all_miss - torch.where(hit, 0.0, others_miss)) / (sigma + EPSILON)
-    return torch.where((c > 0) & (c <= n - draw), bonus, 0.0)
+    teaches = (c > 0) & (c <= n - draw)
+    of_hit, of_miss = all_miss / scale, (all_miss - others_miss) / scale
+    return torch.where(teaches, of_hit, 0.0), torch.where(teaches, of_miss, 0.0)
 
 
 def _choose_ratio(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
@@ -140,15 +172,16 @@ def compute_bgae(
         The advantage of each row on all its response tokens, twice, shape [rows, tokens].
     """
     options = BgaeOptions.from_config(config)
-    groups = np.unique(np.asarray(index).astype(str), return_inverse=True)[1]
+    numbers: dict[Any, int] = {}
+    groups = np.fromiter((numbers.setdefault(prompt, len(numbers)) for prompt in index), np.int64, len(index))
     with torch.no_grad():
         advantage = bgae_advantage(
             token_level_rewards.sum(dim=-1),
             torch.as_tensor(groups, device=token_level_rewards.device),
-            response_mask.bool().any(dim=-1),
+            response_mask.amax(dim=-1) > 0,
             k=options.k,
             weight=options.weight,
             success=options.success,
         )
-        advantages = advantage.unsqueeze(-1) * response_mask
+        advantages = advantage.unsqueeze(-1) * response_mask.to(advantage.dtype)
     return advantages, advantages

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow.parquet as pq
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_sid
+from gream_verl.token_text import TokenText
 
 
 class SemanticIdDataset(RLHFDataset):
@@ -25,25 +25,14 @@ class SemanticIdDataset(RLHFDataset):
     def _read_files_and_tokenize(self) -> None:
         index_file = self.config.get("index_file")
         index = ItemIndex.load(index_file) if index_file else None
-        seen: set[str] = set()
+        text = TokenText(self.tokenizer)
         for place, truth in _ground_truths(self.data_files):
             if index is not None and truth not in index.items:
                 raise InputError(
                     f"{place}: {''.join(truth)} is no item of {index.source}; build the parquet files from this index"
                 )
-            for token in truth:
-                if token not in seen and not is_one_token(self.tokenizer, token):
-                    raise InputError(
-                        f"{place}: {token} is not one token of the tokenizer; "
-                        "extend the model with `gream model extend` and train that one"
-                    )
-                seen.add(token)
+            text.check(truth, place)
         super()._read_files_and_tokenize()
-
-
-def is_one_token(tokenizer: Any, token: str) -> bool:
-    """Return whether ``tokenizer`` reads ``token`` as exactly one token."""
-    return len(tokenizer.encode(token, add_special_tokens=False)) == 1
 
 
 def _ground_truths(files: list[str]) -> Iterator[tuple[str, SemanticId]]:

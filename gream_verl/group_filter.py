@@ -11,10 +11,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+import torch
+import transfer_queue as tq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from gream_verl.bgae import BgaeOptions, group_statistics
 from gream_verl.files import InputError
 
 OPTIONS = "trainer.v1.sampler.sampler_kwargs"
@@ -33,6 +37,7 @@ class GroupFilterOptions(BaseModel):
         max_inflight_gen_batches: Batches that may be generated at the same time.
         when_exhausted: ``fill``: the last uniform groups fill the batch up; they have no advantage, so the step learns
             from the groups there are. ``raise``: stop the training.
+        bgae: Options of the advantage estimator, to log what a batch has to teach (``bgae/...``); None logs nothing.
         poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
     """
 
@@ -43,6 +48,7 @@ class GroupFilterOptions(BaseModel):
     max_num_gen_batches: int = Field(ge=1)
     max_inflight_gen_batches: int = Field(default=1, ge=1)
     when_exhausted: Literal["fill", "raise"] = "fill"
+    bgae: BgaeOptions | None = None
     poll_interval: float = Field(default=0.2, gt=0)
 
 
@@ -53,7 +59,8 @@ def read_options(sampler_kwargs: Mapping[str, Any]) -> GroupFilterOptions:
         InputError: When a key is missing, unknown or has a wrong value; the message names it.
     """
     try:
-        return GroupFilterOptions.model_validate(dict(sampler_kwargs))
+        given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in sampler_kwargs.items()}
+        return GroupFilterOptions.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([OPTIONS, *map(str, first["loc"])])
@@ -101,9 +108,21 @@ class BoundedGroupFilter(ReplayBuffer):
         self._budget = (self.options.max_num_gen_batches - 1) * self.options.train_batch_size
         self._uniform_kept = 0
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
-        if partition_id != "val" and self.options.metric is not None:
+        if partition_id == "val":
+            return batch, metrics
+        if self.options.metric is not None:
             metrics["training/filter_groups/uniform_kept"] = self._uniform_kept
+            evicted = metrics.get("training/filter_groups/evicted_samples", 0)
+            metrics["training/filter_groups/eviction_rate"] = evicted / (evicted + batch_size)
+        if self.options.bgae is not None:
+            metrics |= {f"bgae/{name}": value for name, value in self._statistics(batch, self.options.bgae).items()}
         return batch, metrics
+
+    def _statistics(self, batch: KVBatchMeta, options: BgaeOptions) -> dict[str, float]:
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        rewards = torch.stack([scores.sum() for scores in data["rm_scores"]])
+        groups = torch.from_numpy(np.unique([key.split("_")[0] for key in batch.keys], return_inverse=True)[1])
+        return group_statistics(rewards, groups, torch.ones(len(groups), dtype=torch.bool), options)
 
     def _generate_within_budget(self, prompts: int) -> None:
         prompts = min(prompts, self._budget)

@@ -6,8 +6,9 @@ The plugin imports this module when verl imports its reward managers; ``source: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,10 +17,28 @@ from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from gream_verl.files import InputError
-from gream_verl.rsvr import Format, Mode, score_response
+from gream_verl.rsvr import Format, Mode, overlong_penalty, score_response
 from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_sid
+from gream_verl.token_text import TokenText
 
 OPTIONS = "reward.reward_kwargs.rsvr"
+MODES = get_args(Mode)
+
+
+class Overlong(BaseModel):
+    """What may stand under ``reward.reward_kwargs.rsvr.overlong``, see ``gream_verl.rsvr.overlong_penalty``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_length: int = Field(ge=1)
+    buffer: int = Field(ge=1)
+    factor: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> Overlong:
+        if self.buffer > self.max_length:
+            raise ValueError(f"buffer {self.buffer} is longer than max_length {self.max_length}")
+        return self
 
 
 class RsvrOptions(BaseModel):
@@ -27,10 +46,11 @@ class RsvrOptions(BaseModel):
 
     Attributes:
         format: ``strict`` or ``reference``, see ``gream_verl.rsvr``.
-        mode: Mode of rows whose ``extra_info`` has no ``type``.
+        mode: Mode of rows whose ``extra_info.type`` is neither ``reasoning`` nor ``direct``.
         index_file: ``<D>.index.json``; None when ``valid_item`` is of no interest.
         base_levels: Levels that every SID has, where there is no index to tell.
         require_valid_item: Whether an answer that is no item gets nothing.
+        overlong: Punishment of long responses; None for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +60,7 @@ class RsvrOptions(BaseModel):
     index_file: str | None = None
     base_levels: int | None = Field(default=None, ge=1, le=25)
     require_valid_item: bool = False
+    overlong: Overlong | None = None
 
     @model_validator(mode="after")
     def _needs_index(self) -> RsvrOptions:
@@ -75,44 +96,52 @@ class RsvrRewardManager(RewardManagerBase):
         super().__init__(config, tokenizer, compute_score)
         self.options = RsvrOptions.from_config(config)
         self.index = ItemIndex.load(self.options.index_file) if self.options.index_file else None
+        self.text = TokenText(tokenizer)
+        if self.index is not None:
+            self.text.check(self.index.tokens, self.index.source)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
         """Return ``reward_score`` and ``reward_extra_info`` of the last sequence in ``data``.
 
         Raises:
-            InputError: When the row has no well-formed ground truth.
+            InputError: When the row has no ground truth, or one that no response could spell.
         """
         row = data[-1]
-        extra_info = row.non_tensor_batch.get("extra_info") or {}
+        columns = row.non_tensor_batch
+        extra_info = columns.get("extra_info") or {}
+        place = f"{columns.get('data_source')}: row {extra_info.get('index')}"
+        ids = _response_ids(row)
         reward = score_response(
-            self._response_text(row),
-            _ground_truth(row.non_tensor_batch, extra_info),
-            mode=extra_info.get("type") or self.options.mode,
+            self.text.read(ids),
+            self._ground_truth(columns.get("reward_model"), place),
+            mode=extra_info["type"] if extra_info.get("type") in MODES else self.options.mode,
             format=self.options.format,
             base_levels=self.options.base_levels,
             index=self.index,
             require_valid_item=self.options.require_valid_item,
         )
         details = asdict(reward)
-        return {"reward_score": details.pop("score"), "reward_extra_info": details}
+        score = details.pop("score")
+        if (overlong := self.options.overlong) is not None:
+            details["overlong"] = overlong_penalty(len(ids), overlong.max_length, overlong.buffer, overlong.factor)
+            score += details["overlong"]
+        return {"reward_score": score, "reward_extra_info": details}
 
-    def _response_text(self, row: Any) -> str:
-        """Return the response without padding and without one end-of-sequence token at its end."""
-        response = row.batch["responses"]
-        length = int(row.batch["attention_mask"][-response.shape[-1] :].sum())
-        ids = response[:length].tolist()
-        if ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
-        # Special tokens stay visible, or a response could hide its form behind them.
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+    def _ground_truth(self, reward_model: Mapping[str, Any] | None, place: str) -> SemanticId:
+        text = (reward_model or {}).get("ground_truth")
+        truth = parse_sid(text) if isinstance(text, str) else None
+        if truth is None:
+            raise InputError(
+                f"{place}: reward_model.ground_truth is {text!r}; expected a SID such as '<|a_1|><|b_7|>'; "
+                "build the parquet files anew with `gream data rl`"
+            )
+        self.text.check(truth, place)
+        return truth
 
 
-def _ground_truth(row: dict[str, Any], extra_info: dict[str, Any]) -> SemanticId:
-    text = row["reward_model"]["ground_truth"]
-    truth = parse_sid(text)
-    if truth is None:
-        raise InputError(
-            f"{row.get('data_source')}: row {extra_info.get('index')}: reward_model.ground_truth is {text!r}; "
-            "expected a SID such as '<|a_1|><|b_7|>'; build the parquet files anew with `gream data rl`"
-        )
-    return truth
+def _response_ids(row: Any) -> list[int]:
+    """Return the token ids of a response without the padding behind them."""
+    response = row.batch["responses"]
+    length = int(row.batch["attention_mask"][-response.shape[-1] :].sum())
+    ids: list[int] = response[:length].tolist()
+    return ids

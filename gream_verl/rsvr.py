@@ -148,3 +148,20 @@ def score_response(
         depth=float(matching_depth(answer, truth)),
         valid_item=float(valid_item),
     )
+
+
+def overlong_penalty(length: int, max_length: int, buffer: int, factor: float = 1.0) -> float:
+    """Return what is added to the reward of a long response: 0 up to the buffer, then down to ``-factor`` in a line.
+
+    The soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), as verl's reward manager ``dapo`` has it.
+
+    Args:
+        length: Tokens of the response.
+        max_length: Tokens that a response may have.
+        buffer: The last so many of them are punished.
+        factor: Punishment of a response of full length.
+
+    >>> overlong_penalty(80, 100, 40), overlong_penalty(60, 100, 40)
+    (-0.5, 0.0)
+    """
+    return min(0.0, factor * (max_length - buffer - length) / buffer)

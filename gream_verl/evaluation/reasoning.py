@@ -26,6 +26,7 @@ from gream_verl.evaluation.results import Evaluation, ProgressFile
 from gream_verl.evaluation.sampling import Engine, HuggingFaceSampler, Sampler, SamplingSettings, VllmSampler
 from gream_verl.rsvr import score_response
 from gream_verl.semantic_ids import ItemIndex
+from gream_verl.token_text import TokenText
 from gream_verl.vocabulary import sid_token_ids
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def evaluate_reasoning(
         ranker = ItemRanker(model, tree, list(index.sids), beams, batch_size) if beams else None
         sequences = encode(missing, tokenizer)
         check_room(sequences, model, max_tokens + ROOM_FOR_ANSWER + tree.depth)
-        eos = tokenizer.eos_token_id
+        reader, eos = TokenText(tokenizer), tokenizer.eos_token_id
         sampler: Sampler = (
             HuggingFaceSampler(model, sampling, eos, batch_size)
             if engine == "hf"
@@ -119,7 +120,11 @@ def evaluate_reasoning(
         chunk = max(1, batch_size // chains)
         for start in track(range(0, len(missing), chunk), description="Reasoning mode"):
             part = slice(start, start + chunk)
-            done.add(_recommend(missing[part], sequences[part], tokenizer, sampler, ranker, index, drop_history, seed))
+            done.add(
+                _recommend(
+                    missing[part], sequences[part], tokenizer, reader, sampler, ranker, index, drop_history, seed
+                )
+            )
     rows = [done.rows[prompt.user] for prompt in prompts]
     settings |= {
         "score": "mean over chains of the probability of the SID given the chain, over the whole vocabulary",
@@ -151,6 +156,7 @@ def _recommend(
     prompts: Sequence[Prompt],
     sequences: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
+    reader: TokenText,
     sampler: Sampler,
     ranker: ItemRanker | None,
     index: ItemIndex,
@@ -167,7 +173,7 @@ def _recommend(
             text = tokenizer.decode(ids, skip_special_tokens=False)
             kept, reached = up_to_answer(text)
             second_stage.append([*sequence, *tokenizer(kept, add_special_tokens=False)["input_ids"]])
-            reward = score_response(text, index.sids[prompt.target], index=index)
+            reward = score_response(reader.read(ids), index.sids[prompt.target], index=index)
             chains.append(
                 {
                     "text": text,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gream_verl.bgae import BgaeOptions, bgae_advantage, compute_bgae
+from gream_verl.bgae import BgaeOptions, bgae_advantage, compute_bgae, group_statistics
 from gream_verl.files import InputError
 
 CHECK_VALUES = [  # n, c, bonus of a hit, bonus of a miss; K = 4
@@ -148,3 +148,16 @@ def test_an_empty_batch_is_fine():
     assert bgae_advantage(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)).shape == (
         0,
     )
+
+
+def test_statistics_of_a_batch_count_groups_and_leave_padding_out():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 0.5, 1.0])
+    groups = torch.tensor([0, 0, 0, 0, 7, 7, 3, 3, 9])
+    active = torch.tensor([True] * 8 + [False])
+    statistics = group_statistics(rewards, groups, active, BgaeOptions(k=2, weight=0.5))
+    assert statistics["groups_without_hit"] == pytest.approx(2 / 3)
+    assert statistics["groups_without_advantage"] == pytest.approx(1 / 3)
+    assert statistics["hits_mean"] == pytest.approx(1 / 3)
+    # one group of four has a bonus: 1 for the hit and -1/3 for the others, at K = 2
+    assert statistics["bonus_abs_mean"] == pytest.approx(0.5 * (1 + 3 / 3) / 8, abs=1e-4)
+    assert group_statistics(rewards[:0], groups[:0], active[:0], BgaeOptions()) == {}

@@ -7,7 +7,7 @@ import verl  # noqa: F401  loads the plugin
 from assets import make_index, make_tokenizer, rl_rows, write_rl_files
 from omegaconf import OmegaConf
 
-from gream_verl.dataset import SemanticIdDataset, is_one_token
+from gream_verl.dataset import SemanticIdDataset
 from gream_verl.files import InputError
 
 INDEX = make_index()
@@ -66,8 +66,3 @@ def test_a_file_that_is_no_verl_parquet_is_named(tmp_path, tokenizer):
     path.write_text("not parquet")
     with pytest.raises(InputError, match=r"rl\.parquet: cannot be read.*gream data rl"):
         SemanticIdDataset(str(path), tokenizer, config(tmp_path))
-
-
-def test_one_token_means_exactly_one(tokenizer):
-    assert is_one_token(tokenizer, "<|a_1|>")
-    assert not is_one_token(tokenizer, "<|a_99|>")

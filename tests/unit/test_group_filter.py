@@ -4,9 +4,11 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 import verl  # noqa: F401  loads the plugin
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from gream_verl import group_filter
 from gream_verl.files import InputError
@@ -39,7 +41,9 @@ class Queue:
     def kv_list(self, *_: Any) -> dict[str, dict[str, Any]]:
         return {"train": self.tags}
 
-    def kv_batch_get(self, keys: list[str], **_: Any) -> dict[str, list[Any]]:
+    def kv_batch_get(self, keys: list[str], select_fields: list[str], **_: Any) -> dict[str, list[Any]]:
+        if select_fields == ["rm_scores"]:
+            return {"rm_scores": [torch.tensor([0.0, self.values[key]]) for key in keys]}
         return {"extra_fields": [{"reward_extra_info": {"match": self.values[key]}} for key in keys]}
 
     def kv_clear(self, partition_id: str, keys: list[str]) -> None:
@@ -54,6 +58,7 @@ def sampler(monkeypatch):
 
         queue = Queue(uniform)
         monkeypatch.setattr(replay_buffer, "tq", queue)
+        monkeypatch.setattr(group_filter, "tq", queue)
         kwargs = {"metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-4}
         built = BoundedGroupFilter(
             trainer_mode="sync",
@@ -145,6 +150,7 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
     def check(uniform: list[bool], batches: int, inflight: int) -> None:
         queue = Queue(lambda number: uniform[number])
         monkeypatch.setattr(replay_buffer, "tq", queue)
+        monkeypatch.setattr(group_filter, "tq", queue)
         built = BoundedGroupFilter(
             trainer_mode="sync",
             trainer_config={},
@@ -187,3 +193,14 @@ def test_wrong_options_are_named(options, key):
 def test_other_trainer_modes_are_refused():
     with pytest.raises(InputError, match="works with 'sync' only"):
         BoundedGroupFilter(trainer_mode="colocate_async", sampler_kwargs={}, refill_fn=None)
+
+
+@pytest.mark.timeout(20)
+def test_it_logs_what_a_batch_has_to_teach(sampler):
+    built, _ = sampler(lambda number: number % 2, bgae=OmegaConf.create({"k": 2, "success": 2.0}))
+    _, metrics = built.sample(1, "train", BATCH)
+    assert metrics["training/filter_groups/eviction_rate"] == pytest.approx(1 / 2, abs=0.2)
+    assert metrics["bgae/groups_without_hit"] == 0
+    assert metrics["bgae/groups_without_advantage"] == 0
+    assert metrics["bgae/hits_mean"] == 1
+    assert metrics["bgae/bonus_abs_mean"] > 0

@@ -183,6 +183,8 @@ def test_the_index_is_read_and_can_be_part_of_the_gate(tokenizer, tmp_path):
         ({"format": "loose"}, r"reward\.reward_kwargs\.rsvr\.format"),
         ({"strict": True}, r"reward\.reward_kwargs\.rsvr\.strict"),
         ({"require_valid_item": True}, "require_valid_item needs index_file"),
+        ({"overlong": {"max_length": 8, "buffer": 9}}, r"rsvr\.overlong: .*buffer 9 is longer than max_length 8"),
+        ({"overlong": {"max_length": 8}}, r"rsvr\.overlong\.buffer: Field required"),
         ({"index_file": "nowhere.json"}, "nowhere.json: no such file"),
     ],
 )
@@ -194,3 +196,37 @@ def test_wrong_reward_options_are_named(tokenizer, options, message):
 def test_a_row_without_a_truth_is_named(tokenizer):
     with pytest.raises(InputError, match=r"tiny: row 7: reward_model\.ground_truth is 'Alien'"):
         score(reward_manager(tokenizer), row(tokenizer, TRUTH, truth="Alien"))
+
+
+@pytest.mark.parametrize("truth", [None, 3, ""])
+def test_a_row_whose_truth_is_no_text_is_named(tokenizer, truth):
+    with pytest.raises(InputError, match=r"tiny: row 7: reward_model\.ground_truth is"):
+        score(reward_manager(tokenizer), row(tokenizer, TRUTH, truth=truth))
+
+
+def test_a_truth_that_no_response_can_hold_is_named(tokenizer):
+    with pytest.raises(InputError, match=r"tiny: row 7: <\|b_99\|> is not one token of the tokenizer"):
+        score(reward_manager(tokenizer), row(tokenizer, TRUTH, truth="<|a_1|><|b_99|>"))
+
+
+def test_responses_without_a_token_are_scored(tokenizer):
+    manager = reward_manager(tokenizer)
+    for ends in (0, 1):
+        assert score(manager, row(tokenizer, "", ends=ends))["reward_score"] == 0
+    only_padding = row(tokenizer, TRUTH, type="direct")
+    only_padding.batch["attention_mask"][:, 2:] = 0
+    assert score(manager, only_padding)["reward_score"] == 0
+
+
+def test_a_row_of_another_type_leaves_the_mode_to_the_option(tokenizer):
+    assert score(reward_manager(tokenizer, mode="direct"), row(tokenizer, TRUTH, type="SeqRec"))["reward_score"] == 1
+
+
+def test_long_responses_lose_what_the_option_says(tokenizer):
+    response = reasoning_response(TRUTH)
+    length = len(tokenizer.encode(response, add_special_tokens=False)) + 1
+    manager = reward_manager(tokenizer, overlong={"max_length": length + 1, "buffer": 4, "factor": 0.5})
+    result = score(manager, row(tokenizer, response))
+    assert result["reward_extra_info"]["overlong"] == pytest.approx(-0.5 * 3 / 4)
+    assert result["reward_score"] == pytest.approx(1 - 0.5 * 3 / 4)
+    assert result["reward_extra_info"]["acc"] == 1

@@ -1,0 +1,76 @@
+"""The text of token ids as the reward reads it: the same whatever a tokenizer or an engine thinks is special."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from gream_verl.files import InputError
+from gream_verl.semantic_ids import find_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANCHOR = "x"
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+MASKED_BAR = "\N{BROKEN BAR}"
+
+
+class TokenText:
+    """A table with the text of every token id, so that reading a response is one look-up a token.
+
+    A SID is made of SID tokens: the bars of every other token are masked, so that a response which spells a SID letter
+    by letter contains none. Ids that the tokenizer does not have, rows of a padded vocabulary, read as U+FFFD.
+
+    Args:
+        tokenizer: A fast tokenizer that knows the SID tokens.
+
+    Raises:
+        InputError: When the tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._pieces = _pieces(tokenizer)
+        self._sid_tokens = {piece for piece in self._pieces if find_tokens(piece) == [piece]}
+        self._eos = tokenizer.eos_token_id
+
+    def read(self, ids: Sequence[int]) -> str:
+        """Return the text of a response, without one end-of-sequence token at its end."""
+        if ids and ids[-1] == self._eos:
+            ids = ids[:-1]
+        try:
+            return "".join(map(self._pieces.__getitem__, ids))
+        except IndexError:
+            last = len(self._pieces) - 1  # which is unknown
+            return "".join(self._pieces[min(number, last)] for number in ids)
+
+    def check(self, sid_tokens: Iterable[str], place: str) -> None:
+        """Refuse SID tokens that no response could hold.
+
+        Raises:
+            InputError: When one is not one token of the tokenizer; the message begins with ``place``.
+        """
+        missing = [token for token in sid_tokens if token not in self._sid_tokens]
+        if missing:
+            raise InputError(
+                f"{place}: {missing[0]} is not one token of the tokenizer; "
+                "extend the model with `gream model extend` and train that one"
+            )
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of every id, and of one id more, which is unknown."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: not a fast tokenizer; save it with tokenizer.json, and load that one"
+        )
+    tokens = tokenizer.get_vocab()
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    # Behind an anchor, because some decoders drop the space at the beginning of a text.
+    behind = len(decoder.decode([ANCHOR]))
+    pieces = [UNKNOWN] * (max(tokens.values()) + 2)
+    for token, number in tokens.items():
+        text = token if token in added else decoder.decode([ANCHOR, token])[behind:]
+        pieces[number] = text if find_tokens(text) == [text] else text.replace("|", MASKED_BAR)
+    return pieces
