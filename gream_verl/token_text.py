@@ -30,8 +30,8 @@ class TokenText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._pieces = _pieces(tokenizer)
-        self._sid_tokens = {piece for piece in self._pieces if find_tokens(piece) == [piece]}
+        self.pieces = _pieces(tokenizer)
+        self._sid_tokens = {piece for piece in self.pieces if find_tokens(piece) == [piece]}
         self._eos = tokenizer.eos_token_id
 
     def read(self, ids: Sequence[int]) -> str:
@@ -39,10 +39,10 @@ class TokenText:
         if ids and ids[-1] == self._eos:
             ids = ids[:-1]
         try:
-            return "".join(map(self._pieces.__getitem__, ids))
+            return "".join(map(self.pieces.__getitem__, ids))
         except IndexError:
-            last = len(self._pieces) - 1  # which is unknown
-            return "".join(self._pieces[min(number, last)] for number in ids)
+            last = len(self.pieces) - 1  # which is unknown
+            return "".join(self.pieces[min(number, last)] for number in ids)
 
     def check(self, sid_tokens: Iterable[str], place: str) -> None:
         """Refuse SID tokens that no response could hold.

@@ -22,13 +22,13 @@ pytestmark = [
 ]
 
 
-def main_ppo(run: Path, *overrides: str) -> str:
+def main_ppo(run: Path, *overrides: str, recipe: str = "gream_srpo_cpu") -> str:
     """Run verl's own trainer on the recipe, with no environment variable set by hand; return what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_", "VERL_"))}
     environment.pop("OMP_NUM_THREADS", None)
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "verl.trainer.main_ppo", "+recipe=gream_srpo_cpu"),
+            *(sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe={recipe}"),
             *(f"gream.run={run}", "gream.dataset=tiny", "trainer.total_training_steps=2"),
             *("trainer.save_freq=2", "trainer.test_freq=2", "data.max_response_length=32"),
             *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4"),
@@ -118,6 +118,16 @@ def test_stock_verl_trains_with_vllm_rollouts_on_a_cpu(run):
         assert logged[step]["actor/grad_norm"] > 0
         assert logged[step]["critic/score/max"] <= 1
     assert not torch.equal(before, weights(exported(run)))
+
+
+def test_constrained_rollouts_answer_with_real_items_only(run):
+    taught, left = make_index(), make_index(items=9)  # most items that the model knows have left the catalogue
+    teach_form(run / "sft", taught)
+    write_rl_files(run / "data", left)
+    main_ppo(run, recipe="[gream_srpo_cpu,constrained]")
+    logged = steps(run)
+    assert logged[0]["val-aux/tiny/format/mean@1"] > 0.3
+    assert logged[0]["val-aux/tiny/valid_item/mean@1"] >= logged[0]["val-aux/tiny/format/mean@1"]
 
 
 @pytest.mark.usefixtures("usual_ports_in_use")

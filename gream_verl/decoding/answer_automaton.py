@@ -1,0 +1,160 @@
+"""What a response may say next: anything while it thinks, then a real item, then the end.
+
+One automaton over token ids holds it all in flat arrays. Its first states watch free text for ``<answer>``, however
+the text is cut into tokens. Behind the tag every state has the tokens it allows, in compressed sparse rows: the prefix
+tree of the items, the tokens of ``</answer>``, the end of the sequence. A step of many responses is a few gathers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gream_verl.decoding.prefix_tree import PrefixTree
+from gream_verl.semantic_ids import ItemIndex
+from gream_verl.token_text import TokenText
+from gream_verl.vocabulary import sid_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPEN, CLOSE = "<answer>", "</answer>"
+FREE = 0
+"""State of a response in free text; state n, up to 7, is free text that ends in the first n characters of the tag."""
+ROOT = len(OPEN)
+"""State behind ``<answer>``, and of an empty response in direct mode."""
+
+
+@dataclass(frozen=True)
+class AnswerAutomaton:
+    """The automaton of an item index and a tokenizer. The states before ``ROOT`` are free text.
+
+    Attributes:
+        watch: int64 [8, tokens + 1]; the state after a token of free text; the last column is for unknown tokens.
+        offsets: int64 [states + 1]; the edges of state ``s`` are ``offsets[s]`` up to ``offsets[s + 1]``.
+        tokens: int64 [edges]; in free text the few tokens that are forbidden, those that open the answer and go on with
+            something else; behind it the tokens that are allowed.
+        targets: int64 [edges]; the state after an allowed token.
+        leaves: bool [states]; whether an item is complete.
+        end: The state in which only the end-of-sequence token is allowed.
+    """
+
+    watch: np.ndarray
+    offsets: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    leaves: np.ndarray
+    end: int
+
+    @classmethod
+    def build(
+        cls, index: ItemIndex, tokenizer: PreTrainedTokenizerBase, model: str | os.PathLike[str] = "the model"
+    ) -> AnswerAutomaton:
+        """Build the automaton.
+
+        Args:
+            index: The items that may be answered.
+            tokenizer: The model's, which knows the SID tokens.
+            model: Its name, for messages.
+
+        Raises:
+            InputError: When a SID token of the index is not one token of the tokenizer.
+        """
+        tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, os.fspath(model)))
+        nodes, starts = len(tree.rows), tree.offsets.numpy()
+        leaves = tree.rows.numpy() >= 0
+        end = ROOT + nodes
+        closing = tokenizer.encode(CLOSE, add_special_tokens=False)
+        after_closing = [*range(end + 1, end + len(closing)), end]
+        watch, forbidden = _watch(TokenText(tokenizer).pieces)
+
+        # A leaf has no edge in the tree and gets one here, with the first token of </answer>. Edge e of the tree ends
+        # in node e + 1. Behind the tree come the end and one state for each further token of </answer>.
+        leaf_edges = starts[:-1][leaves]
+        sizes = [*map(len, forbidden), *np.where(leaves, 1, np.diff(starts)), *[1] * len(closing)]
+        blocked = [token for tokens in forbidden for token in tokens]
+        tokens = [
+            *(blocked, np.insert(tree.tokens.numpy(), leaf_edges, closing[0])),
+            *([tokenizer.eos_token_id], closing[1:]),
+        ]
+        targets = [
+            *([-1] * len(blocked), np.insert(np.arange(ROOT + 1, end), leaf_edges, after_closing[0])),
+            *([end], after_closing[1:]),
+        ]
+        is_leaf = np.zeros(len(sizes), dtype=bool)
+        is_leaf[ROOT:end] = leaves
+        return cls(
+            watch,
+            np.concatenate([[0], np.cumsum(sizes)]),
+            np.concatenate([np.asarray(part, dtype=np.int64) for part in tokens]),
+            np.concatenate([np.asarray(part, dtype=np.int64) for part in targets]),
+            is_leaf,
+            end,
+        )
+
+    def advance(self, states: np.ndarray, tokens: np.ndarray, direct: np.ndarray) -> np.ndarray:
+        """Return the states after one token more. A token that is not allowed changes no state behind ``<answer>``.
+
+        Args:
+            states: int64 [n].
+            tokens: int64 [n].
+            direct: bool [n]; whether the response is in direct mode, where an item is followed by the end.
+        """
+        after = states.copy()
+        free = states < ROOT
+        after[free] = self.watch[states[free], tokens[free].clip(max=self.watch.shape[1] - 1)]
+        rows, edges = self._edges(np.where(free, self.end, states))
+        taken = ~free[rows] & (self.tokens[edges] == tokens[rows])
+        after[rows[taken]] = self.targets[edges[taken]]
+        return np.where(direct & self.leaves[after], self.end, after)
+
+    def constrain(self, logits: Tensor, states: np.ndarray) -> Tensor:
+        """Set the logits of tokens that may not come next to minus infinity, in place.
+
+        Args:
+            logits: [n, vocabulary].
+            states: int64 [n].
+        """
+        free = states < ROOT
+        rows, edges = self._edges(states)
+        position, token = (torch.from_numpy(array).to(logits.device) for array in (rows, self.tokens[edges]))
+        forbidden = torch.from_numpy(free[rows]).to(logits.device)
+        logits[position[forbidden], token[forbidden]] = -torch.inf
+        if not free.all():
+            kept = logits[position[~forbidden], token[~forbidden]]
+            logits[torch.from_numpy(np.flatnonzero(~free)).to(logits.device)] = -torch.inf
+            logits[position[~forbidden], token[~forbidden]] = kept
+        return logits
+
+    def _edges(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the edges of many states, packed: the place in ``states`` and the edge, both int64 [edges]."""
+        starts = self.offsets[states]
+        counts = self.offsets[states + 1] - starts
+        places = np.repeat(np.arange(len(states)), counts)
+        return places, np.arange(len(places)) + np.repeat(starts - (counts.cumsum() - counts), counts)
+
+
+def _watch(pieces: Sequence[str]) -> tuple[np.ndarray, list[list[int]]]:
+    """Return the transitions of free text, and per state the tokens that open the answer and then go on.
+
+    Args:
+        pieces: The text of every token.
+    """
+    watch = np.zeros((ROOT, len(pieces)), dtype=np.int64)
+    forbidden: list[list[int]] = [[] for _ in range(ROOT)]
+    for token, piece in enumerate(pieces):
+        for state in range(ROOT):
+            if "<" not in piece and (state == 0 or not piece.startswith(OPEN[state])):
+                continue  # the tag has one "<", so nothing else begins it or goes on with it
+            text = OPEN[:state] + piece
+            opened = text.find(OPEN)
+            if opened >= 0 and opened + len(OPEN) < len(text):
+                forbidden[state].append(token)
+            watch[state, token] = next(n for n in range(ROOT, -1, -1) if text.endswith(OPEN[:n]))
+    return watch, forbidden

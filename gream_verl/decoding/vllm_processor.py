@@ -1,0 +1,150 @@
+"""Constrained rollouts in vLLM: chains run free, answers are real items.
+
+Given to the engine by name, with the item index in vLLM's own place for such things:
+
+    logits_processors=["gream_verl.decoding.vllm_processor:ConstrainedAnswer"]
+    additional_config={"gream": {"index_file": "data/beauty.index.json", "mode": "reasoning"}}
+
+and switched for a single request by ``SamplingParams(extra_args={"gream": "off"})``. It is no entry point: vLLM keeps
+track of the tokens sampled so far only for processors that the engine argument names
+(vllm/v1/worker/gpu_model_runner.py:726).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
+from gream_verl.files import InputError
+from gream_verl.semantic_ids import ItemIndex
+
+Constraint = Literal["reasoning", "direct", "off"]
+OPTIONS = "additional_config.gream"
+
+
+class ConstraintOptions(BaseModel):
+    """What may stand under ``additional_config.gream``.
+
+    Attributes:
+        index_file: ``<D>.index.json``, the items that may be answered.
+        mode: ``reasoning``: behind ``<answer>`` a real item, then ``</answer>``, then the end. ``direct``: a real item
+            and the end. ``off``: only requests that ask for it are constrained.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index_file: str
+    mode: Constraint = "reasoning"
+
+
+class ConstrainedAnswer(LogitsProcessor):
+    """Lets every response of a batch answer with real items only."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        given = vllm_config.additional_config
+        try:
+            options = ConstraintOptions.model_validate(given.get("gream") or {} if isinstance(given, dict) else {})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"{'.'.join([OPTIONS, *map(str, first['loc'])])}: {first['msg']}") from None
+        from transformers import AutoTokenizer
+
+        name = vllm_config.model_config.tokenizer
+        self.mode: Constraint = options.mode
+        self.automaton = AnswerAutomaton.build(
+            ItemIndex.load(options.index_file), AutoTokenizer.from_pretrained(name), name
+        )
+        self.slots = _Slots(vllm_config.scheduler_config.max_num_seqs)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuse a request with an unknown mode.
+
+        Raises:
+            ValueError: When ``extra_args["gream"]`` is none of the modes.
+        """
+        mode = (sampling_params.extra_args or {}).get("gream")
+        if mode is not None and mode not in get_args(Constraint):
+            raise ValueError(f"extra_args['gream'] is {mode!r}; expected one of {', '.join(get_args(Constraint))}")
+
+    def is_argmax_invariant(self) -> bool:
+        """Greedy sampling is constrained, too."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests that vLLM adds to the batch, takes out of it and moves in it."""
+        if batch_update is None:
+            return
+        for slot in batch_update.removed:
+            self.slots.clear(slot)
+        for slot, parameters, _, output in batch_update.added:
+            mode = (parameters.extra_args or {}).get("gream") or self.mode
+            self.slots.clear(slot) if mode == "off" else self.slots.fill(slot, output, direct=mode == "direct")
+        for source, target, direction in batch_update.moved:
+            self.slots.move(source, target, swap=direction == MoveDirectionality.SWAP)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Constrain ``logits`` [requests, vocabulary], in place.
+
+        The sampled tokens are read here and not in ``update_state``: with asynchronous scheduling they are known only
+        now.
+        """
+        self.slots.read(self.automaton)
+        if self.slots.constrained:
+            self.automaton.constrain(logits, self.slots.states[: len(logits)])
+        return logits
+
+
+class _Slots:
+    """The state of the request in each slot of the batch; an empty slot is free text that nobody reads."""
+
+    def __init__(self, size: int) -> None:
+        self.outputs: dict[int, list[int]] = {}
+        self.states = np.full(size, FREE, dtype=np.int64)
+        self.seen = np.zeros(size, dtype=np.int64)
+        self.direct = np.zeros(size, dtype=bool)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether any request is in or at the beginning of its answer."""
+        return bool((self.states != FREE).any())
+
+    def clear(self, slot: int) -> None:
+        self.outputs.pop(slot, None)
+        self.states[slot], self.seen[slot], self.direct[slot] = FREE, 0, False
+
+    def fill(self, slot: int, output: list[int], *, direct: bool) -> None:
+        self.outputs[slot] = output
+        self.states[slot], self.seen[slot], self.direct[slot] = ROOT if direct else FREE, 0, direct
+
+    def move(self, source: int, target: int, *, swap: bool) -> None:
+        pair = [target, source]
+        moved: list[Any] = [self.outputs.pop(slot, None) for slot in pair]
+        for array in (self.states, self.seen, self.direct):
+            array[pair] = array[pair[::-1]]
+        for slot, output in zip(pair[::-1], moved, strict=True):
+            if output is not None:
+                self.outputs[slot] = output
+        if not swap:
+            self.clear(source)
+
+    def read(self, automaton: AnswerAutomaton) -> None:
+        """Advance every request by the tokens sampled since the last time: usually one each."""
+        while True:
+            new = [
+                (slot, output[seen])
+                for slot, output in self.outputs.items()
+                if len(output) > (seen := self.seen[slot]) and output[seen] >= 0
+            ]
+            if not new:
+                return
+            slots, tokens = np.array(new).T
+            self.states[slots] = automaton.advance(self.states[slots], tokens, self.direct[slots])
+            self.seen[slots] += 1

@@ -1,0 +1,106 @@
+"""The logits processor inside a real vLLM engine."""
+
+from __future__ import annotations
+
+import pytest
+from assets import make_index, make_tiny_model, rl_rows, teach_form
+
+from gream_verl.rsvr import score_response
+from gream_verl.token_text import TokenText
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+TAUGHT, INDEX = make_index(), make_index(items=9)  # most items that the model knows have left the catalogue
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    import os
+
+    import torch
+
+    from gream_verl.cpu.environment import set_defaults
+
+    folder = tmp_path_factory.mktemp("constrained")
+    INDEX.save(folder / "tiny.index.json")
+    make_tiny_model(folder / "model", TAUGHT)
+    teach_form(folder / "model", TAUGHT, steps=100)
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        set_defaults()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM
+
+    return LLM(
+        model=str(folder / "model"),
+        dtype="float32" if cpu else "auto",
+        max_model_len=256,
+        max_num_seqs=5,  # fewer than requests, so that requests come, go and move
+        gpu_memory_utilization=0.3,
+        enforce_eager=True,
+        logits_processors=["gream_verl.decoding.vllm_processor:ConstrainedAnswer"],
+        additional_config={"gream": {"index_file": str(folder / "tiny.index.json"), "mode": "reasoning"}},
+    )
+
+
+def rewards(engine, mode: str | None, scored_as: str = "reasoning", temperature: float = 0.8, tokens: int = 64):
+    from vllm import SamplingParams
+
+    tokenizer = engine.get_tokenizer()
+    prompts = [
+        {
+            "prompt_token_ids": tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, return_dict=False
+            )
+        }
+        for row in rl_rows(TAUGHT, 24)
+    ]
+    parameters = [
+        SamplingParams(
+            temperature=temperature,
+            max_tokens=tokens,
+            seed=number,
+            extra_args={"gream": mode} if mode else None,
+            stop_token_ids=[tokenizer.eos_token_id],
+            detokenize=False,
+        )
+        for number in range(len(prompts))
+    ]
+    reader = TokenText(tokenizer)
+    outputs = engine.generate(prompts, parameters, use_tqdm=False)
+    found = []
+    for output in outputs:
+        response = list(output.outputs[0].token_ids)
+        text = reader.read(response)
+        if mode == "direct" or ("<answer>" in text and output.outputs[0].finish_reason == "stop"):
+            found.append((text, score_response(text, INDEX.sids["3"], mode=scored_as, index=INDEX)))
+    return found
+
+
+def test_every_answer_is_an_item_whatever_else_the_chain_says(engine):
+    constrained = rewards(engine, None)
+    assert len(constrained) >= 8
+    for text, reward in constrained:
+        assert text.endswith("</answer>"), text
+        assert reward.valid_item == 1, text
+    assert len({text.split("<answer>")[1] for text, _ in constrained}) > 1
+
+
+def test_a_request_can_switch_it_off(engine):
+    free = rewards(engine, "off")
+    assert sum(reward.valid_item == 0 for _, reward in free) > len(free) / 4
+    assert rewards(engine, "reasoning") == rewards(engine, None)
+
+
+def test_a_request_can_ask_for_a_direct_answer(engine):
+    direct = rewards(engine, "direct", scored_as="direct", tokens=6)
+    assert len(direct) == 24
+    assert all((reward.format, reward.valid_item) == (1, 1) for _, reward in direct)
+
+
+def test_a_request_with_an_unknown_mode_is_refused(engine):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=r"extra_args\['gream'\] is 'loose'"):
+        rewards(engine, "loose")
