@@ -367,6 +367,24 @@ def report(
 
 
 @app.command()
+def inspect(
+    rollouts: Annotated[
+        Path, typer.Option(help="A <step>.jsonl of verl, or the folder of them: its last step.")
+    ] = Path("runs") / DEFAULT_RUN / "srpo" / "validation",
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    limit: Annotated[int, typer.Option(min=1, help="How many of the worst, and of the best.")] = 5,
+) -> None:
+    """Show rollouts with their rewards, titles instead of semantic IDs: the worst first, then the best."""
+    from gream_verl.evaluation.inspection import read_rollouts, read_titles, rollout_table
+    from gream_verl.semantic_ids import ItemIndex
+
+    titles = read_titles(data / f"{dataset}.item.json")
+    index = ItemIndex.load(data / f"{dataset}.index.json")
+    console.print(rollout_table(read_rollouts(rollouts, index, titles), limit))
+
+
+@app.command()
 def learning(
     run: Annotated[Path, typer.Option(help="A finished quickstart.")] = Path("runs") / DEFAULT_RUN,
     dataset: DatasetOption = DEFAULT_DATASET,

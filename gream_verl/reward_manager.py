@@ -50,6 +50,7 @@ class RsvrOptions(BaseModel):
         index_file: ``<D>.index.json``; None when ``valid_item`` is of no interest.
         base_levels: Levels that every SID has, where there is no index to tell.
         require_valid_item: Whether an answer that is no item gets nothing.
+        binary: Whether exact answers only are paid, an ablation.
         overlong: Punishment of long responses; None for none.
     """
 
@@ -60,6 +61,7 @@ class RsvrOptions(BaseModel):
     index_file: str | None = None
     base_levels: int | None = Field(default=None, ge=1, le=25)
     require_valid_item: bool = False
+    binary: bool = False
     overlong: Overlong | None = None
 
     @model_validator(mode="after")
@@ -122,6 +124,8 @@ class RsvrRewardManager(RewardManagerBase):
         )
         details = asdict(reward)
         score = details.pop("score")
+        if self.options.binary:
+            score = reward.acc
         if (overlong := self.options.overlong) is not None:
             details["overlong"] = overlong_penalty(len(ids), overlong.max_length, overlong.buffer, overlong.factor)
             score += details["overlong"]

@@ -22,7 +22,7 @@ def run(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     "command",
     [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "sft"], ["data", "rl"], ["index", "build"],
-     ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["learning"]],
+     ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):
     status, out, _ = run(monkeypatch, capsys, *command, "--help")

@@ -230,3 +230,11 @@ def test_long_responses_lose_what_the_option_says(tokenizer):
     assert result["reward_extra_info"]["overlong"] == pytest.approx(-0.5 * 3 / 4)
     assert result["reward_score"] == pytest.approx(1 - 0.5 * 3 / 4)
     assert result["reward_extra_info"]["acc"] == 1
+
+
+def test_binary_pays_exact_answers_only(tokenizer):
+    manager = reward_manager(tokenizer, binary=True)
+    close = "".join(INDEX.sids["22"])
+    assert score(manager, row(tokenizer, TRUTH, type="direct"))["reward_score"] == 1
+    result = score(manager, row(tokenizer, close, type="direct"))
+    assert (result["reward_score"], result["reward_extra_info"]["match"]) == (0, pytest.approx(0.75**0.5))

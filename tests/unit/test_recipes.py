@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import verl  # noqa: F401  loads the plugin
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
+import recipes
 from gream_verl import cpu
 
 
@@ -21,7 +23,11 @@ def recipe(name: str, *overrides: str) -> DictConfig:
     return compose("ppo_trainer", overrides=[f"+recipe={name}", *overrides])
 
 
-@pytest.mark.parametrize("name", ["gream_srpo", "gream_srpo_cpu"])
+BASES = ("gream_srpo", "gream_srpo_cpu")
+MIX_INS = ("constrained", "no_bonus", "binary_reward", "no_filter")
+
+
+@pytest.mark.parametrize("name", [*BASES, *(f"[{base},{mix_in}]" for base in BASES for mix_in in MIX_INS)])
 def test_verl_accepts_the_recipe(name):
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
@@ -121,3 +127,30 @@ def test_main_ppo_finds_the_recipe_from_any_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "model: ${gream.run}/sft" in done.stdout
+
+
+def test_every_recipe_is_a_base_a_mix_in_or_a_part():
+    folder = Path(recipes.__file__).parent / "recipe"
+    assert {file.stem for file in folder.glob("*.yaml")} == {*BASES, *MIX_INS, "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("mix_in", "changed"),
+    [
+        ("no_bonus", {"algorithm.bgae.weight": 0.0}),
+        ("binary_reward", {"reward.reward_kwargs.rsvr.binary": True, "algorithm.filter_groups.metric": "acc"}),
+        ("no_filter", {"algorithm.filter_groups.enable": False, "trainer.v1.sampler.sampler_kwargs.metric": None}),
+        ("constrained", {"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.gream.mode": "reasoning"}),
+    ],
+)
+def test_a_mix_in_changes_what_it_says_and_its_options_are_known(mix_in, changed):
+    from gream_verl.bgae import BgaeOptions
+    from gream_verl.group_filter import read_options
+    from gream_verl.reward_manager import RsvrOptions
+
+    config = recipe(f"[gream_srpo_cpu,{mix_in}]")
+    for key, value in changed.items():
+        assert OmegaConf.select(config, key) == value, key
+    RsvrOptions.from_config(config)
+    BgaeOptions.from_config(config.algorithm)
+    assert read_options(config.trainer.v1.sampler.sampler_kwargs).metric == config.algorithm.filter_groups.metric
