@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import time
+import timeit
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -46,16 +46,6 @@ def group_by_group(rewards: Tensor, mask: Tensor, index: np.ndarray, k: int) -> 
     return advantage.unsqueeze(-1) * mask
 
 
-def median_seconds(run: Callable[[], object], repeats: int) -> float:
-    """Return the median wall time of a call."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run both sides and print milliseconds and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -82,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return group_by_group(rewards, mask, index, options.k)
 
     difference = (ours() - theirs()).abs().max().item()
-    if difference > 1e-4:
+    if not difference <= 1e-4:  # a difference that is no number, too
         raise SystemExit(f"the advantages differ by {difference}")
-    fast, slow = median_seconds(ours, options.repeats), median_seconds(theirs, options.repeats)
+    fast, slow = (statistics.median(timeit.repeat(run, number=1, repeat=options.repeats)) for run in (ours, theirs))
     print(f"{options.prompts} prompts x {options.responses} responses, one core, median of {options.repeats}")
     print(f"all groups at once   {1000 * fast:8.1f} ms")
     print(f"group by group       {1000 * slow:8.1f} ms")

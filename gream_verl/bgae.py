@@ -178,10 +178,10 @@ def compute_bgae(
         advantage = bgae_advantage(
             token_level_rewards.sum(dim=-1),
             torch.as_tensor(groups, device=token_level_rewards.device),
-            response_mask.amax(dim=-1) > 0,
+            response_mask.sum(dim=-1) > 0,
             k=options.k,
             weight=options.weight,
             success=options.success,
         )
-        advantages = advantage.unsqueeze(-1) * response_mask.to(advantage.dtype)
+        advantages = response_mask.to(advantage.dtype, copy=True).mul_(advantage.unsqueeze(-1))
     return advantages, advantages

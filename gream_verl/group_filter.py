@@ -38,6 +38,7 @@ class GroupFilterOptions(BaseModel):
         when_exhausted: ``fill``: the last uniform groups fill the batch up; they have no advantage, so the step learns
             from the groups there are. ``raise``: stop the training.
         bgae: Options of the advantage estimator, to log what a batch has to teach (``bgae/...``); None logs nothing.
+            Needs rewards at sampling time, so None with a reward model that shares the actor's GPUs.
         poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
     """
 
@@ -73,7 +74,8 @@ class BoundedGroupFilter(ReplayBuffer):
     """verl's synchronous sampler with a budget of prompts a step.
 
     A uniform group is evicted only while the groups at hand and those the budget still allows fill a batch. So every
-    step gets its full batch: groups that teach something first, and uniform ones only when the budget is spent.
+    step gets its full batch: groups that teach something first, and uniform ones only when the budget is spent. The log
+    has the uniform groups kept and the share of groups evicted, ``evicted / (evicted + batch)``.
     """
 
     def __init__(self, *, trainer_mode: str, sampler_kwargs: Mapping[str, Any], refill_fn: Any, **kwargs: Any) -> None:

@@ -51,7 +51,8 @@ class RsvrOptions(BaseModel):
         base_levels: Levels that every SID has, where there is no index to tell.
         require_valid_item: Whether an answer that is no item gets nothing.
         binary: Whether exact answers only are paid, an ablation.
-        overlong: Punishment of long responses; None for none.
+        overlong: Punishment of long responses; None for none. Filter groups by ``reward`` then: groups that differ in
+            length only are alike in ``match``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -151,9 +151,10 @@ def score_response(
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int, factor: float = 1.0) -> float:
-    """Return what is added to the reward of a long response: 0 up to the buffer, then down to ``-factor`` in a line.
+    """Return what is added to the reward of a long response: 0 up to the buffer, then ever less, in a line.
 
     The soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), as verl's reward manager ``dapo`` has it.
+    ``max_length`` should be ``data.max_response_length``: behind it the line goes on.
 
     Args:
         length: Tokens of the response.

@@ -31,8 +31,9 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.pieces = _pieces(tokenizer)
-        self._sid_tokens = {piece for piece in self.pieces if find_tokens(piece) == [piece]}
+        self._tokenizer = tokenizer
         self._eos = tokenizer.eos_token_id
+        self._checked: set[str] = set()
 
     def read(self, ids: Sequence[int]) -> str:
         """Return the text of a response, without one end-of-sequence token at its end."""
@@ -50,12 +51,16 @@ class TokenText:
         Raises:
             InputError: When one is not one token of the tokenizer; the message begins with ``place``.
         """
-        missing = [token for token in sid_tokens if token not in self._sid_tokens]
-        if missing:
-            raise InputError(
-                f"{place}: {missing[0]} is not one token of the tokenizer; "
-                "extend the model with `gream model extend` and train that one"
-            )
+        for token in sid_tokens:
+            if token in self._checked:
+                continue
+            ids = self._tokenizer.encode(token, add_special_tokens=False)
+            if len(ids) != 1 or self.read(ids) != token:
+                raise InputError(
+                    f"{place}: {token} is not one token of the tokenizer; "
+                    "extend the model with `gream model extend` and train that one"
+                )
+            self._checked.add(token)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gream_verl.decoding.prefix_tree import PrefixTree
+from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
 from gream_verl.vocabulary import sid_token_ids
@@ -43,6 +44,7 @@ class AnswerAutomaton:
         targets: int64 [edges]; the state after an allowed token.
         leaves: bool [states]; whether an item is complete.
         end: The state in which only the end-of-sequence token is allowed.
+        off: The state of a response that nobody constrains; it has no edges and is never left.
     """
 
     watch: np.ndarray
@@ -51,6 +53,7 @@ class AnswerAutomaton:
     targets: np.ndarray
     leaves: np.ndarray
     end: int
+    off: int
 
     @classmethod
     def build(
@@ -64,7 +67,7 @@ class AnswerAutomaton:
             model: Its name, for messages.
 
         Raises:
-            InputError: When a SID token of the index is not one token of the tokenizer.
+            InputError: When a SID token of the index is not one token of the tokenizer, or it adds to ``</answer>``.
         """
         tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, os.fspath(model)))
         nodes, starts = len(tree.rows), tree.offsets.numpy()
@@ -72,12 +75,15 @@ class AnswerAutomaton:
         end = ROOT + nodes
         closing = tokenizer.encode(CLOSE, add_special_tokens=False)
         after_closing = [*range(end + 1, end + len(closing)), end]
-        watch, forbidden = _watch(TokenText(tokenizer).pieces)
+        pieces = TokenText(tokenizer).pieces
+        if "".join(pieces[token] for token in closing) != CLOSE:
+            raise InputError(f"{model}: its tokenizer does not read {CLOSE} as it is written; answers cannot be closed")
+        watch, forbidden = _watch(pieces)
 
         # A leaf has no edge in the tree and gets one here, with the first token of </answer>. Edge e of the tree ends
-        # in node e + 1. Behind the tree come the end and one state for each further token of </answer>.
+        # in node e + 1. Behind the tree come the end, one state for each further token of </answer>, and `off`.
         leaf_edges = starts[:-1][leaves]
-        sizes = [*map(len, forbidden), *np.where(leaves, 1, np.diff(starts)), *[1] * len(closing)]
+        sizes = [*map(len, forbidden), *np.where(leaves, 1, np.diff(starts)), *[1] * len(closing), 0]
         blocked = [token for tokens in forbidden for token in tokens]
         tokens = [
             *(blocked, np.insert(tree.tokens.numpy(), leaf_edges, closing[0])),
@@ -96,6 +102,7 @@ class AnswerAutomaton:
             np.concatenate([np.asarray(part, dtype=np.int64) for part in targets]),
             is_leaf,
             end,
+            off=end + len(closing),
         )
 
     def advance(self, states: np.ndarray, tokens: np.ndarray, direct: np.ndarray) -> np.ndarray:
@@ -121,15 +128,19 @@ class AnswerAutomaton:
             logits: [n, vocabulary].
             states: int64 [n].
         """
-        free = states < ROOT
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(logits.device)
+
         rows, edges = self._edges(states)
-        position, token = (torch.from_numpy(array).to(logits.device) for array in (rows, self.tokens[edges]))
-        forbidden = torch.from_numpy(free[rows]).to(logits.device)
-        logits[position[forbidden], token[forbidden]] = -torch.inf
+        free = states[rows] < ROOT
+        if free.any():
+            logits[on_device(rows[free]), on_device(self.tokens[edges[free]])] = -torch.inf
         if not free.all():
-            kept = logits[position[~forbidden], token[~forbidden]]
-            logits[torch.from_numpy(np.flatnonzero(~free)).to(logits.device)] = -torch.inf
-            logits[position[~forbidden], token[~forbidden]] = kept
+            places = on_device(rows[~free]), on_device(self.tokens[edges[~free]])
+            kept = logits[places]
+            logits[on_device(np.unique(rows[~free]))] = -torch.inf
+            logits[places] = kept
         return logits
 
     def _edges(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,6 +160,9 @@ def _watch(pieces: Sequence[str]) -> tuple[np.ndarray, list[list[int]]]:
     watch = np.zeros((ROOT, len(pieces)), dtype=np.int64)
     forbidden: list[list[int]] = [[] for _ in range(ROOT)]
     for token, piece in enumerate(pieces):
+        if not piece:
+            watch[:, token] = np.arange(ROOT)
+            continue
         for state in range(ROOT):
             if "<" not in piece and (state == 0 or not piece.startswith(OPEN[state])):
                 continue  # the tag has one "<", so nothing else begins it or goes on with it

@@ -61,7 +61,7 @@ class ConstrainedAnswer(LogitsProcessor):
         self.automaton = AnswerAutomaton.build(
             ItemIndex.load(options.index_file), AutoTokenizer.from_pretrained(name), name
         )
-        self.slots = _Slots(vllm_config.scheduler_config.max_num_seqs)
+        self.slots = Slots(self.automaton, vllm_config.scheduler_config.max_num_seqs)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -96,35 +96,41 @@ class ConstrainedAnswer(LogitsProcessor):
         The sampled tokens are read here and not in ``update_state``: with asynchronous scheduling they are known only
         now.
         """
-        self.slots.read(self.automaton)
-        if self.slots.constrained:
-            self.automaton.constrain(logits, self.slots.states[: len(logits)])
-        return logits
+        if not self.slots.outputs:
+            return logits
+        self.slots.read()
+        return self.automaton.constrain(logits, self.slots.states[: len(logits)])
 
 
-class _Slots:
-    """The state of the request in each slot of the batch; an empty slot is free text that nobody reads."""
+class Slots:
+    """The state of the request in each slot of the batch.
 
-    def __init__(self, size: int) -> None:
+    Attributes:
+        outputs: The tokens sampled so far, for each slot with a constrained request: vLLM's own, growing lists.
+        states: int64 [slots]; ``off`` where there is no constrained request.
+        seen: int64 [slots]; how many tokens the state knows of.
+        direct: bool [slots].
+    """
+
+    def __init__(self, automaton: AnswerAutomaton, size: int) -> None:
+        self.automaton = automaton
         self.outputs: dict[int, list[int]] = {}
-        self.states = np.full(size, FREE, dtype=np.int64)
+        self.states = np.full(size, automaton.off, dtype=np.int64)
         self.seen = np.zeros(size, dtype=np.int64)
         self.direct = np.zeros(size, dtype=bool)
 
-    @property
-    def constrained(self) -> bool:
-        """Whether any request is in or at the beginning of its answer."""
-        return bool((self.states != FREE).any())
-
     def clear(self, slot: int) -> None:
+        """Forget the request in a slot."""
         self.outputs.pop(slot, None)
-        self.states[slot], self.seen[slot], self.direct[slot] = FREE, 0, False
+        self.states[slot], self.seen[slot], self.direct[slot] = self.automaton.off, 0, False
 
     def fill(self, slot: int, output: list[int], *, direct: bool) -> None:
+        """Begin a request."""
         self.outputs[slot] = output
         self.states[slot], self.seen[slot], self.direct[slot] = ROOT if direct else FREE, 0, direct
 
     def move(self, source: int, target: int, *, swap: bool) -> None:
+        """Move a request to another slot, or exchange two."""
         pair = [target, source]
         moved: list[Any] = [self.outputs.pop(slot, None) for slot in pair]
         for array in (self.states, self.seen, self.direct):
@@ -135,8 +141,11 @@ class _Slots:
         if not swap:
             self.clear(source)
 
-    def read(self, automaton: AnswerAutomaton) -> None:
-        """Advance every request by the tokens sampled since the last time: usually one each."""
+    def read(self) -> None:
+        """Advance every request by the tokens sampled since the last time: one each, after a preemption all of them.
+
+        A token of -1 is not known yet (asynchronous scheduling).
+        """
         while True:
             new = [
                 (slot, output[seen])
@@ -146,5 +155,5 @@ class _Slots:
             if not new:
                 return
             slots, tokens = np.array(new).T
-            self.states[slots] = automaton.advance(self.states[slots], tokens, self.direct[slots])
+            self.states[slots] = self.automaton.advance(self.states[slots], tokens, self.direct[slots])
             self.seen[slots] += 1

@@ -65,18 +65,20 @@ def read_rollouts(path: str | os.PathLike[str], index: ItemIndex, titles: Mappin
     if not path.is_file():
         raise InputError(f"{path}: no such file; {MADE_BY}")
     rollouts = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                rollouts.append(_rollout(json.loads(line), index, titles))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path}: line {number}: not a rollout ({error}); {MADE_BY}") from error
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rollouts.append(_rollout(json.loads(line), index, titles))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number}: not a rollout ({error}); {MADE_BY}") from error
     return sorted(rollouts, key=lambda rollout: rollout.reward)
 
 
 def read_titles(item_file: str | os.PathLike[str]) -> dict[str, str]:
     """Return the titles in ``<D>.item.json``."""
-    items = read_json(item_file, "make it with `gream data prepare`")
+    remedy = "make it with `gream data prepare`"
+    items = read_json(item_file, remedy)
+    if not isinstance(items, dict) or not all(isinstance(fields, dict) for fields in items.values()):
+        raise InputError(f"{item_file}: expected {{item: {{title, ...}}}}; {remedy}")
     return {item: str(fields.get("title") or item) for item, fields in items.items()}
 
 

@@ -73,6 +73,11 @@ def rewards(engine, mode: str | None, scored_as: str = "reasoning", temperature:
     for output in outputs:
         response = list(output.outputs[0].token_ids)
         text = reader.read(response)
+        opened = text.partition("<answer>")[2]
+        if mode != "off" and opened and output.outputs[0].finish_reason != "stop":
+            assert len(tokenizer.encode(opened, add_special_tokens=False)) < 4 + 8, (
+                text
+            )  # cut off, or it would have ended
         if mode == "direct" or ("<answer>" in text and output.outputs[0].finish_reason == "stop"):
             found.append((text, score_response(text, INDEX.sids["3"], mode=scored_as, index=INDEX)))
     return found

@@ -6,8 +6,9 @@ import torch
 from assets import make_index, make_tokenizer, reasoning_response
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
-from gream_verl.decoding.answer_automaton import CLOSE, FREE, OPEN, ROOT, AnswerAutomaton
+from gream_verl.decoding.answer_automaton import CLOSE, FREE, OPEN, ROOT, AnswerAutomaton, _watch
 from gream_verl.files import InputError
 from gream_verl.rsvr import score_response
 from gream_verl.token_text import TokenText
@@ -74,6 +75,31 @@ def test_a_token_that_opens_the_answer_and_goes_on_is_forbidden_there_and_only_t
     free, almost = allowed(FREE, state)
     assert len(free) == VOCABULARY
     assert free - almost == bad
+
+
+def test_a_token_that_holds_the_whole_tag_and_goes_on_is_forbidden_in_free_text():
+    tokenizer = make_tokenizer(["likes Alien.", "<answer> </answer>"], INDEX)
+    tokenizer.add_tokens(["<answer><"])
+    automaton = AnswerAutomaton.build(INDEX, tokenizer)
+    whole = tokenizer.convert_tokens_to_ids("<answer><")
+    logits = torch.zeros(2, len(tokenizer))
+    automaton.constrain(logits, np.array([FREE, automaton.off]))
+    assert (~logits[0].isfinite()).nonzero().tolist() == [[whole]]
+    assert logits[1].isfinite().all()
+
+
+def test_a_token_without_text_changes_nothing():
+    watch, forbidden = _watch(["", "<", "answer", ">", "x"])
+    assert watch[:, 0].tolist() == list(range(8))
+    assert (watch[0, 1], watch[1, 2], watch[7, 3], watch[7, 4]) == (1, 7, ROOT, FREE)
+    assert forbidden == [[] for _ in range(8)]
+
+
+def test_a_tokenizer_that_adds_to_the_closing_tag_is_refused():
+    tokenizer = make_tokenizer(["likes Alien.", "<answer> </answer>"], INDEX)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend(" ")
+    with pytest.raises(InputError, match="does not read </answer> as it is written"):
+        AnswerAutomaton.build(INDEX, tokenizer)
 
 
 def test_behind_the_tag_only_real_items_then_the_closing_tag_then_the_end():

@@ -161,3 +161,8 @@ def test_statistics_of_a_batch_count_groups_and_leave_padding_out():
     # one group of four has a bonus: 1 for the hit and -1/3 for the others, at K = 2
     assert statistics["bonus_abs_mean"] == pytest.approx(0.5 * (1 + 3 / 3) / 8, abs=1e-4)
     assert group_statistics(rewards[:0], groups[:0], active[:0], BgaeOptions()) == {}
+
+
+def test_responses_without_a_column_are_fine():
+    advantages, _ = compute_bgae(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.long), np.array(["a", "a", "b"]))
+    assert advantages.shape == (3, 0)

@@ -65,7 +65,10 @@ def test_bad_input_is_one_sentence(tmp_path):
         read_rollouts(tmp_path, INDEX, NAMES)
     with pytest.raises(InputError, match=r"9\.jsonl: no such file"):
         read_rollouts(tmp_path / "9.jsonl", INDEX, NAMES)
-    for line in ("{", "[]", '{"output": "x"}'):
-        (tmp_path / "3.jsonl").write_text(json.dumps(row("x", 0.0)) + "\n" + line + "\n")
+    for line in (b"{", b"[]", b'{"output": "x"}', b"\xff"):
+        (tmp_path / "3.jsonl").write_bytes(json.dumps(row("x", 0.0)).encode() + b"\n" + line + b"\n")
         with pytest.raises(InputError, match=r"3\.jsonl: line 2: not a rollout"):
             read_rollouts(tmp_path, INDEX, NAMES)
+    write_json(tmp_path / "tiny.item.json", {"1": "Heat"})
+    with pytest.raises(InputError, match=r"tiny\.item\.json: expected"):
+        read_titles(tmp_path / "tiny.item.json")
