@@ -6,7 +6,6 @@ The plugin imports this module when verl imports its reward managers; ``source: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from gream_verl.files import InputError
 from gream_verl.rsvr import Format, Mode, overlong_penalty, score_response
-from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_sid
+from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
 
 OPTIONS = "reward.reward_kwargs.rsvr"
@@ -116,7 +115,7 @@ class RsvrRewardManager(RewardManagerBase):
         ids = _response_ids(row)
         reward = score_response(
             self.text.read(ids),
-            self._ground_truth(columns.get("reward_model"), place),
+            self.text.ground_truth(columns.get("reward_model"), place),
             mode=extra_info["type"] if extra_info.get("type") in MODES else self.options.mode,
             format=self.options.format,
             base_levels=self.options.base_levels,
@@ -131,17 +130,6 @@ class RsvrRewardManager(RewardManagerBase):
             details["overlong"] = overlong_penalty(len(ids), overlong.max_length, overlong.buffer, overlong.factor)
             score += details["overlong"]
         return {"reward_score": score, "reward_extra_info": details}
-
-    def _ground_truth(self, reward_model: Mapping[str, Any] | None, place: str) -> SemanticId:
-        text = (reward_model or {}).get("ground_truth")
-        truth = parse_sid(text) if isinstance(text, str) else None
-        if truth is None:
-            raise InputError(
-                f"{place}: reward_model.ground_truth is {text!r}; expected a SID such as '<|a_1|><|b_7|>'; "
-                "build the parquet files anew with `gream data rl`"
-            )
-        self.text.check(truth, place)
-        return truth
 
 
 def _response_ids(row: Any) -> list[int]:

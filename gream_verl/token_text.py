@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gream_verl.files import InputError
-from gream_verl.semantic_ids import find_tokens
+from gream_verl.semantic_ids import SemanticId, find_tokens, parse_sid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,22 @@ class TokenText:
         except IndexError:
             last = len(self.pieces) - 1  # which is unknown
             return "".join(self.pieces[min(number, last)] for number in ids)
+
+    def ground_truth(self, reward_model: Mapping[str, Any] | None, place: str) -> SemanticId:
+        """Return the SID of the target in a row's column ``reward_model``.
+
+        Raises:
+            InputError: When there is none, or one that no response can hold; the message begins with ``place``.
+        """
+        text = (reward_model or {}).get("ground_truth")
+        truth = parse_sid(text) if isinstance(text, str) else None
+        if truth is None:
+            raise InputError(
+                f"{place}: reward_model.ground_truth is {text!r}; expected a SID such as '<|a_1|><|b_7|>'; "
+                "make the file with `gream data rl`"
+            )
+        self.check(truth, place)
+        return truth
 
     def check(self, sid_tokens: Iterable[str], place: str) -> None:
         """Refuse SID tokens that no response could hold.
