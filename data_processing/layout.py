@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from gream_verl.files import InputError, read_json
+from gream_verl.next_item import HELD_OUT
+from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex
-
-HELD_OUT = 2
-"""Interactions at the end of every user that no training row may have as a target: validation, then test."""
-
-FIRST_REASONING_TARGET = 4
-"""Position (from 0) of a user's first interaction with enough before it to reason about: the 5th."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +101,14 @@ class DataFolder:
     def val(self) -> Path:
         """Validation prompts: the second last interaction of every user."""
         return self.root / f"{self.name}-val.parquet"
+
+    def rl_of(self, mode: Mode) -> Path:
+        """RL prompts of ``mode``; those of reasoning mode have the authors' name."""
+        return self.rl if mode == "reasoning" else self.root / f"{self.name}-rl-{mode}.parquet"
+
+    def val_of(self, mode: Mode) -> Path:
+        """Validation prompts of ``mode``."""
+        return self.val if mode == "reasoning" else self.root / f"{self.name}-val-{mode}.parquet"
 
     @property
     def test(self) -> Path:

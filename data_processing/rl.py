@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_processing.layout import FIRST_REASONING_TARGET, HELD_OUT, DataFolder, Item
-from data_processing.sft import prompts
+from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, atomic_path
+from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, TrainingTargets, messages, row
+from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex
 
 CHUNK = 1024
+MODES: tuple[Mode, ...] = ("direct", "reasoning")
 SCHEMA = pa.schema(
     [
         ("data_source", pa.string()),
@@ -39,8 +41,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-Mode = Literal["direct", "reasoning"]
-
 
 class Target(NamedTuple):
     """One prompt to write: which interaction of which user is asked for, and how."""
@@ -54,6 +54,7 @@ def write_prompts(
     folder: DataFolder,
     *,
     seed: int,
+    mode: Mode = "reasoning",
     history: int = 20,
     rl_rows: int | None = None,
     val_rows: int | None = None,
@@ -61,12 +62,14 @@ def write_prompts(
 ) -> dict[str, Any]:
     """Write ``<D>-rl.parquet``, ``<D>-val.parquet`` and ``<D>-test.parquet``.
 
-    RL: reasoning, every target from the 5th interaction of a user to the third last, in random order. Validation:
-    reasoning, the second last. Test: the last, once in direct and once in reasoning mode, all direct rows first.
+    RL: every target from the 5th interaction of a user to the third last, in random order. Validation: the second last.
+    Test: the last, once in direct and once in reasoning mode, all direct rows first.
 
     Args:
         folder: A prepared data set with an index.
         seed: Draws and orders rows; same seed, same bytes.
+        mode: What RL and validation prompts ask for; ``direct`` ones go to ``<D>-rl-direct.parquet`` and
+            ``<D>-val-direct.parquet``.
         history: Items shown in a prompt, the most recent ones.
         rl_rows: RL rows to draw; all when None.
         val_rows: Users to draw for validation; all when None.
@@ -87,17 +90,22 @@ def write_prompts(
             f"{folder.inter}: no user has more than {HELD_OUT} interactions; prepare it with a higher core"
         )
     generator = np.random.default_rng(seed)
-    training = rl_targets(sequences, generator, rl_rows)
+    targets = TrainingTargets(map(len, sequences.values()))
+    everyone = list(sequences)
+    owners, positions = targets.locate(generator.permutation(len(targets))[:rl_rows])
+    training = [
+        Target(everyone[owner], position, mode)
+        for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)
+    ]
     if not training:
         raise InputError(
             f"{folder.inter}: no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row "
             "needs; bring longer histories"
         )
-    validation = [Target(user, len(sequences[user]) - 2, "reasoning") for user in _some(users, val_rows, generator)]
+    validation = [Target(user, len(sequences[user]) - 2, mode) for user in _some(users, val_rows, generator)]
     tested = _some(users, test_users, generator)
-    modes: tuple[Mode, ...] = ("direct", "reasoning")
-    test = [Target(user, len(sequences[user]) - 1, mode) for mode in modes for user in tested]
-    for path, rows in ((folder.rl, training), (folder.val, validation), (folder.test, test)):
+    test = [Target(user, len(sequences[user]) - 1, each) for each in MODES for user in tested]
+    for path, rows in ((folder.rl_of(mode), training), (folder.val_of(mode), validation), (folder.test, test)):
         _write(
             path,
             (
@@ -109,28 +117,6 @@ def write_prompts(
         "rows": {"rl": len(training), "val": len(validation), "test": len(test)},
         "users with too few interactions": len(sequences) - len(users),
     }
-
-
-def rl_targets(
-    sequences: Mapping[str, Sequence[str]], generator: np.random.Generator, count: int | None = None
-) -> list[Target]:
-    """Draw RL targets in random order, without replacement.
-
-    Args:
-        sequences: Every user's items in time order.
-        generator: Source of randomness.
-        count: How many; all when None.
-    """
-    users = list(sequences)
-    counts = np.array([max(len(sequence) - HELD_OUT - FIRST_REASONING_TARGET, 0) for sequence in sequences.values()])
-    ends = np.cumsum(counts)
-    flat = generator.permutation(int(counts.sum()))[:count]
-    owners = np.searchsorted(ends, flat, side="right")
-    positions = FIRST_REASONING_TARGET + flat - (ends - counts)[owners]
-    return [
-        Target(users[owner], position, "reasoning")
-        for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)
-    ]
 
 
 def _some(users: Sequence[str], count: int | None, generator: np.random.Generator) -> list[str]:
@@ -150,30 +136,10 @@ def _record(
     history: int,
 ) -> dict[str, Any]:
     past, item = sequences[target.user][: target.position], sequences[target.user][target.position]
-    return {
-        "data_source": source,
-        "prompt": messages("".join(index.texts(past[-history:])), target.mode),
-        "ability": "recommendation",
-        "reward_model": {"style": "rule", "ground_truth": index.text(item)},
-        "extra_info": {
-            "index": number,
-            "user": target.user,
-            "item": item,
-            "title": items[item].title,
-            "type": target.mode,
-            "history": list(past),
-        },
-    }
-
-
-def messages(history: str, mode: Mode) -> list[dict[str, str]]:
-    """Return the chat of a prompt; ``history`` is the semantic IDs, oldest first."""
-    if mode == "direct":
-        return [{"role": "user", "content": prompts.direct_prompt(history)}]
-    return [
-        {"role": "system", "content": prompts.REASONING_SYSTEM},
-        {"role": "user", "content": prompts.reasoning_prompt(history)},
-    ]
+    prompt = messages("".join(index.texts(past[-history:])), target.mode)
+    made = row(source, number, target.user, past, item, prompt, target.mode, index)
+    made["extra_info"]["title"] = items[item].title
+    return made
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]]) -> None:

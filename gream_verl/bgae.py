@@ -11,20 +11,20 @@ B is the analytic Pass@K advantage on hits. With rho = 1 - C(n-c, K) / C(n, K) a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from gream_verl.files import InputError
+from gream_verl.options import checked_options
 
+OPTIONS = "algorithm.bgae"
 EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
-class BgaeOptions:
+class BgaeOptions(BaseModel):
     """What may stand under ``algorithm.bgae``.
 
     Attributes:
@@ -33,13 +33,11 @@ class BgaeOptions:
         success: Reward from which a response is an exact hit.
     """
 
-    k: int = 4
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: int = Field(default=4, ge=1)
     weight: float = 1.0
     success: float = 0.999
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or self.k < 1:
-            raise InputError(f"algorithm.bgae.k: must be a whole number of at least 1, got {self.k!r}")
 
     @classmethod
     def from_config(cls, algorithm: Mapping[str, Any] | None) -> BgaeOptions:
@@ -48,12 +46,7 @@ class BgaeOptions:
         Raises:
             InputError: When a key is unknown or has a wrong value; the message names it.
         """
-        given = dict((algorithm or {}).get("bgae") or {})
-        known = [field.name for field in fields(cls)]
-        for key in given:
-            if key not in known:
-                raise InputError(f"algorithm.bgae.{key}: unknown key; known keys are {', '.join(known)}")
-        return cls(**given)
+        return checked_options(cls, OPTIONS, (algorithm or {}).get("bgae"))
 
 
 def bgae_advantage(

@@ -48,7 +48,7 @@ class Source(StrEnum):
 
 
 class Mode(StrEnum):
-    """Ways to recommend that can be evaluated."""
+    """Ways to recommend."""
 
     direct = "direct"
     reasoning = "reasoning"
@@ -239,6 +239,9 @@ def rl(
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
     rl_rows: Annotated[int | None, typer.Option(min=1, help="Keep a seeded sample of the RL prompts.")] = None,
+    mode: Annotated[Mode, typer.Option(help="What SRPO asks for; direct goes to D-rl-direct.parquet.")] = (
+        Mode.reasoning
+    ),
     history: HistoryOption = 20,
     seed: SeedOption = 0,
 ) -> None:
@@ -246,7 +249,8 @@ def rl(
     from data_processing.layout import DataFolder
     from data_processing.rl import write_prompts
 
-    _print_dict("Prompts", write_prompts(DataFolder(data, dataset), seed=seed, history=history, rl_rows=rl_rows))
+    made = write_prompts(DataFolder(data, dataset), seed=seed, mode=mode.value, history=history, rl_rows=rl_rows)
+    _print_dict("Prompts", made)
 
 
 @index_app.command()

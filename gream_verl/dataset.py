@@ -1,23 +1,78 @@
-"""verl's dataset, which refuses data that the model cannot answer (``data.custom_cls.name=SemanticIdDataset``)."""
+"""verl's dataset, which refuses data that the model cannot answer (``data.custom_cls.name=SemanticIdDataset``).
+
+Its rows come from verl parquet files, such as the authors' ``<D>-rl.parquet``, or are made while verl trains, from
+``<D>.inter.json`` and ``data.index_file``. Either way a prompt that is too long loses its oldest items, whole ones;
+verl itself would cut the head of the conversation off, and through a semantic ID (agent_loop.py:437).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
+from omegaconf import DictConfig
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.tokenizer import normalize_token_ids
 
-from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.files import InputError, read_json
+from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, NextItemRows, count_items, drop_oldest
+from gream_verl.options import checked_options
+from gream_verl.rsvr import Mode
+from gream_verl.semantic_ids import ItemIndex, find_tokens
 from gream_verl.token_text import TokenText
+
+OPTIONS = "data.next_item"
+INTERACTIONS = ".inter.json"
+
+
+class NextItemOptions(BaseModel):
+    """What may stand under ``data.next_item``, for rows that are made from ``<D>.inter.json``.
+
+    Attributes:
+        mode: What the prompts ask for.
+        history: Items shown, the most recent ones.
+        templates: Wordings of the user's turn, each with ``{history}``; None for those of ``gream_verl.next_item``.
+        system: The system's turn, "" for none; None for that of the mode.
+        passes: Passes over all targets in one of verl's epochs, each in an order and with templates of its own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Mode = "reasoning"
+    history: int = Field(default=20, ge=1)
+    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
+    system: str | None = None
+    passes: int = Field(default=1, ge=1)
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place_for_the_history(cls, templates: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for template in templates or ():
+            if "{history}" not in template:
+                raise ValueError(f"no {{history}} in {template!r}")
+        return templates
+
+    @classmethod
+    def from_config(cls, data: DictConfig) -> NextItemOptions:
+        """Return the options in the node ``data`` of a run.
+
+        Raises:
+            InputError: When a key is unknown or has a wrong value; the message names it.
+        """
+        return checked_options(cls, OPTIONS, data.get("next_item"))
 
 
 class SemanticIdDataset(RLHFDataset):
-    """Checks every ground truth before training starts.
+    """Checks every row before training starts, and shortens prompts by whole items.
 
-    Each must be a well-formed SID, every token of it one token of the tokenizer, and, where ``data.index_file`` names
-    an item index, an item of it.
+    Every ground truth must be a well-formed SID, every SID token of truth and prompt one token of the tokenizer, and,
+    where ``data.index_file`` names an item index, the truth an item of it.
+
+    ``data.train_files`` may also name one ``<D>.inter.json``; see ``NextItemOptions``.
 
     Raises:
         InputError: Naming file, row and token.
@@ -27,23 +82,102 @@ class SemanticIdDataset(RLHFDataset):
         index_file = self.config.get("index_file")
         index = ItemIndex.load(index_file) if index_file else None
         text = TokenText(self.tokenizer)
-        for place, reward_model in _reward_models(self.data_files):
+        if any(str(file).endswith(INTERACTIONS) for file in self.data_files):
+            self.dataframe, tokens = self._make_rows(index)
+            text.check(tokens, index_file)
+            return
+        for place, prompt, reward_model in _columns(self.data_files, self.prompt_key):
             truth = text.ground_truth(reward_model, place)
             if index is not None and truth not in index.items:
                 raise InputError(
                     f"{place}: {''.join(truth)} is no item of {index.source}; build the parquet files from this index"
                 )
+            text.check((token for turn in prompt for token in find_tokens(str(turn["content"]))), place)
         super()._read_files_and_tokenize()
 
+    def _make_rows(self, index: ItemIndex | None) -> tuple[NextItemRows, list[str]]:
+        """Return the rows, and the SID tokens they may hold."""
+        if len(self.data_files) > 1:
+            raise InputError(f"data.train_files: {self.data_files}: expected one <D>{INTERACTIONS} and nothing else")
+        path = Path(self.data_files[0])
+        if self.original_data_files == _as_list(self.config.get("val_files")):
+            raise InputError(f"data.val_files: {path} has no validation rows; name the file of `gream data rl`")
+        if index is None:
+            raise InputError(f"data.index_file: missing; name the index that gives the items of {path} their SIDs")
+        if self.config.get("shuffle"):
+            raise InputError(
+                f"data.shuffle: set it to false; rows made from {path} have an order of their own, by data.seed"
+            )
+        rows = NextItemRows(
+            path.name.removesuffix(INTERACTIONS),
+            _read_sequences(path, index),
+            index,
+            seed=self.config.get("seed") or 0,
+            limit=self.max_samples if self.max_samples > 0 else None,
+            **dict(NextItemOptions.from_config(self.config)),
+        )
+        if not len(rows):
+            raise InputError(
+                f"{path}: no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row needs; "
+                "bring longer histories"
+            )
+        return rows, index.tokens
 
-def _reward_models(files: list[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Yield where each row stands, and its column ``reward_model``."""
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        made: dict[str, Any] = super().__getitem__(item)
+        made["raw_prompt"] = self._shortened(made["raw_prompt"])
+        return made
+
+    def _shortened(self, prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the prompt without as many of its oldest items as it takes to fit ``data.max_prompt_length``."""
+        if self._fits(prompt):
+            return prompt
+        counts = [count_items(turn["content"]) if isinstance(turn["content"], str) else 0 for turn in prompt]
+        place = int(np.argmax(counts))
+        turn = prompt[place]
+        too_few, enough = 0, max(counts[place] - 1, 0)
+
+        def without(count: int) -> list[dict[str, Any]]:
+            return [*prompt[:place], {**turn, "content": drop_oldest(turn["content"], count)}, *prompt[place + 1 :]]
+
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            too_few, enough = (too_few, middle) if self._fits(without(middle)) else (middle, enough)
+        return without(enough)
+
+    def _fits(self, prompt: list[dict[str, Any]]) -> bool:
+        ids = self.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, **self.apply_chat_template_kwargs
+        )
+        return len(normalize_token_ids(ids)) <= self.max_prompt_length
+
+
+def _read_sequences(path: Path, index: ItemIndex) -> dict[str, list[str]]:
+    """Read ``<D>.inter.json`` and check that every item is in the index."""
+    sequences = read_json(path, "make it with `gream data prepare`")
+    if not isinstance(sequences, dict) or not all(isinstance(items, list) for items in sequences.values()):
+        raise InputError(f"{path}: expected {{user: [item, ...]}}; make it with `gream data prepare`")
+    for user, items in sequences.items():
+        if (missing := next((item for item in items if item not in index.sids), None)) is not None:
+            raise InputError(f"{path}: user {user!r}: item {missing!r} is not in {index.source}; build the index anew")
+    return sequences
+
+
+def _columns(files: Sequence[str], prompt_key: str) -> Iterator[tuple[str, list[dict], dict[str, Any] | None]]:
+    """Yield where each row stands, its prompt, and its column ``reward_model``."""
     for file in files:
+        number = 0
         try:
-            column = pq.read_table(file, columns=["reward_model"])["reward_model"].to_pylist()
+            for batch in pq.ParquetFile(file).iter_batches(columns=[prompt_key, "reward_model"]):
+                prompts, reward_models = batch.column(prompt_key).to_pylist(), batch.column("reward_model").to_pylist()
+                for prompt, reward_model in zip(prompts, reward_models, strict=True):
+                    yield f"{file}: row {number}", prompt or [], reward_model
+                    number += 1
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{file}: cannot be read as verl parquet ({error}); make it with `gream data rl`"
             ) from error
-        for row, reward_model in enumerate(column):
-            yield f"{file}: row {row}", reward_model
+
+
+def _as_list(files: Any) -> list[str]:
+    return [files] if isinstance(files, str) else list(files or [])

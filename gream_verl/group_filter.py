@@ -14,12 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transfer_queue as tq
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from gream_verl.bgae import BgaeOptions, group_statistics
 from gream_verl.files import InputError
+from gream_verl.options import checked_options
 
 OPTIONS = "trainer.v1.sampler.sampler_kwargs"
 
@@ -59,15 +60,7 @@ def read_options(sampler_kwargs: Mapping[str, Any]) -> GroupFilterOptions:
     Raises:
         InputError: When a key is missing, unknown or has a wrong value; the message names it.
     """
-    try:
-        given = {key: dict(value) if isinstance(value, Mapping) else value for key, value in sampler_kwargs.items()}
-        return GroupFilterOptions.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join([OPTIONS, *map(str, first["loc"])])
-        raise InputError(
-            f"{key}: {first['msg']}; known keys are {', '.join(GroupFilterOptions.model_fields)}"
-        ) from None
+    return checked_options(GroupFilterOptions, OPTIONS, sampler_kwargs)
 
 
 class BoundedGroupFilter(ReplayBuffer):

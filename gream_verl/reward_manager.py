@@ -10,12 +10,12 @@ from dataclasses import asdict
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
-from gream_verl.files import InputError
+from gream_verl.options import checked_options
 from gream_verl.rsvr import Format, Mode, overlong_penalty, score_response
 from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
@@ -77,13 +77,7 @@ class RsvrOptions(BaseModel):
         Raises:
             InputError: When a key is unknown or has a wrong value; the message names it.
         """
-        raw = OmegaConf.select(config, OPTIONS)
-        try:
-            return cls.model_validate({} if raw is None else OmegaConf.to_container(raw, resolve=True))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join([OPTIONS, *map(str, first["loc"])])
-            raise InputError(f"{key}: {first['msg']}; known keys are {', '.join(cls.model_fields)}") from None
+        return checked_options(cls, OPTIONS, OmegaConf.select(config, OPTIONS))
 
 
 @register("rsvr")

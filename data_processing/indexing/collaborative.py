@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
-from data_processing.layout import HELD_OUT
+from gream_verl.next_item import HELD_OUT
 
 SMOOTHING = 0.75
 POWER_ITERATIONS = 20

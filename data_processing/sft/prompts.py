@@ -2,34 +2,10 @@
 
 Fields: ``{history}`` semantic IDs of past items, oldest first; ``{titles}`` their titles; ``{sid}`` one semantic ID;
 ``{text}`` what is known of one item; ``{query}`` what the user looks for; ``{preference}`` what the user likes.
-Template 0 of ``SEQREC`` is the one of evaluation in direct mode, ``REASONING`` that of RL and of evaluation in
-reasoning mode.
+Those that ask for the next item by its semantic ID stand in ``gream_verl.next_item``.
 """
 
 from __future__ import annotations
-
-REASONING_SYSTEM = "Reason first: evidence, preference, intent. Then the items that matter, then the answer."
-REASONING = "History: {history} Think, then recommend the next item."
-
-SEQREC = (
-    "History: {history} Next item?",
-    "A user chose, in this order: {history} What comes next?",
-    "{history} Continue this sequence with one item.",
-    "After {history} which item will the user take?",
-    "Given the past items {history} name the next one.",
-    "The user has had {history} Recommend one item.",
-    "Past: {history} Predict the next interaction.",
-    "Items so far: {history} The following item is?",
-    "Which item fits best after {history}?",
-    "Look at {history} and give the item that follows.",
-    "Here is what a user went through: {history} Guess the next pick.",
-    "With {history} behind them, what will this user want now?",
-    "Log: {history} Next entry?",
-    "Someone enjoyed {history} Suggest what to have next.",
-    "Ordered history: {history} Output the next item only.",
-    "Extend {history} by one step.",
-    "From {history} infer the coming choice.",
-)
 
 ITEM_TO_INDEX = (
     "Which item is this? {text}",
@@ -168,13 +144,3 @@ RECONSTRUCTION = {
         "ID list for {titles}:",
     ),
 }
-
-
-def direct_prompt(history: str) -> str:
-    """Return the user's turn of direct mode; ``history`` is the semantic IDs, oldest first."""
-    return SEQREC[0].format(history=history)
-
-
-def reasoning_prompt(history: str) -> str:
-    """Return the user's turn of reasoning mode; the system's turn is ``REASONING_SYSTEM``."""
-    return REASONING.format(history=history)

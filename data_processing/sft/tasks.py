@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_processing.layout import FIRST_REASONING_TARGET, Item, training_part
+from data_processing.layout import Item, training_part
 from data_processing.sft import prompts
 from data_processing.teacher.rules import RuleTeacher, short_title
+from gream_verl.next_item import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 from gream_verl.semantic_ids import ItemIndex
 
 Specs = npt.NDArray[np.int64]
@@ -193,7 +194,7 @@ def _over_items(render: Render, templates: int) -> Task:
 
 
 def _draw_seqrec(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-    specs = draw_windows(corpus, count, generator, templates=len(prompts.SEQREC))
+    specs = draw_windows(corpus, count, generator, templates=len(TEMPLATES["direct"]))
     specs[generator.random(len(specs)) < CANONICAL_SHARE, 3] = 0
     return specs
 
@@ -226,7 +227,7 @@ def _size(groups: Mapping[str, Sequence[str]]) -> int:
 
 def _seqrec(corpus: Corpus, spec: Sequence[int]) -> Row:
     history, target = corpus.window(spec)
-    return Row(prompts.SEQREC[spec[3]].format(history=corpus.sids(history)), corpus.index.text(target), "seqrec")
+    return Row(TEMPLATES["direct"][spec[3]].format(history=corpus.sids(history)), corpus.index.text(target), "seqrec")
 
 
 def _item_to_index(corpus: Corpus, spec: Sequence[int]) -> Row:
@@ -286,8 +287,8 @@ def _reconstruction(corpus: Corpus, spec: Sequence[int]) -> Row:
 
 def _reasoning(corpus: Corpus, spec: Sequence[int]) -> Row:
     history, target = corpus.window(spec)
-    user = prompts.reasoning_prompt(corpus.sids(history))
-    return Row(user, corpus.teacher.chain(history, target), "reasoning", prompts.REASONING_SYSTEM)
+    user = TEMPLATES["reasoning"][0].format(history=corpus.sids(history))
+    return Row(user, corpus.teacher.chain(history, target), "reasoning", SYSTEM["reasoning"])
 
 
 REASONING = "reasoning"

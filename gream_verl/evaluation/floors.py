@@ -18,8 +18,8 @@ from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import read_prompts
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.files import InputError, read_json
+from gream_verl.next_item import HELD_OUT
 
-HELD_OUT = 2
 WINDOW = 10
 RECENT = 20
 USERS_AT_ONCE = 256

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -8,7 +10,9 @@ from assets import make_index, make_tokenizer, rl_rows, write_rl_files
 from omegaconf import OmegaConf
 
 from gream_verl.dataset import SemanticIdDataset
-from gream_verl.files import InputError
+from gream_verl.files import InputError, write_json
+from gream_verl.next_item import TEMPLATES, messages
+from gream_verl.semantic_ids import find_tokens, parse_sid
 
 INDEX = make_index()
 
@@ -66,3 +70,137 @@ def test_a_file_that_is_no_verl_parquet_is_named(tmp_path, tokenizer):
     path.write_text("not parquet")
     with pytest.raises(InputError, match=r"rl\.parquet: cannot be read.*gream data rl"):
         SemanticIdDataset(str(path), tokenizer, config(tmp_path))
+
+
+def test_a_token_in_a_prompt_that_the_model_does_not_know_is_named(tmp_path, tokenizer):
+    rows = rl_rows(INDEX, 3)
+    rows[1]["prompt"][0]["content"] += "<|a_999|>"
+    with pytest.raises(InputError, match=r"row 1: <\|a_999\|> is not one token"):
+        SemanticIdDataset(write(tmp_path / "rl.parquet", rows), tokenizer, config(tmp_path))
+
+
+def test_the_columns_of_the_authors_are_enough(tmp_path, tokenizer):
+    rows = [
+        {**row, "extra_info": {"title": row["extra_info"]["title"], "type": "reasoning"}} for row in rl_rows(INDEX, 3)
+    ]
+    dataset = SemanticIdDataset(write(tmp_path / "Beauty-rl.parquet", rows), tokenizer, config(tmp_path))
+    assert [row["reward_model"] for row in dataset] == [row["reward_model"] for row in rows]
+
+
+def length(tokenizer, prompt):
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True)["input_ids"])
+
+
+def test_a_long_prompt_loses_its_oldest_items_and_no_more_than_it_must(tmp_path, tokenizer):
+    path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 24))
+    whole = SemanticIdDataset(path, tokenizer, config(tmp_path))
+    longest = max(length(tokenizer, row["raw_prompt"]) for row in whole)
+    for limit in (longest, longest - 1, longest - 5, longest - 9, 1):
+        short = SemanticIdDataset(path, tokenizer, config(tmp_path, max_prompt_length=limit))
+        for before, after in zip(whole, short, strict=True):
+            text = after["raw_prompt"][0]["content"]
+            items = text.removesuffix(" What is next?").split(" ")
+            given = before["raw_prompt"][0]["content"].removesuffix(" What is next?").split(" ")
+            assert items == given[len(given) - len(items) :]
+            assert all(parse_sid(item) in INDEX.items for item in items)
+            assert length(tokenizer, after["raw_prompt"]) <= limit or len(items) == 1
+            if len(items) < len(given):
+                longer = [{**after["raw_prompt"][0], "content": f"{given[-len(items) - 1]} {text}"}]
+                assert length(tokenizer, longer) > limit
+
+
+def made(tmp_path, tokenizer, sequences=None, **options):
+    items = list(INDEX.sids)
+    write_json(tmp_path / "tiny.inter.json", sequences or {f"u{row}": items[row:] + items[:row] for row in range(4)})
+    INDEX.save(tmp_path / "tiny.index.json")
+    options = {"index_file": str(tmp_path / "tiny.index.json"), "shuffle": False, "seed": 0, **options}
+    return SemanticIdDataset(str(tmp_path / "tiny.inter.json"), tokenizer, config(tmp_path, **options))
+
+
+def test_rows_are_made_from_interactions_and_index(tmp_path, tokenizer):
+    items = list(INDEX.sids)
+    dataset = made(tmp_path, tokenizer, next_item={"history": 3, "passes": 2})
+    per_user = len(items) - 2 - 4
+    assert len(dataset) == 4 * per_user * 2
+    rows = [dataset[number] for number in range(len(dataset))]
+    for number, row in enumerate(rows):
+        info, first = row["extra_info"], int(row["extra_info"]["user"][1:])
+        sequence = items[first:] + items[:first]
+        position = len(info["history"])
+        assert 4 <= position < len(sequence) - 2
+        assert info["history"] == sequence[:position]
+        assert row["reward_model"]["ground_truth"] == INDEX.text(sequence[position])
+        assert row["raw_prompt"] == messages("".join(INDEX.texts(sequence[position - 3 : position])), "reasoning")
+        assert (row["data_source"], info["type"], info["index"]) == ("tiny", "reasoning", number)
+    targets = [(row["extra_info"]["user"], row["extra_info"]["item"]) for row in rows]
+    first, second = targets[: len(targets) // 2], targets[len(targets) // 2 :]
+    assert sorted(first) == sorted(second)
+    assert len(set(first)) == len(first)
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_rows_depend_on_their_number_and_the_seed_only(tmp_path, tokenizer):
+    options = {"next_item": {"mode": "direct", "passes": 3}}
+    dataset, other = made(tmp_path, tokenizer, **options), made(tmp_path, tokenizer, seed=1, **options)
+    places = [100, 3, 100, 150, 3]
+    once = [copy.deepcopy(dataset[place]["prompt"]) for place in places]
+    again = made(tmp_path, tokenizer, **options)
+    assert once == [again[place]["prompt"] for place in places]
+    assert [row["prompt"] for row in dataset] != [row["prompt"] for row in other]
+    starts = {row["prompt"][0]["content"].split("<|")[0] for row in dataset}
+    assert starts == {template.split("{history}")[0] for template in TEMPLATES["direct"]}
+
+
+def test_templates_are_drawn_anew_in_every_pass(tmp_path, tokenizer):
+    options = {"templates": ["{history} A?", "{history} B?"], "system": "", "passes": 6}
+    rows = list(made(tmp_path, tokenizer, next_item=options))
+    endings: dict[tuple[str, str], str] = {}
+    for row in rows:
+        target = (row["extra_info"]["user"], row["extra_info"]["item"])
+        endings[target] = endings.get(target, "") + row["prompt"][0]["content"][-2]
+    assert {len(ending) for ending in endings.values()} == {6}
+    assert sum("A" in ending and "B" in ending for ending in endings.values()) > 0.8 * len(endings)
+
+
+def test_a_long_history_is_shortened_by_whole_items(tmp_path, tokenizer):
+    dataset = made(tmp_path, tokenizer, max_prompt_length=190)
+    for row in dataset:
+        assert length(tokenizer, row["raw_prompt"]) <= 190
+        shown = "".join(find_tokens(row["raw_prompt"][1]["content"]))
+        whole = "".join(INDEX.texts(row["extra_info"]["history"]))
+        assert shown.startswith("<|a_")
+        assert whole.endswith(shown)
+
+
+def test_a_limit_draws_targets(tmp_path, tokenizer):
+    made(tmp_path, tokenizer)
+    options = {"index_file": str(tmp_path / "tiny.index.json"), "shuffle": False, "next_item": {"passes": 2}}
+    dataset = SemanticIdDataset(
+        str(tmp_path / "tiny.inter.json"), tokenizer, config(tmp_path, **options), max_samples=5
+    )
+    targets = [(row["extra_info"]["user"], row["extra_info"]["item"]) for row in dataset]
+    assert len(targets) == 10
+    assert set(targets[:5]) == set(targets[5:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle": True}, r"data\.shuffle: set it to false"),
+        ({"index_file": None}, r"data\.index_file: missing"),
+        ({"next_item": {"templates": ["What?"]}}, r"data\.next_item\.templates: .*no \{history\} in 'What\?'"),
+        ({"next_item": {"histroy": 3}}, r"data\.next_item\.histroy: .*known keys are mode, history"),
+        ({"sequences": {"u": ["1", "2"]}}, "no user has the 7 interactions"),
+        ({"sequences": {"u": ["1", "gone"]}}, r"user 'u': item 'gone' is not in .*tiny\.index\.json"),
+        ({"sequences": ["u"]}, r"expected \{user: \[item"),
+    ],
+)
+def test_what_rows_cannot_be_made_from_is_named(tmp_path, tokenizer, options, message):
+    with pytest.raises(InputError, match=message):
+        made(tmp_path, tokenizer, **options)
+
+
+def test_validation_rows_are_not_made(tmp_path, tokenizer):
+    with pytest.raises(InputError, match=r"data\.val_files: .*has no validation rows"):
+        made(tmp_path, tokenizer, val_files=str(tmp_path / "tiny.inter.json"))

@@ -9,8 +9,8 @@ from small_data import make_data
 
 from data_processing.layout import DataFolder
 from data_processing.rl import SCHEMA, write_prompts
-from data_processing.sft import prompts
 from gream_verl.files import InputError, read_json, write_json
+from gream_verl.next_item import messages
 
 
 def read(path: Path) -> list[dict]:
@@ -60,13 +60,10 @@ def test_every_row_holds_its_target_its_whole_history_and_shows_the_end_of_it(fo
             assert row["ability"] == "recommendation"
             assert row["reward_model"] == {"style": "rule", "ground_truth": index.text(info["item"])}
             shown = "".join(index.texts(past[-3:]))
-            if info["type"] == "direct":
-                assert row["prompt"] == [{"role": "user", "content": prompts.direct_prompt(shown)}]
-            else:
-                assert row["prompt"] == [
-                    {"role": "system", "content": prompts.REASONING_SYSTEM},
-                    {"role": "user", "content": prompts.reasoning_prompt(shown)},
-                ]
+            assert row["prompt"] == messages(shown, info["type"])
+            assert [turn["role"] for turn in row["prompt"]] == {
+                "direct": ["user"], "reasoning": ["system", "user"],
+            }[info["type"]]  # fmt: skip
 
 
 def test_no_rl_row_has_a_held_out_target_or_history(folder: DataFolder) -> None:
@@ -84,6 +81,17 @@ def test_modes_are_reasoning_but_for_the_first_half_of_the_test(folder: DataFold
     test = read(folder.test)
     assert [row["extra_info"]["type"] for row in test] == ["direct"] * 5 + ["reasoning"] * 5
     assert keys(test)[:5] == keys(test)[5:]
+
+
+def test_direct_prompts_go_to_files_of_their_own(folder: DataFolder) -> None:
+    write_prompts(folder, seed=0)
+    reasoning = keys(read(folder.rl))
+    write_prompts(folder, seed=0, mode="direct")
+    assert folder.rl_of("direct").name == "small-rl-direct.parquet"
+    direct = read(folder.rl_of("direct"))
+    assert keys(direct) == reasoning
+    assert {row["extra_info"]["type"] for row in [*direct, *read(folder.val_of("direct"))]} == {"direct"}
+    assert {row["extra_info"]["type"] for row in read(folder.rl)} == {"reasoning"}
 
 
 def test_samples_are_part_of_the_whole_and_rl_is_shuffled(folder: DataFolder) -> None:

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_data import make_data
 
-from data_processing.layout import FIRST_REASONING_TARGET, Item
+from data_processing.layout import Item
 from data_processing.sft import prompts
 from data_processing.sft.tasks import REASONING, TASKS, Corpus, Row, draw_items, draw_windows
+from gream_verl.next_item import FIRST_REASONING_TARGET, TEMPLATES, messages
 from gream_verl.semantic_ids import ItemIndex, find_tokens
 
 ITEM_TASKS = ("item2index", "index2item", "itemfeatureobtain")
@@ -86,10 +87,11 @@ def test_history_and_target_follow_each_other_in_the_training_part_of_a_user(cor
 
 def test_half_of_seqrec_uses_the_prompt_of_evaluation(corpus: Corpus) -> None:
     made = rows(corpus, "seqrec")
-    start, end = prompts.SEQREC[0].split("{history}")
+    start, end = TEMPLATES["direct"][0].split("{history}")
     canonical = [row for row in made if row.user.startswith(start) and row.user.endswith(end)]
     assert 0.35 < len(canonical) / len(made) < 0.7
-    assert canonical[0].user == prompts.direct_prompt(corpus.sids(sids_in(corpus, canonical[0].user)))
+    shown = corpus.sids(sids_in(corpus, canonical[0].user))
+    assert messages(shown, "direct") == [{"role": "user", "content": canonical[0].user}]
 
 
 def test_item_tasks_map_an_item_to_itself(corpus: Corpus) -> None:
@@ -148,7 +150,7 @@ def test_items_are_drawn_evenly(corpus: Corpus) -> None:
 
 def templates() -> list[str]:
     groups = (prompts.INDEX_TO_ITEM, prompts.FUSION, prompts.ITEM_SEARCH, prompts.FEATURES, prompts.RECONSTRUCTION)
-    flat = [*prompts.SEQREC, *prompts.ITEM_TO_INDEX, *prompts.PREFERENCE, prompts.REASONING]
+    flat = [*TEMPLATES["direct"], *prompts.ITEM_TO_INDEX, *prompts.PREFERENCE, *TEMPLATES["reasoning"]]
     return flat + [template for group in groups for kind in group.values() for template in kind]
 
 
@@ -162,6 +164,6 @@ def test_templates_are_all_different_and_name_only_known_fields() -> None:
 
 
 def test_the_prompts_of_evaluation_are_those_that_are_trained(corpus: Corpus) -> None:
-    assert prompts.direct_prompt("<|a_1|>") == prompts.SEQREC[0].replace("{history}", "<|a_1|>")
     reasoning = rows(corpus, REASONING)[0]
-    assert reasoning.user == prompts.reasoning_prompt(corpus.sids(sids_in(corpus, reasoning.user)))
+    asked = messages(corpus.sids(sids_in(corpus, reasoning.user)), "reasoning")
+    assert [turn["content"] for turn in asked] == [reasoning.system, reasoning.user]
