@@ -21,8 +21,10 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from gream_verl.bgae import BgaeOptions, group_statistics
 from gream_verl.files import InputError
 from gream_verl.options import checked_options
+from gream_verl.watchdog import Watchdog
 
 OPTIONS = "trainer.v1.sampler.sampler_kwargs"
+RESTART = "the messages above say why. Start the run again: it goes on from its last checkpoint"
 
 EvictionReasons = tuple[set[str], set[str], set[str], Counter]
 
@@ -36,10 +38,14 @@ class GroupFilterOptions(BaseModel):
         train_batch_size: Prompts a training step uses.
         max_num_gen_batches: Batches of ``train_batch_size`` prompts a training step may generate.
         max_inflight_gen_batches: Batches that may be generated at the same time.
+        max_failed_share: Share of ``train_batch_size`` that may fail in a step: groups without any response, because
+            the rollout engine or the reward raised. They are replaced; more of them stop the training.
         when_exhausted: ``fill``: the last uniform groups fill the batch up; they have no advantage, so the step learns
             from the groups there are. ``raise``: stop the training.
         bgae: Options of the advantage estimator, to log what a batch has to teach (``bgae/...``); None logs nothing.
             Needs rewards at sampling time, so None with a reward model that shares the actor's GPUs.
+        step_timeout: Seconds from one call for a batch to the next, validation and checkpoints included, after which
+            the training is ended because it hangs; None for never.
         poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
     """
 
@@ -49,8 +55,10 @@ class GroupFilterOptions(BaseModel):
     train_batch_size: int = Field(ge=1)
     max_num_gen_batches: int = Field(ge=1)
     max_inflight_gen_batches: int = Field(default=1, ge=1)
+    max_failed_share: float = Field(default=0.5, ge=0)
     when_exhausted: Literal["fill", "raise"] = "fill"
     bgae: BgaeOptions | None = None
+    step_timeout: float | None = Field(default=None, gt=0)
     poll_interval: float = Field(default=0.2, gt=0)
 
 
@@ -69,6 +77,9 @@ class BoundedGroupFilter(ReplayBuffer):
     A uniform group is evicted only while the groups at hand and those the budget still allows fill a batch. So every
     step gets its full batch: groups that teach something first, and uniform ones only when the budget is spent. The log
     has the uniform groups kept and the share of groups evicted, ``evicted / (evicted + batch)``.
+
+    Groups that failed are replaced, whatever the budget; verl would train without them, also when a dead rollout engine
+    fails them all, and then wait for that engine forever.
     """
 
     def __init__(self, *, trainer_mode: str, sampler_kwargs: Mapping[str, Any], refill_fn: Any, **kwargs: Any) -> None:
@@ -78,6 +89,8 @@ class BoundedGroupFilter(ReplayBuffer):
                 "set trainer.v1.sampler.custom_sampler.path and name to null"
             )
         self.options = read_options(sampler_kwargs)
+        timeout = self.options.step_timeout
+        self._watchdog = Watchdog(timeout, f"gream-verl: no new batch for {timeout} s, {RESTART}") if timeout else None
         self._budget = 0
         self._generate = refill_fn
         super().__init__(
@@ -89,6 +102,7 @@ class BoundedGroupFilter(ReplayBuffer):
             train_batch_size=self.options.train_batch_size,
             gen_batch_size=1,  # verl fetches single prompts when filter_groups is on (trainer_base.py:733)
             max_inflight_gen_batches=self.options.max_inflight_gen_batches,
+            sync_refill_failed_groups=True,
             **kwargs,
         )
 
@@ -98,10 +112,13 @@ class BoundedGroupFilter(ReplayBuffer):
         Raises:
             InputError: When the budget is spent, the batch is not full of groups that teach something, and
                 ``when_exhausted`` is ``raise``.
+            RuntimeError: When too many groups fail.
         """
+        if self._watchdog is not None:
+            self._watchdog.feed()
         # The trainer has already asked for one batch.
         self._budget = (self.options.max_num_gen_batches - 1) * self.options.train_batch_size
-        self._uniform_kept = 0
+        self._uniform_kept = self._failed = 0
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
         if partition_id == "val":
             return batch, metrics
@@ -127,13 +144,20 @@ class BoundedGroupFilter(ReplayBuffer):
 
     def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> EvictionReasons:
         stale, uniform, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
+        self._failed += len(failed)
+        self._budget += len(failed)
+        if self._failed > self.options.max_failed_share * self.options.train_batch_size:
+            raise RuntimeError(
+                f"{self._failed} groups of step {global_steps} failed, more than {OPTIONS}.max_failed_share="
+                f"{self.options.max_failed_share} of a batch; {RESTART}"
+            )
         if not uniform:
             return stale, uniform, failed, counts
         groups = sum(
             len(keys[partition_id])
             for keys in (self.pending_keys, self.running_keys, self.finished_keys, self.failure_keys)
         )
-        spare = max(0, groups + self._budget - self.options.train_batch_size)
+        spare = max(0, groups - len(failed) + self._budget - self.options.train_batch_size)
         evicted = set(sorted(uniform)[:spare])
         values = self._dapo_classification_cache[partition_id]
         return stale, evicted, failed, Counter(values[uid] for uid in evicted)

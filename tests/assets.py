@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,15 @@ def rl_rows(index: ItemIndex, rows: int, mode: str = "reasoning", data_source: s
 
 def teach_form(folder: str | os.PathLike[str], index: ItemIndex, steps: int = 150, seed: int = 0) -> None:
     """Train the model in ``folder`` until it answers in the right form, with SIDs that are mostly wrong."""
-    import random
+    draw = random.Random(seed)
+    items = list(index.sids)
+    teach(folder, index, lambda _: reasoning_response(index.text(draw.choice(items))), steps, seed)
 
+
+def teach(
+    folder: str | os.PathLike[str], index: ItemIndex, respond: Callable[[int], str], steps: int = 150, seed: int = 0
+) -> None:
+    """Train the model in ``folder`` to give ``respond(row)`` to the prompts of ``rl_rows``."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,13 +105,9 @@ def teach_form(folder: str | os.PathLike[str], index: ItemIndex, steps: int = 15
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     texts = [
         tokenizer.apply_chat_template(
-            [
-                *row["prompt"],
-                {"role": "assistant", "content": reasoning_response(index.text(draw.choice(list(index.sids))))},
-            ],
-            tokenize=False,
+            [*row["prompt"], {"role": "assistant", "content": respond(number)}], tokenize=False
         )
-        for row in rl_rows(index, 256)
+        for number, row in enumerate(rl_rows(index, 256))
     ]
     for _ in range(steps):
         batch = tokenizer(draw.sample(texts, 16), return_tensors="pt", padding=True, add_special_tokens=False)

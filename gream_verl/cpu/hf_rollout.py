@@ -1,13 +1,17 @@
 """Rollouts by Hugging Face ``transformers`` for machines without vLLM (``actor_rollout_ref.rollout.name=hf_cpu``).
 
-One Ray actor per replica batches the requests that arrive together and decodes them with a key-value cache. Slower than
-vLLM on long batches, lighter to start. It offers token ids in, token ids out; there is no HTTP endpoint, no tool use.
+One Ray actor per replica batches the requests that arrive together and decodes them with a key-value cache. It is
+lighter than vLLM, and reproducible: what a request draws depends on the seed, the step and the prompt, not on what else
+is in its batch, so that a run which was killed and goes on takes the way of one that was not. It offers token ids in,
+token ids out; there is no HTTP endpoint, no tool use.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +34,13 @@ class Request:
     Attributes:
         prompt: Token ids.
         sampling: verl's sampling parameters.
+        seed: What to draw its tokens with.
         result: Where the answer goes.
     """
 
     prompt: list[int]
     sampling: dict[str, Any]
+    seed: int
     result: asyncio.Future
 
 
@@ -65,6 +71,22 @@ def next_token_log_probs(
     return logits.log_softmax(dim=-1)
 
 
+def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Return a token for every row, by the inverse of its cumulative distribution.
+
+    Args:
+        log_probs: Log-probabilities, shape [rows, vocabulary].
+        uniform: A number from 0 to 1, exclusive, for every row, float64, shape [rows].
+    """
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    wanted = uniform.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+
+
+def _uniform(seed: int, count: int) -> Tensor:
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 class HFServer:
     """The Ray actor that holds a copy of the model and generates."""
 
@@ -83,7 +105,8 @@ class HFServer:
         self.pad_token = tokenizer.pad_token_id
         self.vocabulary = len(tokenizer)
         self.global_steps: int | None = None
-        self.generator = torch.Generator().manual_seed(self.config.seed + replica_rank)
+        self.seed = (self.config.seed, replica_rank)
+        self.seen: Counter[str] = Counter()
         self.waiting: list[Request] = []
         self.working: asyncio.Task | None = None
 
@@ -93,12 +116,25 @@ class HFServer:
         if unexpected:
             raise RuntimeError(f"hf_cpu: the actor sent weights that the model does not have: {unexpected[:5]}")
         self.global_steps = global_steps
+        self.seen.clear()
+
+    def _seed(self, prompt: Sequence[int], sampling: dict[str, Any]) -> int:
+        """Return the seed of a request: the n-th with this prompt under these weights always gets the same one."""
+        key = repr((self.seed, self.global_steps, list(prompt), sorted(sampling.items())))
+        self.seen[key] += 1
+        digest = hashlib.blake2b(f"{key} {self.seen[key]}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
 
     async def generate(
         self, prompt_ids: Sequence[int], sampling_params: dict[str, Any], request_id: str, **_: Any
     ) -> TokenOutput:
         """Return a continuation of ``prompt_ids``."""
-        request = Request(list(prompt_ids), dict(sampling_params), asyncio.get_running_loop().create_future())
+        request = Request(
+            list(prompt_ids),
+            dict(sampling_params),
+            self._seed(prompt_ids, sampling_params),
+            asyncio.get_running_loop().create_future(),
+        )
         self.waiting.append(request)
         if self.working is None or self.working.done():
             self.working = asyncio.create_task(self._work())
@@ -136,10 +172,13 @@ class HFServer:
         top_ks = [int(request.sampling.get("top_k", -1)) for request in batch]
         budgets = torch.tensor([self._budget(request) for request in batch])
 
+        uniform = torch.stack([_uniform(request.seed, int(budgets.max())) for request in batch])
+
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         lengths = torch.zeros_like(budgets)
         alive = torch.ones_like(budgets, dtype=torch.bool)
-        cache, responses, log_probs = None, [], []
+        responses: list[Tensor] = []
+        cache, log_probs = None, []
         while alive.any():
             output = self.model(
                 input_ids=tokens,
@@ -153,7 +192,7 @@ class HFServer:
             logits = output.logits[:, -1].float()
             logits[:, self.vocabulary :] = -torch.inf  # rows that only fill the embedding up
             distribution = next_token_log_probs(logits, temperatures, top_ps, top_ks)
-            sampled = torch.multinomial(distribution.exp(), 1, generator=self.generator).squeeze(-1)
+            sampled = draw(distribution, uniform[:, len(responses)])
             chosen = torch.where(temperatures > 0, sampled, distribution.argmax(dim=-1))
             responses.append(chosen)
             log_probs.append(distribution.gather(-1, chosen.unsqueeze(-1)).squeeze(-1))

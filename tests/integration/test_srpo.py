@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import verl  # noqa: F401  loads the plugin
-from assets import make_index, make_tiny_model, teach_form, write_rl_files
+from assets import make_index, make_tiny_model, teach, teach_form, write_rl_files
+from trainer import Training, logged, rollouts
+from typer.testing import CliRunner
 
 from gream_verl import cpu
-from gream_verl.steps import ProcessTree
 
 pytestmark = [
     pytest.mark.integration,
@@ -21,34 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not cpu.is_active(), reason="torch was built for an accelerator"),
 ]
 
-
-def main_ppo(run: Path, *overrides: str, recipe: str = "gream_srpo_cpu") -> str:
-    """Run verl's own trainer on the recipe, with no environment variable set by hand; return what it printed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_", "VERL_"))}
-    environment.pop("OMP_NUM_THREADS", None)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe={recipe}"),
-            *(f"gream.run={run}", "gream.dataset=tiny", "trainer.total_training_steps=2"),
-            *("trainer.save_freq=2", "trainer.test_freq=2", "data.max_response_length=32"),
-            *("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=4"),
-            *("actor_rollout_ref.rollout.n=4", *overrides),
-        ],
-        cwd=run,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=540)
-    except subprocess.TimeoutExpired:
-        ProcessTree(process.pid).stop()  # Ray's daemons too
-        output, _ = process.communicate(timeout=30)
-        pytest.fail(f"main_ppo hangs:\n{output[-5000:]}")
-    assert process.returncode == 0, output[-5000:]
-    return output
+HF_ROLLOUTS = "actor_rollout_ref.rollout.name=hf_cpu"
 
 
 @pytest.fixture
@@ -77,22 +47,16 @@ def usual_ports_in_use():
         holder.close()
 
 
-def steps(run: Path) -> dict[int, dict[str, float]]:
-    logs = sorted(run.glob("srpo/logs/*/gream/srpo.jsonl"))
-    records = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    return {record["step"]: record["data"] for record in records}
-
-
-def check_results(run: Path, logged: dict[int, dict[str, float]]) -> None:
+def check_results(run: Path, steps: dict[int, dict[str, float]]) -> None:
     from transformers import AutoTokenizer
 
-    assert set(logged) == {0, 1, 2}
+    assert set(steps) == {0, 1, 2}
     for key in ("acc", "format", "match", "depth", "valid_item"):
-        assert any(f"/tiny/{key}/" in name for name in logged[0]), key
+        assert any(f"/tiny/{key}/" in name for name in steps[0]), key
     for step in (1, 2):
         # in step 2 the rollouts come from weights sent after the update of step 1
-        assert logged[step]["training/rollout_actor_probs_pearson_corr"] > 0.999
-        assert "actor/kl_loss" in logged[step]
+        assert steps[step]["training/rollout_actor_probs_pearson_corr"] > 0.999
+        assert "actor/kl_loss" in steps[step]
     assert len(AutoTokenizer.from_pretrained(exported(run)).encode("<|a_1|>")) == 1
 
 
@@ -109,14 +73,14 @@ def weights(folder: Path) -> torch.Tensor:
 def test_stock_verl_trains_with_vllm_rollouts_on_a_cpu(run):
     teach_form(run / "sft", make_index())
     before = weights(run / "sft")
-    main_ppo(run)
-    logged = steps(run)
-    check_results(run, logged)
-    assert logged[0]["val-aux/tiny/format/mean@1"] > 0.3
+    Training(run).finish()
+    steps = logged(run)
+    check_results(run, steps)
+    assert steps[0]["val-aux/tiny/format/mean@1"] > 0.3
     for step in (1, 2):
-        assert logged[step]["critic/advantages/max"] > 0 > logged[step]["critic/advantages/min"]
-        assert logged[step]["actor/grad_norm"] > 0
-        assert logged[step]["critic/score/max"] <= 1
+        assert steps[step]["critic/advantages/max"] > 0 > steps[step]["critic/advantages/min"]
+        assert steps[step]["actor/grad_norm"] > 0
+        assert steps[step]["critic/score/max"] <= 1
     assert not torch.equal(before, weights(exported(run)))
 
 
@@ -124,19 +88,63 @@ def test_constrained_rollouts_answer_with_real_items_only(run):
     taught, left = make_index(), make_index(items=9)  # most items that the model knows have left the catalogue
     teach_form(run / "sft", taught)
     write_rl_files(run / "data", left)
-    main_ppo(run, recipe="[gream_srpo_cpu,constrained]")
-    logged = steps(run)
-    assert logged[0]["val-aux/tiny/format/mean@1"] > 0.3
-    assert logged[0]["val-aux/tiny/valid_item/mean@1"] >= logged[0]["val-aux/tiny/format/mean@1"]
+    Training(run, recipe="[gream_srpo_cpu,constrained]").finish()
+    steps = logged(run)
+    assert steps[0]["val-aux/tiny/format/mean@1"] > 0.3
+    assert steps[0]["val-aux/tiny/valid_item/mean@1"] >= steps[0]["val-aux/tiny/format/mean@1"]
 
 
 @pytest.mark.usefixtures("usual_ports_in_use")
-def test_stock_verl_ends_with_hugging_face_rollouts_although_no_group_teaches_anything(run):
-    main_ppo(run, "actor_rollout_ref.rollout.name=hf_cpu")
-    logged = steps(run)
-    check_results(run, logged)
+def test_training_ends_although_no_response_says_anything(run):
+    # half of the responses are an end of sequence and nothing else, the others are padding to the limit
+    index = make_index()
+    teach(run / "sft", index, lambda row: "" if row % 2 else "<|endoftext|>" * 40, steps=60)
+    Training(run, HF_ROLLOUTS).finish()
+    steps = logged(run)
+    check_results(run, steps)
+    said = {row["output"] for step in (1, 2) for row in rollouts(run, step)}
+    assert said == {""}
     for step in (1, 2):
-        # a random model finds no answer
-        assert logged[step]["training/filter_groups/uniform_kept"] == 4
-        assert logged[step]["training/filter_groups/evicted_samples"] == 4
-        assert logged[step]["critic/advantages/max"] == 0
+        assert steps[step]["training/filter_groups/uniform_kept"] == 4
+        assert steps[step]["training/filter_groups/evicted_samples"] == 4
+        assert steps[step]["critic/advantages/max"] == steps[step]["critic/score/max"] == 0
+    lengths = {steps[step][f"response_length/{name}"] for step in (1, 2) for name in ("min", "max")}
+    assert {1, 32} <= lengths
+    assert torch.isfinite(weights(exported(run))).all()
+
+
+def test_training_stops_in_one_sentence_when_asked_to_raise(run):
+    printed = Training(
+        run, HF_ROLLOUTS, "trainer.v1.sampler.sampler_kwargs.when_exhausted=raise", "trainer.val_before_train=false"
+    ).finish(240, expect=None)
+    assert "algorithm.filter_groups: only 0 of 4 groups differ in 'match' after 2 generation batches" in printed
+    assert not logged(run)
+
+
+def test_two_ranks_train_and_every_tracker_is_told(run):
+    from gream_verl.cli import app
+
+    index = make_index()
+    teach_form(run / "sft", index)
+    (run / "data/tiny.item.json").write_text("{}")
+    Training(
+        run,
+        HF_ROLLOUTS,
+        "trainer.n_gpus_per_node=2",
+        "trainer.logger=[console,file,tensorboard,wandb]",
+        "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_MODE=offline",
+        "+ray_kwargs.ray_init.runtime_env.env_vars.WANDB_DIR=" + str(run),
+    ).finish()
+    steps = logged(run)
+    check_results(run, steps)
+    assert (run / "srpo/global_step_2/actor/model_world_size_2_rank_1.pt").is_file()
+    for step in (1, 2):
+        assert steps[step]["actor/grad_norm"] > 0
+        assert len(rollouts(run, step)) == 16
+    assert list(run.rglob("events.out.tfevents.*"))
+    assert list(run.rglob("offline-run-*/*.wandb"))
+    shown = CliRunner().invoke(
+        app, ["inspect", str(run / "srpo/rollouts"), "--data", str(run / "data"), "--dataset", "tiny"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "16 rollouts of step 2" in shown.output

@@ -4,6 +4,7 @@ import asyncio
 import importlib.metadata
 import os
 import sys
+from collections import Counter
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -154,32 +155,73 @@ def test_sampling_keeps_the_smallest_set_that_reaches_top_p():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-@cpu_only
-def test_hugging_face_rollouts_of_a_mixed_batch_equal_generate_one_by_one(tmp_path):
+def make_server(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gream_verl.cpu.hf_rollout import HFServer
 
-    make_tiny_model(tmp_path, make_index())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    make_tiny_model(folder, make_index())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     server = HFServer.__new__(HFServer)
     server.config = SimpleNamespace(max_num_seqs=8, prompt_length=32, response_length=12)
-    server.model, server.global_steps, server.waiting, server.working = model, 5, [], None
+    server.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    server.global_steps, server.waiting, server.working = 5, [], None
     server.end_tokens, server.pad_token = torch.tensor([tokenizer.eos_token_id]), tokenizer.pad_token_id
-    server.vocabulary, server.generator = len(tokenizer), torch.Generator().manual_seed(0)
-    prompts = [tokenizer.encode(text) for text in ("Alien", "Toy Story and Fargo", "<|a_1|><|b_1|><|c_1|> Heat")]
+    server.vocabulary, server.seed, server.seen = len(tokenizer), (0, 0), Counter()
+    return server, tokenizer
 
+
+def generate_together(server, prompts, sampling):
     async def generate_all() -> list:
-        sampling = [
-            {"temperature": 0.0, "logprobs": True},
-            {"temperature": 0.0, "max_tokens": 4},
-            {"temperature": 0.0, "logprobs": True},
-        ]
         requests = zip(prompts, sampling, strict=True)
         return await asyncio.gather(*(server.generate(prompt, chosen, "id") for prompt, chosen in requests))
 
-    outputs = asyncio.run(generate_all())
+    return asyncio.run(generate_all())
+
+
+@cpu_only
+def test_what_a_request_draws_does_not_depend_on_its_batch(tmp_path):
+    server, tokenizer = make_server(tmp_path)
+    first, second = tokenizer.encode("Alien"), tokenizer.encode("Toy Story and Fargo")
+    hot = {"temperature": 1.0, "top_p": 1.0}
+
+    def texts(prompts, step=5):
+        asyncio.run(server.load_weights({}, step))
+        return [output.token_ids for output in generate_together(server, prompts, [hot] * len(prompts))]
+
+    together = texts([first, second, first])
+    assert together[0] != together[2]
+    assert texts([first]) == together[:1]
+    assert texts([second, first, first]) == [together[1], together[0], together[2]]
+    assert texts([first], step=6) != together[:1]
+
+
+@cpu_only
+@given(st.floats(0, 0.99))
+def test_tokens_are_drawn_as_often_as_they_are_likely(offset):
+    from gream_verl.cpu.hf_rollout import draw
+
+    log_probs = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3]).log()
+    uniform = (torch.arange(1000, dtype=torch.float64) + offset) / 1000
+    counts = torch.bincount(draw(log_probs.expand(1000, -1), uniform), minlength=5)
+    assert (counts - torch.tensor([0, 500, 200, 0, 300])).abs().max() <= 1
+
+
+@cpu_only
+def test_hugging_face_rollouts_of_a_mixed_batch_equal_generate_one_by_one(tmp_path):
+    server, tokenizer = make_server(tmp_path)
+    model = server.model
+    prompts = [tokenizer.encode(text) for text in ("Alien", "Toy Story and Fargo", "<|a_1|><|b_1|><|c_1|> Heat")]
+
+    outputs = generate_together(
+        server,
+        prompts,
+        [
+            {"temperature": 0.0, "logprobs": True},
+            {"temperature": 0.0, "max_tokens": 4},
+            {"temperature": 0.0, "logprobs": True},
+        ],
+    )
     for prompt, output, budget in zip(prompts, outputs, [12, 4, 12], strict=True):
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=budget)[0, len(prompt) :]
         assert output.token_ids == expected.tolist()

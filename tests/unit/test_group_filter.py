@@ -21,7 +21,8 @@ RESPONSES = 3
 class Queue:
     """An in-memory stand-in for TransferQueue, and for the trainer that generates at once."""
 
-    def __init__(self, uniform: Any) -> None:
+    def __init__(self, uniform: Any, failed: Any) -> None:
+        self.failed = failed  # (number of the group) -> whether it has no response
         self.uniform = uniform  # (number of the group) -> whether its responses are all alike
         self.tags: dict[str, dict[str, Any]] = {}
         self.values: dict[str, float] = {}
@@ -32,7 +33,10 @@ class Queue:
         for number in itertools.islice(self.numbers, prompts):
             self.generated += 1
             uid = f"u{number:04d}"
-            self.tags[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
+            failed = self.failed(number)
+            self.tags[uid] = {"is_prompt": True, "status": "failure" if failed else "finished", "global_steps": 1}
+            if failed:
+                continue
             for session in range(RESPONSES):
                 key = f"{uid}_{session}_0"
                 self.tags[key] = {"seq_len": 7}
@@ -53,10 +57,10 @@ class Queue:
 
 @pytest.fixture
 def sampler(monkeypatch):
-    def make(uniform: Any, **options: Any) -> tuple[BoundedGroupFilter, Queue]:
+    def make(uniform: Any, failed: Any = lambda _: False, **options: Any) -> tuple[BoundedGroupFilter, Queue]:
         from verl.trainer.ppo.v1 import replay_buffer
 
-        queue = Queue(uniform)
+        queue = Queue(uniform, failed)
         monkeypatch.setattr(replay_buffer, "tq", queue)
         monkeypatch.setattr(group_filter, "tq", queue)
         kwargs = {"metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-4}
@@ -99,6 +103,34 @@ def test_the_budget_starts_anew_each_step(sampler):
     batch, _ = built.sample(2, "train", BATCH)
     assert queue.generated == 6 * BATCH
     assert len(groups_of(batch)) == BATCH
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("metric", ["match", None])
+def test_failed_groups_are_replaced_beside_the_budget(sampler, metric):
+    built, queue = sampler(lambda _: False, lambda number: number in (1, 2), metric=metric, max_num_gen_batches=1)
+    batch, metrics = built.sample(1, "train", BATCH)
+    assert queue.generated == BATCH + 2
+    assert groups_of(batch) == {"u0000", "u0003", "u0004", "u0005"}
+    assert metrics["training/rollout_failure/evicted_samples"] == 2
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("metric", ["match", None])
+def test_a_dead_engine_stops_the_training_with_what_to_do(sampler, metric):
+    built, queue = sampler(lambda _: False, lambda number: number > 1, metric=metric)
+    with pytest.raises(RuntimeError, match=r"\d groups of step 1 failed.*goes on from its last checkpoint"):
+        built.sample(1, "train", BATCH)
+    assert queue.generated <= 4 * BATCH
+
+
+@pytest.mark.timeout(20)
+def test_the_count_of_failures_starts_anew_each_step(sampler):
+    built, queue = sampler(lambda _: False, lambda number: number % 4 == 1)
+    for step in (1, 2, 3):
+        assert len(groups_of(built.sample(step, "train", BATCH)[0])) == BATCH
+        queue.tags.clear()
+        queue.generate(BATCH)
 
 
 @pytest.mark.timeout(20)
@@ -147,9 +179,14 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
     from verl.trainer.ppo.v1 import replay_buffer
 
     @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.booleans(), min_size=64, max_size=64), st.integers(1, 4), st.integers(1, 3))
-    def check(uniform: list[bool], batches: int, inflight: int) -> None:
-        queue = Queue(lambda number: uniform[number])
+    @given(
+        st.lists(st.booleans(), min_size=64, max_size=64),
+        st.integers(1, 4),
+        st.integers(1, 3),
+        st.sets(st.integers(0, 20), max_size=BATCH // 2),
+    )
+    def check(uniform: list[bool], batches: int, inflight: int, failed: set[int]) -> None:
+        queue = Queue(lambda number: uniform[number], lambda number: number in failed)
         monkeypatch.setattr(replay_buffer, "tq", queue)
         monkeypatch.setattr(group_filter, "tq", queue)
         built = BoundedGroupFilter(
@@ -169,9 +206,10 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
         queue.generate(BATCH)
         batch, metrics = built.sample(1, "train", BATCH)
         chosen = groups_of(batch)
-        teaching = {f"u{number:04d}" for number in range(queue.generated) if not uniform[number]}
+        numbers = range(queue.generated)
+        teaching = {f"u{number:04d}" for number in numbers if not uniform[number] and number not in failed}
         assert len(chosen) == BATCH
-        assert queue.generated <= batches * BATCH
+        assert queue.generated <= batches * BATCH + len(failed & set(numbers))
         assert len(chosen & teaching) == min(BATCH, len(teaching))
         assert metrics["training/filter_groups/uniform_kept"] == BATCH - min(BATCH, len(teaching))
 

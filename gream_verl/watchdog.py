@@ -1,0 +1,40 @@
+"""Ends a process that hangs, so that a job scheduler or a person can start it again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+
+class Watchdog:
+    """Ends this process with status 1 when it was not fed for some time.
+
+    verl waits without a limit where a peer has died, for one when a rollout engine dies between sampling and the next
+    weight update (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:136). Ray tells the driver at once when
+    its trainer is gone.
+
+    Args:
+        seconds: The longest time without food.
+        message: What to say before the end.
+    """
+
+    def __init__(self, seconds: float, message: str) -> None:
+        self._seconds = seconds
+        self._message = message
+        self._fed = 0.0
+        self._thread: threading.Thread | None = None
+
+    def feed(self) -> None:
+        """Start the time anew; the first call starts the watch."""
+        self._fed = time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="gream-watchdog", daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        while (left := self._fed + self._seconds - time.monotonic()) > 0:
+            time.sleep(left)
+        print(self._message, file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread hangs: it cannot be asked
