@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gream_verl.files import InputError, read_json
-from gream_verl.next_item import HELD_OUT
-from gream_verl.rsvr import Mode
+from gream_verl.next_item import HELD_OUT, Mode
 from gream_verl.semantic_ids import ItemIndex
 
 

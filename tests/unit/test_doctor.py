@@ -31,6 +31,29 @@ def test_what_is_missing_is_said_with_a_remedy_and_the_command_fails(monkeypatch
     assert "vllm: not installed" in said
 
 
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("0.9.1", True), ("0.9.2.post1", True), ("0.9.0", False), ("0.8.0", False), ("0.10.0", False), ("1.0", False)],
+)
+def test_other_versions_of_verl_are_refused_in_one_sentence(monkeypatch, version, supported):
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "verl" else "1")
+    finding = next(finding for finding in doctor._versions() if finding.subject == "verl")
+    assert finding.ok is supported
+    if not supported:
+        assert finding.detail == f"{version} is not supported"
+        assert finding.remedy == 'pip install "verl<0.10,>=0.9.1"'
+
+
+def test_the_supported_range_holds_the_release_that_the_extras_pin():
+    import tomllib
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for extra in ("cpu", "gpu"):
+        pinned = next(need for need in project["optional-dependencies"][extra] if need.startswith("verl"))
+        assert doctor.SUPPORTED_VERL.contains(pinned.partition("==")[2])
+
+
 def test_a_plugin_that_does_not_load_is_a_finding_not_a_crash(monkeypatch):
     from gream_verl import plugin
 

@@ -21,7 +21,9 @@ RESPONSES = 3
 class Queue:
     """An in-memory stand-in for TransferQueue, and for the trainer that generates at once."""
 
-    def __init__(self, uniform: Any, failed: Any) -> None:
+    def __init__(self, uniform: Any, failed: Any, delay: Any = lambda _: 0) -> None:
+        self.delay = delay  # (number of the group) -> how often one has to look until it is finished
+        self.looks: dict[str, int] = {}
         self.failed = failed  # (number of the group) -> whether it has no response
         self.uniform = uniform  # (number of the group) -> whether its responses are all alike
         self.tags: dict[str, dict[str, Any]] = {}
@@ -37,12 +39,20 @@ class Queue:
             self.tags[uid] = {"is_prompt": True, "status": "failure" if failed else "finished", "global_steps": 1}
             if failed:
                 continue
+            if self.delay(number):
+                self.tags[uid]["status"] = "running"
+                self.looks[uid] = self.delay(number)
             for session in range(RESPONSES):
                 key = f"{uid}_{session}_0"
                 self.tags[key] = {"seq_len": 7}
                 self.values[key] = 0.0 if self.uniform(number) else float(session)
 
     def kv_list(self, *_: Any) -> dict[str, dict[str, Any]]:
+        for uid in list(self.looks):
+            self.looks[uid] -= 1
+            if not self.looks[uid]:
+                del self.looks[uid]
+                self.tags[uid]["status"] = "finished"
         return {"train": self.tags}
 
     def kv_batch_get(self, keys: list[str], select_fields: list[str], **_: Any) -> dict[str, list[Any]]:
@@ -212,6 +222,37 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
         assert queue.generated <= batches * BATCH + len(failed & set(numbers))
         assert len(chosen & teaching) == min(BATCH, len(teaching))
         assert metrics["training/filter_groups/uniform_kept"] == BATCH - min(BATCH, len(teaching))
+
+    check()
+
+
+def test_reproducible_batches_do_not_depend_on_what_finishes_first(monkeypatch):
+    from verl.trainer.ppo.v1 import replay_buffer
+
+    def sampled(uniform: list[bool], failed: set[int], inflight: int, delays: list[int]) -> tuple[list[str], int]:
+        queue = Queue(lambda number: uniform[number], lambda number: number in failed, lambda number: delays[number])
+        monkeypatch.setattr(replay_buffer, "tq", queue)
+        monkeypatch.setattr(group_filter, "tq", queue)
+        built = BoundedGroupFilter(
+            trainer_mode="sync", trainer_config={}, max_off_policy_threshold=8, max_off_policy_strategy="drop",
+            sampler_kwargs={
+                "metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-5,
+                "max_inflight_gen_batches": inflight, "reproducible": True,
+            },
+            refill_fn=queue.generate,
+        )  # fmt: skip
+        queue.generate(BATCH)
+        return built.sample(1, "train", BATCH)[0].keys, queue.generated
+
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.lists(st.booleans(), min_size=64, max_size=64),
+        st.sets(st.integers(0, 20), max_size=BATCH // 2),
+        st.integers(1, 3),
+        st.lists(st.integers(0, 4), min_size=64, max_size=64),
+    )
+    def check(uniform: list[bool], failed: set[int], inflight: int, delays: list[int]) -> None:
+        assert sampled(uniform, failed, inflight, delays) == sampled(uniform, failed, inflight, [0] * 64)
 
     check()
 

@@ -40,7 +40,7 @@ def test_the_worst_comes_first_and_the_last_step_of_a_folder_is_read(tmp_path):
     )
     worst, middle, best = read_rollouts(tmp_path, INDEX, NAMES)
     assert (worst.reward, worst.chain, worst.answer, worst.depth) == (0.0, "[red]half a chain", "(no item)", 0)
-    assert (middle.answer, middle.depth) == (NAMES["1"], None)
+    assert (middle.answer, middle.depth) == (NAMES["1"], 2)
     assert (best.chain, best.answer, best.truth, best.depth) == ("likes Alien.", NAMES["3"], NAMES["3"], 3)
     assert best.history == [NAMES["0"], NAMES["22"]]
 

@@ -1,0 +1,180 @@
+"""What constrained rollouts cost: tokens a second of a vLLM engine with and without the logits processor, in one run.
+
+Every engine is a process of its own, the configurations take turns, and each reports the median of its rounds. A small
+Qwen3 is first taught to reason and answer with items of a catalogue of which a part is then taken away. The run fails
+unless all constrained answers are items.
+
+    python benchmarks/constrained.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WITHOUT, OFF, REASONING = "no processor", "off", "reasoning"
+PROCESSOR = "gream_verl.decoding.vllm_processor:ConstrainedAnswer"
+WORDS = [
+    "likes",
+    "old",
+    "new",
+    "quiet",
+    "loud",
+    "films",
+    "songs",
+    "because",
+    "the",
+    "last",
+    "ones",
+    "were",
+    "and",
+    "so",
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all configurations and print tokens a second, and the cost of the processor."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, default=12_000)
+    parser.add_argument("--requests", type=int, default=64, help="requests at the same time")
+    parser.add_argument("--words", type=int, default=60, help="words of a chain of thought")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--teach", type=int, default=150, help="training steps")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", choices=[WITHOUT, OFF, REASONING], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.engine:
+        print(json.dumps(measure(options)))
+        return
+    speeds: dict[str, list[float]] = {WITHOUT: [], OFF: [], REASONING: []}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), options)
+        for turn in range(options.turns):
+            for engine in list(speeds)[:: -1 if turn % 2 else 1]:
+                command = [sys.executable, __file__, *(arguments or sys.argv[1:]), "--engine", engine]
+                done = subprocess.run(
+                    [*command, "--folder", folder], capture_output=True, text=True, timeout=900, check=False
+                )
+                if done.returncode:
+                    raise SystemExit(done.stderr[-3000:])
+                result = json.loads(done.stdout.splitlines()[-1])
+                speeds[engine].append(result["speed"])
+                print(f"{engine:13} {result['speed']:9.0f} tokens/s, answers that are items {result['valid']:.3f}")
+                if engine == REASONING and result["valid"] < 1:
+                    raise SystemExit("a constrained answer is no item")
+    best = {engine: max(values) for engine, values in speeds.items()}
+    print(f"cost of the processor, off for every request   {1 - best[OFF] / best[WITHOUT]:+.1%}")
+    print(f"cost of constrained rollouts                   {1 - best[REASONING] / best[WITHOUT]:+.1%}")
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> None:
+    """Teach a model and save it, its prompts, and an index that lacks a third of the items."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gream_verl.next_item import messages
+    from gream_verl.semantic_ids import ItemIndex
+    from gream_verl.tiny_model import make_tiny_model
+
+    draw = random.Random(options.seed)
+    codes = [(item // 4096, item // 64 % 64, item % 64) for item in range(options.items)]
+    index = ItemIndex.from_codes([str(item) for item in range(options.items)], codes)
+    left = ItemIndex({item: sid for item, sid in index.sids.items() if int(item) % 3})
+    left.save(folder / "index.json")
+    make_tiny_model(
+        [" ".join(WORDS), "system user assistant <answer> </answer>"], index, folder / "model",
+        vocabulary_size=512, hidden_size=options.hidden, layers=options.layers, heads=options.hidden // 32,
+        seed=options.seed,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    items = list(index.sids)
+
+    def prompt() -> list[dict[str, str]]:
+        return messages("".join(index.texts(draw.choices(items, k=10))), "reasoning")
+
+    def response() -> str:
+        chain = " ".join(draw.choices(WORDS, k=options.words))
+        return f"<think>{chain}</think><answer>{index.text(draw.choice(items))}</answer>"
+
+    torch.manual_seed(options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(options.teach):
+        texts = [
+            tokenizer.apply_chat_template([*prompt(), {"role": "assistant", "content": response()}], tokenize=False)
+            for _ in range(16)
+        ]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        model(**batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    prompts = [
+        tokenizer.apply_chat_template(prompt(), add_generation_prompt=True, return_dict=False)
+        for _ in range(options.requests)
+    ]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Return tokens a second of one engine, and the share of its answers that are items."""
+    import torch
+
+    from gream_verl.cpu import is_active
+    from gream_verl.cpu.environment import set_defaults
+    from gream_verl.rsvr import score_response
+    from gream_verl.semantic_ids import ItemIndex
+    from gream_verl.token_text import TokenText
+
+    if is_active():
+        set_defaults()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    extra: dict[str, Any] = {}
+    if options.engine != WITHOUT:
+        gream = {"index_file": str(options.folder / "index.json"), "mode": options.engine}
+        extra = {"logits_processors": [PROCESSOR], "additional_config": {"gream": gream}}
+    engine = LLM(
+        model=str(options.folder / "model"), dtype="auto" if torch.cuda.is_available() else "float32",
+        max_model_len=1024, max_num_seqs=options.requests, enforce_eager=True, gpu_memory_utilization=0.5,
+        enable_prefix_caching=False, disable_log_stats=True, **extra,
+    )  # fmt: skip
+    prompts: Any = [{"prompt_token_ids": ids} for ids in json.loads((options.folder / "prompts.json").read_text())]
+    tokenizer = engine.get_tokenizer()
+    sampling = SamplingParams(
+        temperature=0.7, max_tokens=256, stop_token_ids=[tokenizer.eos_token_id], detokenize=False
+    )
+    speeds: list[float] = []
+    for _ in range(options.rounds + 1):
+        start = time.perf_counter()
+        outputs = engine.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        speeds.append(sum(len(output.outputs[0].token_ids) for output in outputs) / seconds)
+    text, index = TokenText(tokenizer), ItemIndex.load(options.folder / "index.json")
+    truth = next(iter(index.sids.values()))
+    scores = [
+        score_response(text.read(output.outputs[0].token_ids), truth, index=index, format="reference")
+        for output in outputs
+    ]
+    answered = [score for score in scores if score.format] or scores
+    valid = sum(score.valid_item for score in answered) / len(answered)
+    return {"speed": statistics.median(speeds[1:]), "valid": valid}  # the first round warms up
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Whether verl and vLLM still need what ``gream_verl.cpu`` does: a test that fails names a file that can go.
+
+The facts come from processes of their own: verl without any plugin, and verl with ours where torch says it was built
+for CUDA. Both must be the same, for the platform has to be inert there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gream_verl import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.is_active(), reason="torch was built for an accelerator")
+
+FACTS = """
+import importlib.metadata, inspect, json, os, sys
+
+before = dict(os.environ)
+import torch
+
+if "pretend" in sys.argv:
+    torch.version.cuda = "12.8"
+import verl
+import torch.distributed
+from verl.plugin.platform import PlatformRegistry, get_platform
+
+facts = {"loaded": "gream_verl.cpu" in sys.modules}
+facts["environment"] = sorted(set(os.environ.items()) ^ set(before.items()))
+facts["platform"] = get_platform().device_name
+
+from verl.utils import torch_functional
+facts["log_probs"] = inspect.getsource(torch_functional.logprobs_from_logits_v2)
+
+from verl.workers.engine.fsdp import transformer_impl
+facts["offload_policy"] = getattr(transformer_impl.CPUOffloadPolicy, "__module__", "a partial")
+facts["pins"] = "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transformer_impl)
+
+from verl.workers.engine.base import EngineRegistry
+facts["engine_devices"] = sorted(map(str, EngineRegistry._engines["language_model"]["fsdp2"]))
+
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+facts["rollouts"] = sorted(name for name, _ in _ROLLOUT_REGISTRY)
+
+from verl.utils import distributed
+facts["process_group"] = distributed.initialize_global_process_group_ray.__module__
+distributed.get_device_name, distributed.get_nccl_backend = lambda: "cpu", lambda: "gloo"
+os.environ["DIST_INIT_METHOD"] = "tcp://127.0.0.1:0"
+try:
+    distributed.initialize_global_process_group_ray(timeout_second=10)
+    facts["process_group_error"] = ""
+except Exception as error:
+    facts["process_group_error"] = str(error)
+
+try:
+    facts["vllm"] = importlib.metadata.version("vllm")
+except importlib.metadata.PackageNotFoundError:
+    facts["vllm"] = None
+print(json.dumps(facts))
+"""
+
+
+def collect(*arguments: str, **variables: str) -> dict:
+    names = ("RAY_", "VLLM_", "VERL_", "TQ_", "OMP_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(names)}
+    environment.pop("TOKENIZERS_PARALLELISM", None)
+    done = subprocess.run(
+        [sys.executable, "-c", FACTS, *arguments],
+        capture_output=True, text=True, timeout=110, check=False, env={**environment, **variables},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def stock() -> dict:
+    return collect(VERL_USE_EXTERNAL_PLUGINS="none")
+
+
+@pytest.mark.timeout(240)
+def test_the_platform_is_inert_where_torch_was_built_for_cuda(stock):
+    pretending = collect("pretend")
+    assert pretending.pop("loaded")
+    assert not stock["loaded"]
+    for name, fact in pretending.items():
+        assert fact == stock[name], name
+
+
+def test_platform_verl_has_none_for_a_cpu(stock):
+    assert stock["platform"] != "cpu"
+
+
+def test_environment_verl_has_no_fsdp_engine_for_a_cpu(stock):
+    assert stock["engine_devices"]
+    assert not [device for device in stock["engine_devices"] if "cpu" in device]
+
+
+def test_process_group_verl_asks_for_gloo_twice(stock):
+    assert "cpu" in stock["process_group_error"]
+
+
+def test_fsdp_verl_pins_memory_and_torch_cannot_without_an_accelerator(stock):
+    import torch
+
+    assert stock["pins"]
+    with pytest.raises(RuntimeError, match="accelerator"):
+        torch.empty(1).pin_memory()
+
+
+def test_log_probs_verl_loops_over_rows(stock):
+    assert "for " in stock["log_probs"]
+
+
+def test_hf_rollout_verl_has_none(stock):
+    assert "vllm" in stock["rollouts"]
+    assert not [name for name in stock["rollouts"] if "hf" in name]
+
+
+def test_vllm_distribution_the_cpu_wheel_has_another_name(stock):
+    assert stock["vllm"] is None
+
+
+def test_vllm_weights_vllm_drops_the_weights_it_packs():
+    package = importlib.util.find_spec("vllm")
+    if package is None:
+        pytest.skip("vLLM is not installed")
+    layers = Path(package.submodule_search_locations[0]) / "model_executor/layers/linear.py"
+    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)" in layers.read_text()
