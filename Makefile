@@ -14,7 +14,7 @@ quickstart: env ## the whole pipeline on this machine, to a trained and evaluate
 	@gream quickstart
 
 test: env ## all tests
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: env ## ruff and mypy
 	ruff check .

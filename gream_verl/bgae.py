@@ -10,7 +10,9 @@ B is the analytic Pass@K advantage on hits. With rho = 1 - C(n-c, K) / C(n, K) a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -165,16 +167,18 @@ def compute_bgae(
         The advantage of each row on all its response tokens, twice, shape [rows, tokens].
     """
     options = BgaeOptions.from_config(config)
-    numbers: dict[Any, int] = {}
-    groups = np.fromiter((numbers.setdefault(prompt, len(numbers)) for prompt in index), np.int64, len(index))
+    numbers: dict[Any, int] = defaultdict(count().__next__)
+    groups = np.fromiter(map(numbers.__getitem__, index), np.int64, len(index))
     with torch.no_grad():
+        rewards = token_level_rewards.sum(dim=-1)
+        advantages = response_mask.to(rewards.dtype, copy=True)
         advantage = bgae_advantage(
-            token_level_rewards.sum(dim=-1),
-            torch.as_tensor(groups, device=token_level_rewards.device),
-            response_mask.sum(dim=-1) > 0,
+            rewards,
+            torch.as_tensor(groups, device=rewards.device),
+            advantages.sum(dim=-1) > 0,
             k=options.k,
             weight=options.weight,
             success=options.success,
         )
-        advantages = response_mask.to(advantage.dtype, copy=True).mul_(advantage.unsqueeze(-1))
+        advantages *= advantage.unsqueeze(-1)
     return advantages, advantages
