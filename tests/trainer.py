@@ -55,12 +55,16 @@ class Training:
     def wait_until(self, happened: Callable[[], Any], seconds: float = 300) -> Any:
         """Return what ``happened`` returns once it is true; fail when the run ends or time runs out before that."""
         deadline = time.monotonic() + seconds
-        while not (result := happened()):
-            self.tree.sample()
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise AssertionError(f"waited in vain, the run ended with {self.process.poll()}:\n{self._tail()}")
-            time.sleep(0.2)
+        try:
+            while not (result := happened()):
+                self.tree.sample()
+                code = self.process.poll()
+                assert code is None, f"waited in vain, the run ended with {code}:\n{self._tail()}"
+                assert time.monotonic() < deadline, f"waited in vain for {seconds} s:\n{self._tail()}"
+                time.sleep(0.2)
+        except BaseException:
+            self.stop()
+            raise
         return result
 
     def kill(self) -> None:
@@ -89,11 +93,13 @@ class Training:
             expect: The exit status it must have; None for any other than 0.
         """
         deadline = time.monotonic() + seconds
-        while self.process.poll() is None and time.monotonic() < deadline:
-            self.tree.sample()
-            time.sleep(0.5)
-        hangs = self.process.poll() is None
-        self.stop()
+        try:
+            while self.process.poll() is None and time.monotonic() < deadline:
+                self.tree.sample()
+                time.sleep(0.5)
+            hangs = self.process.poll() is None
+        finally:
+            self.stop()
         assert not hangs, f"main_ppo hangs:\n{self._tail()}"
         code = self.process.returncode
         assert code == expect if expect is not None else code != 0, f"ended with {code}:\n{self._tail()}"
