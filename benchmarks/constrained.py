@@ -171,7 +171,9 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         score_response(text.read(output.outputs[0].token_ids), truth, index=index, format="reference")
         for output in outputs
     ]
-    answered = [score for score in scores if score.format] or scores
+    answered = [score for score in scores if score.format]
+    if len(answered) < len(scores) / 2:
+        raise SystemExit(f"only {len(answered)} of {len(scores)} responses have an answer: teach the model longer")
     valid = sum(score.valid_item for score in answered) / len(answered)
     return {"speed": statistics.median(speeds[1:]), "valid": valid}  # the first round warms up
 

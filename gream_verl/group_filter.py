@@ -26,7 +26,8 @@ from gream_verl.options import checked_options
 from gream_verl.watchdog import Watchdog
 
 OPTIONS = "trainer.v1.sampler.sampler_kwargs"
-RESTART = "the messages above say why. Start the run again: it goes on from its last checkpoint"
+RESTART = "Start the run again: it goes on from its last checkpoint"
+HANGS = f"If steps take that long, validation and checkpoint included, raise {OPTIONS}.step_timeout. Else: {RESTART}"
 
 EvictionReasons = tuple[set[str], set[str], set[str], Counter]
 
@@ -95,7 +96,7 @@ class BoundedGroupFilter(ReplayBuffer):
             )
         self.options = read_options(sampler_kwargs)
         timeout = self.options.step_timeout
-        self._watchdog = Watchdog(timeout, f"gream-verl: no new batch for {timeout} s, {RESTART}") if timeout else None
+        self._watchdog = Watchdog(timeout, f"gream-verl: no new batch for {timeout} s. {HANGS}") if timeout else None
         self._budget = 0
         self._generate = refill_fn
         inflight = self.options.max_inflight_gen_batches
@@ -170,7 +171,12 @@ class BoundedGroupFilter(ReplayBuffer):
         prompts = min(prompts, self._budget)
         if prompts > 0:
             self._budget -= prompts
-            self._generate(prompts)
+            try:
+                self._generate(prompts)
+            except ValueError as error:  # verl fetches single prompts only where it expects refills
+                raise InputError(
+                    f"{error}; set trainer.v1.sampler.sync_refill_failed_groups=true, which BoundedGroupFilter needs"
+                ) from error
 
     def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> EvictionReasons:
         if self._must_wait(partition_id):
@@ -181,7 +187,7 @@ class BoundedGroupFilter(ReplayBuffer):
         if self._failed > self.options.max_failed_share * self.options.train_batch_size:
             raise RuntimeError(
                 f"{self._failed} groups of step {global_steps} failed, more than {OPTIONS}.max_failed_share="
-                f"{self.options.max_failed_share} of a batch; {RESTART}"
+                f"{self.options.max_failed_share} of a batch; the messages above say why. {RESTART}"
             )
         if not uniform:
             return stale, uniform, failed, counts

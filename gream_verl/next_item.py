@@ -192,21 +192,12 @@ class NextItemRows:
         return self._pass[1:]
 
 
-def count_items(text: str) -> int:
-    """Return how many semantic IDs begin in ``text``."""
-    return len(_starts(text))
-
-
 def drop_oldest(text: str, count: int) -> str:
     """Return ``text`` without its first ``count`` semantic IDs and what stands between them; the last one always stays.
 
     >>> drop_oldest("Had <|a_1|><|b_2|>, <|a_3|><|b_1|>. Next?", 1)
     'Had <|a_3|><|b_1|>. Next?'
     """
-    starts = _starts(text)
+    starts = [match.start() for match in SID_TOKEN.finditer(text) if match[1] == "a"]
     count = min(count, len(starts) - 1)
     return text[: starts[0]] + text[starts[count] :] if count > 0 else text
-
-
-def _starts(text: str) -> list[int]:
-    return [match.start() for match in SID_TOKEN.finditer(text) if match[1] == "a"]

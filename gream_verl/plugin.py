@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
@@ -74,7 +75,8 @@ def self_check() -> list[Finding]:
     }
     if cpu.is_active():
         checks["rollout hf_cpu"] = _check_hf_rollout
-        checks["vLLM on the CPU"] = _check_vllm
+        if importlib.util.find_spec("vllm"):
+            checks["vLLM on the CPU"] = _check_vllm
     findings = []
     for what, check in checks.items():
         try:

@@ -47,6 +47,20 @@ def find_tokens(text: str) -> list[str]:
     return [match[0] for match in SID_TOKEN.finditer(text)]
 
 
+def find_sids(text: str) -> list[SemanticId]:
+    """Return every SID in ``text``, in order: each begins with a token of the first level.
+
+    >>> find_sids("<|a_1|><|b_2|>, <|a_3|>")
+    [('<|a_1|>', '<|b_2|>'), ('<|a_3|>',)]
+    """
+    found: list[list[str]] = []
+    for token in find_tokens(text):
+        if token.startswith("<|a_") or not found:
+            found.append([])
+        found[-1].append(token)
+    return [tuple(tokens) for tokens in found]
+
+
 def parse_sid(text: str) -> SemanticId | None:
     """Return the tokens of ``text`` when it is one well-formed SID and nothing else, else None.
 

@@ -7,6 +7,9 @@ import sys
 import threading
 import time
 
+GRACE = 2.0
+"""Seconds between the message and the end."""
+
 
 class Watchdog:
     """Ends this process with status 1 when it was not fed for some time.
@@ -37,4 +40,5 @@ class Watchdog:
         while (left := self._fed + self._seconds - time.monotonic()) > 0:
             time.sleep(left)
         print(self._message, file=sys.stderr, flush=True)
+        time.sleep(GRACE)  # Ray takes what a process prints to the driver, and needs a moment for it
         os._exit(1)  # the main thread hangs: it cannot be asked

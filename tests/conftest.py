@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+GROUP = "frameworks"
+
 # Two cores shared with others: a slow example is no failure. The same examples every time: CI does not roll dice.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
@@ -20,4 +22,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests that run frameworks in one worker, one after the other: each takes gigabytes."""
     for item in items:
         if item.get_closest_marker("integration"):
-            item.add_marker(pytest.mark.xdist_group("frameworks"))
+            item.add_marker(pytest.mark.xdist_group(GROUP))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse to run two frameworks at once: some releases of pytest-xdist and pytest do not group together."""
+    if item.get_closest_marker("integration") and "PYTEST_XDIST_WORKER" in os.environ:
+        assert item.nodeid.endswith(f"@{GROUP}"), "run several workers with --dist loadgroup, as `make test` does"

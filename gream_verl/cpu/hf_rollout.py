@@ -2,8 +2,9 @@
 
 One Ray actor per replica batches the requests that arrive together and decodes them with a key-value cache. It is
 lighter than vLLM, and reproducible: what a request draws depends on the seed, the step and the prompt, not on what else
-is in its batch, so that a run which was killed and goes on takes the way of one that was not. It offers token ids in,
-token ids out; there is no HTTP endpoint, no tool use.
+is in its batch, so that a run which was killed and goes on takes the way of one that was not. That holds for one
+replica and prompts that differ: verl spreads requests over replicas by chance, and equal prompts are told apart by
+their arrival. It offers token ids in, token ids out; there is no HTTP endpoint, no tool use.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
-from gream_verl.files import InputError
+from gream_verl.options import checked_options
 from gream_verl.semantic_ids import ItemIndex
 
 Constraint = Literal["reasoning", "direct", "off"]
@@ -49,11 +49,7 @@ class ConstrainedAnswer(LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         given = vllm_config.additional_config
-        try:
-            options = ConstraintOptions.model_validate(given.get("gream") or {} if isinstance(given, dict) else {})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{'.'.join([OPTIONS, *map(str, first['loc'])])}: {first['msg']}") from None
+        options = checked_options(ConstraintOptions, OPTIONS, given.get("gream") if isinstance(given, dict) else None)
         from transformers import AutoTokenizer
 
         name = vllm_config.model_config.tokenizer

@@ -113,6 +113,10 @@ def test_the_environment_has_verl_and_us_and_nothing_more(only_verl):
         "print(*[n for n in ('vllm', 'llamafactory', 'faiss', 'polars', 'hypothesis', 'recipes') if u.find_spec(n)])"
     )
     done = subprocess.run([only_verl, "-c", script], capture_output=True, text=True, timeout=100, check=True, cwd="/")
+    examined = subprocess.run(
+        [str(Path(only_verl).with_name("gream")), "doctor"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert examined.returncode == 0, examined.stderr
     where, others = done.stdout.split("\n")[:2]
     assert where.startswith(str(Path(only_verl).parents[1]))
     assert others == ""

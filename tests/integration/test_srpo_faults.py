@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -37,38 +39,45 @@ def make_run(tmp_path):
     return make
 
 
-def test_a_killed_run_goes_on_to_the_same_batches_and_the_same_curve(make_run):
-    items = list(make_index().sids)
-    overrides = (
-        *(HF_ROLLOUTS, *NO_VALIDATION, "trainer.total_training_steps=4", "data.shuffle=false"),
-        *("data.train_files=${gream.data}/tiny.inter.json", "trainer.v1.sampler.sampler_kwargs.reproducible=true"),
-        "+data.next_item={history:5,system:'',templates:['{history} What is next?','{history} And then?']}",
-    )
-    runs = {}
-    for name in ("straight", "killed"):
-        runs[name] = make_run(name)
-        write_json(runs[name] / "data/tiny.inter.json", {f"u{row}": items[row:] + items[:row] for row in range(6)})
-    Training(runs["straight"], *overrides).finish()
-    training = Training(runs["killed"], *overrides)
-    training.wait_until(lambda: 3 in logged(runs["killed"]))
-    training.kill()
-    assert (runs["killed"] / "srpo/global_step_2").is_dir()
-    assert not (runs["killed"] / "srpo/global_step_4").exists()
-    before = logged(runs["killed"])[3]
+ON_THE_FLY = (
+    *("data.train_files=${gream.data}/tiny.inter.json", "data.shuffle=false"),
+    "+data.next_item={history:5,system:'',templates:['{history} What is next?','{history} And then?']}",
+)
 
-    Training(runs["killed"], *overrides).finish()
-    straight, resumed = logged(runs["straight"]), logged(runs["killed"])
-    assert set(straight) == {1, 2, 3, 4}
-    assert resumed[3] is not before
-    for step in (3, 4):
-        seen = [
-            sorted((row["input"], row["output"], row["score"]) for row in rollouts(runs[name], step)) for name in runs
-        ]
-        assert seen[0] == seen[1]
-        for key in ("critic/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/lr"):
-            assert resumed[step][key] == pytest.approx(straight[step][key], rel=1e-3, abs=1e-6), (step, key)
-    batches = [{row["input"] for row in rollouts(runs["straight"], step)} for step in (1, 2, 3, 4)]
-    assert len(set().union(*batches)) > len(batches[0])
+
+@pytest.mark.parametrize("rows", [(), ON_THE_FLY], ids=["parquet", "on the fly"])
+def test_a_killed_run_goes_on_to_the_same_batches_and_the_same_curve(make_run, rows):
+    run, index = make_run("run"), make_index()
+    # No prompt twice: rollouts tell equal ones apart by their arrival only.
+    write_rl_files(run / "data", index, rows=20)
+    draw = random.Random(0)
+    write_json(run / "data/tiny.inter.json", {f"u{user}": draw.sample(list(index.sids), 24) for user in range(6)})
+    overrides = (
+        *(HF_ROLLOUTS, *NO_VALIDATION, *rows, "trainer.total_training_steps=4"),
+        "trainer.v1.sampler.sampler_kwargs.reproducible=true",
+    )
+    training = Training(run, *overrides)
+    training.wait_until(lambda: 3 in logged(run) and (run / "srpo/rollouts/3.jsonl").exists())
+    training.kill()
+    assert (run / "srpo/global_step_2").is_dir()
+    assert not (run / "srpo/global_step_4").exists()
+    before, answers = logged(run), rollouts(run, 3)
+    assert len(answers) == 16
+    (run / "srpo/rollouts/3.jsonl").unlink()
+
+    Training(run, *overrides).finish()
+    after = logged(run)
+    assert set(after) == {1, 2, 3, 4}
+    assert len(list(run.glob("srpo/logs/*/gream/srpo.jsonl"))) == 2
+    assert seen(rollouts(run, 3)) == seen(answers)
+    for key in ("critic/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/lr"):
+        assert after[3][key] == pytest.approx(before[3][key], rel=1e-3, abs=1e-6), key
+    batches = [{row["input"] for row in rollouts(run, step)} for step in (1, 2, 3, 4)]
+    assert sum(map(len, batches)) == len(set().union(*batches)) == 16  # in the middle of the first pass
+
+
+def seen(rows: list[dict]) -> list[tuple[str, str, float]]:
+    return sorted((row["input"], row["output"], row["score"]) for row in rows)
 
 
 def test_a_dead_rollout_engine_ends_the_run_with_what_to_do(make_run):

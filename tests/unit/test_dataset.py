@@ -23,7 +23,7 @@ def tokenizer():
 
 
 def config(tmp_path, **options):
-    return OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts": False, **options})
+    return OmegaConf.create({"cache_dir": str(tmp_path / "cache"), **options})
 
 
 def write(path, rows):
@@ -95,7 +95,7 @@ def test_a_long_prompt_loses_its_oldest_items_and_no_more_than_it_must(tmp_path,
     path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 24))
     whole = SemanticIdDataset(path, tokenizer, config(tmp_path))
     longest = max(length(tokenizer, row["raw_prompt"]) for row in whole)
-    for limit in (longest, longest - 1, longest - 5, longest - 9, 1):
+    for limit in (longest, longest - 1, longest - 5, longest - 9):
         short = SemanticIdDataset(path, tokenizer, config(tmp_path, max_prompt_length=limit))
         for before, after in zip(whole, short, strict=True):
             text = after["raw_prompt"][0]["content"]
@@ -103,10 +103,49 @@ def test_a_long_prompt_loses_its_oldest_items_and_no_more_than_it_must(tmp_path,
             given = before["raw_prompt"][0]["content"].removesuffix(" What is next?").split(" ")
             assert items == given[len(given) - len(items) :]
             assert all(parse_sid(item) in INDEX.items for item in items)
-            assert length(tokenizer, after["raw_prompt"]) <= limit or len(items) == 1
+            assert length(tokenizer, after["raw_prompt"]) <= limit
             if len(items) < len(given):
                 longer = [{**after["raw_prompt"][0], "content": f"{given[-len(items) - 1]} {text}"}]
                 assert length(tokenizer, longer) > limit
+
+
+def test_a_prompt_that_cannot_be_shortened_enough_is_named(tmp_path, tokenizer):
+    dataset = SemanticIdDataset(
+        write(tmp_path / "rl.parquet", rl_rows(INDEX, 4)), tokenizer, config(tmp_path, max_prompt_length=20)
+    )
+    with pytest.raises(InputError, match=r"rl\.parquet: row 2: the prompt is longer than data\.max_prompt_length=20"):
+        dataset[2]
+
+
+def test_a_shown_item_outside_the_index_is_named(tmp_path, tokenizer):
+    make_index(items=12).save(tmp_path / "small.index.json")
+    rows = rl_rows(make_index(items=12), 3)
+    rows[1]["prompt"][0]["content"] = f"{INDEX.text('20')} {rows[1]['prompt'][0]['content']}"
+    path = write(tmp_path / "rl.parquet", rows)
+    with pytest.raises(InputError, match=r"row 1: <\|a_2\|>.* is no item of .*small\.index\.json"):
+        SemanticIdDataset(path, tokenizer, config(tmp_path, index_file=str(tmp_path / "small.index.json")))
+
+
+def test_long_rows_are_kept_and_other_options_of_the_template_are_passed_on(tmp_path, tokenizer):
+    options = {"filter_overlong_prompts": True, "apply_chat_template_kwargs": {"tokenize": False, "return_dict": True}}
+    path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 8))
+    dataset = SemanticIdDataset(path, tokenizer, config(tmp_path, max_prompt_length=40, **options))
+    assert len(dataset) == 8
+    assert length(tokenizer, dataset[0]["raw_prompt"]) <= 40
+
+
+def test_prompts_that_are_not_text_are_left_alone(tmp_path, tokenizer):
+    rows = [{**row, "prompt": [{"role": "user", "content": [{"type": "text"}]}]} for row in rl_rows(INDEX, 1)]
+    dataset = SemanticIdDataset(write(tmp_path / "rl.parquet", rows), tokenizer, config(tmp_path))
+    assert dataset[0]["raw_prompt"] == rows[0]["prompt"]
+
+
+def test_options_for_rows_on_the_fly_are_refused_beside_parquet(tmp_path, tokenizer):
+    path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 3))
+    options = {"next_item": {"history": 3}, "val_files": path}
+    assert len(SemanticIdDataset(path, tokenizer, config(tmp_path, **options))) == 3
+    with pytest.raises(InputError, match=r"data\.next_item: has no effect on .*rl\.parquet"):
+        SemanticIdDataset(path, tokenizer, config(tmp_path, **{**options, "val_files": None}))
 
 
 def made(tmp_path, tokenizer, sequences=None, **options):
@@ -191,6 +230,8 @@ def test_a_limit_draws_targets(tmp_path, tokenizer):
         ({"index_file": None}, r"data\.index_file: missing"),
         ({"next_item": {"templates": ["What?"]}}, r"data\.next_item\.templates: .*no \{history\} in 'What\?'"),
         ({"next_item": {"histroy": 3}}, r"data\.next_item\.histroy: .*known keys are mode, history"),
+        ({"seed": -1}, r"data\.seed: must not be negative"),
+        ({"prompt_key": "question"}, r"data\.prompt_key: .*in 'prompt'"),
         ({"sequences": {"u": ["1", "2"]}}, "no user has the 7 interactions"),
         ({"sequences": {"u": ["1", "gone"]}}, r"user 'u': item 'gone' is not in .*tiny\.index\.json"),
         ({"sequences": ["u"]}, r"expected \{user: \[item"),

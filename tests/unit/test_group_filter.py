@@ -135,6 +135,18 @@ def test_a_dead_engine_stops_the_training_with_what_to_do(sampler, metric):
 
 
 @pytest.mark.timeout(20)
+def test_a_loader_that_cannot_refill_is_named_with_the_key(sampler, monkeypatch):
+    built, _ = sampler(lambda _: True)
+
+    def refuse(_: int) -> None:
+        raise ValueError("num_prompts (2) must be a positive multiple of gen_batch_size (4)")
+
+    monkeypatch.setattr(built, "_generate", refuse)
+    with pytest.raises(InputError, match=r"gen_batch_size \(4\); set .*sync_refill_failed_groups=true"):
+        built.sample(1, "train", BATCH)
+
+
+@pytest.mark.timeout(20)
 def test_the_count_of_failures_starts_anew_each_step(sampler):
     built, queue = sampler(lambda _: False, lambda number: number % 4 == 1)
     for step in (1, 2, 3):

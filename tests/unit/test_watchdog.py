@@ -7,10 +7,10 @@ SCRIPT = """
 import time
 from gream_verl.watchdog import Watchdog
 
-dog = Watchdog(0.5, "it hangs")
+dog = Watchdog(3, "it hangs")
 for _ in range(10):
     dog.feed()
-    time.sleep(0.1)
+    time.sleep(0.5)
 print("still here", flush=True)
 time.sleep(60)
 """
