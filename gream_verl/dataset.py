@@ -89,8 +89,8 @@ class SemanticIdDataset(RLHFDataset):
             return
         if self.config.get("next_item") is not None and not self._is_validation():
             raise InputError(
-                f"{OPTIONS}: has no effect on {self.data_files[0]}; name a <D>{INTERACTIONS} in data.train_files, in the "
-                "last of the recipes, or leave the node out"
+                f"{OPTIONS}: has no effect on {self.data_files[0]}; name a <D>{INTERACTIONS} in data.train_files, "
+                "in the last of the recipes, or leave the node out"
             )
         for place, prompt, reward_model in _columns(self.data_files, self.prompt_key):
             truth = text.ground_truth(reward_model, place)
