@@ -172,8 +172,8 @@ class SemanticIdDataset(RLHFDataset):
         return without(enough)
 
     def _fits(self, prompt: list[dict[str, Any]]) -> bool:
-        options = {**self.apply_chat_template_kwargs, "add_generation_prompt": True, "tokenize": True}
-        ids = self.tokenizer.apply_chat_template(prompt, **{**options, "return_dict": False, "return_tensors": None})
+        ours = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "return_tensors": None}
+        ids = self.tokenizer.apply_chat_template(prompt, **{**self.apply_chat_template_kwargs, **ours})
         return len(normalize_token_ids(ids)) <= self.max_prompt_length
 
 

@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import product
 
-from gream_verl.semantic_ids import SID_TOKEN, SemanticId, find_tokens
+from gream_verl.semantic_ids import SID_TOKEN, SemanticId, find_sids
 
 _ANSWER = re.compile(r"<answer>[^<]*(?:<\|[^<]*)*</answer>\s*$")
 _WORD = re.compile(r"\w+")
@@ -48,7 +48,7 @@ def find_leak(
         "sid", "title" or None.
     """
     thought = _ANSWER.sub("", chain)
-    if any(_names_target(mention, sid) for mention in _mentions(thought) if mention not in history_sids):
+    if any(_names_target(mention, sid) for mention in find_sids(thought) if mention not in history_sids):
         return "sid"
     return "title" if names_title(SID_TOKEN.sub(" ", thought), title, history_titles) else None
 
@@ -88,16 +88,6 @@ def _normal(text: str) -> str:
         return " ".join(_WORD.findall(text.casefold()))
     plain = unicodedata.normalize("NFKD", text).casefold()
     return " ".join(_WORD.findall("".join(letter for letter in plain if not unicodedata.combining(letter))))
-
-
-def _mentions(text: str) -> list[SemanticId]:
-    """Cut the SID tokens of ``text`` into SIDs: a token of the first level begins a new one."""
-    mentions: list[list[str]] = []
-    for token in find_tokens(text):
-        if token.startswith("<|a_") or not mentions:
-            mentions.append([])
-        mentions[-1].append(token)
-    return [tuple(mention) for mention in mentions]
 
 
 def _names_target(mention: SemanticId, sid: SemanticId) -> bool:
