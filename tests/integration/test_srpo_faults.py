@@ -55,6 +55,7 @@ def test_a_killed_run_goes_on_to_the_same_batches_and_the_same_curve(make_run, r
     overrides = (
         *(HF_ROLLOUTS, *NO_VALIDATION, *rows, "trainer.total_training_steps=4"),
         "trainer.v1.sampler.sampler_kwargs.reproducible=true",
+        "algorithm.filter_groups.max_num_gen_batches=1",  # 16 prompts in all
     )
     training = Training(run, *overrides)
     training.wait_until(lambda: 3 in logged(run) and (run / "srpo/rollouts/3.jsonl").exists())
