@@ -44,7 +44,11 @@ class Source(StrEnum):
 
     movielens = "movielens"
     recbole = "recbole"
+    amazon2014 = "amazon2014"
     amazon2018 = "amazon2018"
+    amazon2023 = "amazon2023"
+    layout = "layout"
+    table = "table"
 
 
 class Mode(StrEnum):
@@ -101,8 +105,8 @@ def _fail(sentence: str) -> NoReturn:
 def quickstart(
     name: Annotated[str, typer.Option(help="The run: everything is kept in runs/NAME.")] = DEFAULT_RUN,
     source: Annotated[Source, typer.Option(help="Where the data come from.")] = Source.movielens,
-    reviews: Annotated[Path | None, typer.Option(help="Amazon 2018 reviews, .json.gz.")] = None,
-    metadata: Annotated[Path | None, typer.Option(help="Amazon 2018 metadata, .json.gz.")] = None,
+    reviews: Annotated[Path | None, typer.Option(help="Amazon: reviews (JSON lines), or ratings (.csv).")] = None,
+    metadata: Annotated[Path | None, typer.Option(help="Amazon: metadata of the items.")] = None,
     rollout: Annotated[Rollout, typer.Option(help="Engine of SRPO's rollouts; hf_cpu is lighter.")] = Rollout.vllm,
     seed: SeedOption = 0,
 ) -> None:
@@ -140,10 +144,17 @@ def doctor() -> None:
 @data_app.command()
 def prepare(
     source: Annotated[Source, typer.Option(help="Raw format.")] = Source.movielens,
-    reviews: Annotated[Path | None, typer.Option(help="Amazon 2018: reviews, .json.gz.")] = None,
-    metadata: Annotated[Path | None, typer.Option(help="Amazon 2018: metadata, .json.gz.")] = None,
-    inter: Annotated[Path | None, typer.Option(help="RecBole: the .inter file.")] = None,
-    item: Annotated[Path | None, typer.Option(help="RecBole: the .item file.")] = None,
+    reviews: Annotated[Path | None, typer.Option(help="Amazon: reviews (JSON lines), or ratings (.csv).")] = None,
+    metadata: Annotated[Path | None, typer.Option(help="Amazon: metadata of the items.")] = None,
+    inter: Annotated[
+        Path | None, typer.Option(help="RecBole: the .inter file. Layout: D.inter.json. Table: .parquet, .csv or .tsv.")
+    ] = None,
+    item: Annotated[
+        Path | None, typer.Option(help="RecBole: the .item file. Layout: D.item.json. Table: .parquet, .csv or .tsv.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Table: a column of another name, such as user=customer; repeat it.")
+    ] = None,
     core: Annotated[int, typer.Option(min=1, help="Least interactions of every user and item.")] = 5,
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
@@ -152,24 +163,48 @@ def prepare(
     from data_processing.interactions import prepare as prepare_tables
     from data_processing.layout import DataFolder
 
-    tables = _read_source(source, reviews, metadata, inter, item, data)
+    tables = _read_source(source, reviews, metadata, inter, item, column, data)
     _print_dict("Data", prepare_tables(tables, DataFolder(data, dataset), core=core))
 
 
 def _read_source(
-    source: Source, reviews: Path | None, metadata: Path | None, inter: Path | None, item: Path | None, data: Path
+    source: Source,
+    reviews: Path | None,
+    metadata: Path | None,
+    inter: Path | None,
+    item: Path | None,
+    columns: list[str] | None,
+    data: Path,
 ) -> Any:
     if source is Source.movielens:
         from data_processing.sources.movielens import read_movielens
 
         return read_movielens(data.parent / "raw")
-    if source is Source.amazon2018:
-        from data_processing.sources.amazon2018 import read_amazon2018
+    if source.value.startswith("amazon"):
+        from data_processing.sources.amazon import read_amazon
 
-        return read_amazon2018(_needed(reviews, source, "--reviews"), _needed(metadata, source, "--metadata"))
+        year = int(source.value.removeprefix("amazon"))
+        return read_amazon(year, _needed(reviews, source, "--reviews"), _needed(metadata, source, "--metadata"))
+    files = _needed(inter, source, "--inter"), _needed(item, source, "--item")
+    if source is Source.table:
+        from data_processing.sources.table import read_table
+
+        return read_table(*files, _pairs(columns, "--column"))
+    if source is Source.layout:
+        from data_processing.sources.layout_files import read_layout
+
+        return read_layout(*files)
     from data_processing.sources.recbole import read_recbole
 
-    return read_recbole(_needed(inter, source, "--inter"), _needed(item, source, "--item"))
+    return read_recbole(*files)
+
+
+def _pairs(given: list[str] | None, option: str) -> dict[str, str]:
+    """Return what ``NAME=VALUE`` options say."""
+    pairs = [one.partition("=") for one in given or []]
+    if wrong := [name for name, equals, value in pairs if not (name and equals and value)]:
+        raise InputError(f"{option} {wrong[0]!r}: expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def _needed(path: Path | None, source: Source, option: str) -> Path:

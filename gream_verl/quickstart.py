@@ -16,7 +16,8 @@ from gream_verl.steps import Step
 
 DEFAULT_RUN = "quickstart"
 DEFAULT_DATASET = "ml-100k"
-SOURCES = ("movielens", "amazon2018")
+AMAZON = ("amazon2014", "amazon2018", "amazon2023")
+SOURCES = ("movielens", *AMAZON)
 TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
 """SFT rows of each task that the tiny model sees, once."""
 RL_ROWS = 4000
@@ -30,8 +31,8 @@ class QuickstartOptions:
     Attributes:
         name: The run: everything is kept in ``runs/<name>``.
         source: Where the data come from, one of ``SOURCES``.
-        reviews: Amazon 2018 reviews, gzip JSON lines.
-        metadata: Amazon 2018 metadata, gzip JSON lines.
+        reviews: Amazon reviews or ratings, for one of the Amazon sources.
+        metadata: Amazon metadata, likewise.
         rollout: Engine of SRPO's rollouts, ``vllm`` or the lighter ``hf_cpu``.
         seed: Seed of everything random.
     """
@@ -62,13 +63,13 @@ class QuickstartOptions:
             raise InputError(f"--source {self.source}: not known; choose one of {', '.join(SOURCES)}")
         if self.rollout not in ("vllm", "hf_cpu"):
             raise InputError(f"--rollout {self.rollout}: not known; choose vllm or hf_cpu")
-        if self.source == "amazon2018":
+        if self.source in AMAZON:
             for option, path in (("--reviews", self.reviews), ("--metadata", self.metadata)):
                 if path is None:
-                    raise InputError(f"--source amazon2018 needs {option} FILE.json.gz")
-                require_file(path, f"give the Amazon 2018 file with {option}")
+                    raise InputError(f"--source {self.source} needs {option} FILE")
+                require_file(path, f"give the Amazon file with {option}")
         elif self.reviews or self.metadata:
-            raise InputError("--reviews and --metadata go with --source amazon2018")
+            raise InputError(f"--reviews and --metadata go with --source {', '.join(AMAZON)}")
 
 
 def config_file(name: str) -> Path:

@@ -1,7 +1,8 @@
-"""Reads files of one JSON object a line, gzip or plain, without ever holding a file in memory."""
+"""Reads files of one object a line, JSON or a Python literal, gzip or plain, without ever holding a file in memory."""
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import zlib
@@ -33,18 +34,26 @@ def read_json_lines(path: Path, checks: RowChecks, expected: str) -> Iterator[tu
             continue
         checks.rows += 1
         try:
-            value = json.loads(line)
-            if b"\\ud" in line.lower():  # half of a surrogate pair is valid JSON, but no text that can be written
+            value = _parse(line)
+            if b"\\ud" in line.lower():  # half of a surrogate pair can be read, but is no text that can be written
                 json.dumps(value, ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = None
         if isinstance(value, dict):
             yield number, value
         else:
-            checks.skip(number, "not a JSON object", line.decode("utf-8", "replace"))
+            checks.skip(number, "not an object", line.decode("utf-8", "replace"))
         if checks.rows % CHECK_EVERY == 0:
             checks.guard(expected)
     checks.finish(expected)
+
+
+def _parse(line: bytes) -> Any:
+    """Return the value of a line: JSON, or a Python literal as in the metadata of 2014, which is never evaluated."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return ast.literal_eval(line.decode().strip())
 
 
 def _lines(path: Path) -> Iterator[bytes]:

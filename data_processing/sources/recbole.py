@@ -14,13 +14,12 @@ from pathlib import Path
 import polars as pl
 
 from data_processing.layout import Item
-from data_processing.sources.tables import RowChecks, SourceTables, items_frame
+from data_processing.sources.tables import RowChecks, SourceTables, checked_interactions, items_frame, read_text_table
 from gream_verl.files import InputError, require_file
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 FIRST_ROW = 2
 """The header is row 1."""
-LATEST_TIMESTAMP = 2**62
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,7 @@ def read_recbole(
 def _read_atomic(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
     """Return the table with every field as text, and the type of every field."""
     require_file(path, "give the path of a RecBole atomic file")
-    try:
-        table = pl.read_csv(
-            path, separator="\t", infer_schema=False, quote_char=None, truncate_ragged_lines=True, raise_if_empty=False
-        )
-    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a table with tabs in UTF-8 ({str(error).splitlines()[0]}); check it") from error
+    table = read_text_table(path, "\t")
     types = {}
     for column in table.columns:
         name, colon, kind = column.rpartition(":")
@@ -121,20 +115,10 @@ def _required(path: Path, types: Mapping[str, str], names: tuple[str, ...]) -> s
 
 def _read_interactions(path: Path, fields: RecboleFields) -> tuple[pl.DataFrame, RowChecks]:
     table, types = _read_atomic(path)
-    rating = _optional(types, fields.rating)
-    rows = table.select(
-        pl.col(_required(path, types, fields.user)).str.strip_chars().alias("user"),
-        pl.col(_required(path, types, fields.item)).str.strip_chars().alias("item"),
-        pl.col(_required(path, types, fields.timestamp)).cast(pl.Float64, strict=False).alias("timestamp"),
-        (pl.col(rating).cast(pl.Float64, strict=False) if rating else pl.lit(None, pl.Float64)).alias("rating"),
-    )
-    named = (pl.col("user").fill_null("") != "") & (pl.col("item").fill_null("") != "")
-    timed = (pl.col("timestamp").is_finite() & (pl.col("timestamp").abs() < LATEST_TIMESTAMP)).fill_null(False)
-    checks = RowChecks(str(path), rows=len(rows))
-    for row, *values in rows.with_row_index(offset=FIRST_ROW).filter(~(named & timed)).iter_rows():
-        checks.skip(row, "no user, item or timestamp", "\t".join(map(str, values)))
-    checks.finish("a user, an item and a timestamp in every row")
-    return rows.filter(named & timed).with_columns(pl.col("timestamp").cast(pl.Int64)), checks
+    columns = {name: _required(path, types, getattr(fields, name)) for name in ("user", "item", "timestamp")}
+    if (rating := _optional(types, fields.rating)) is not None:
+        columns["rating"] = rating
+    return checked_interactions(table, path, columns, FIRST_ROW)
 
 
 def _read_items(

@@ -54,6 +54,23 @@ def prepare(folder, reviews="R.json.gz", metadata="M.json.gz"):
             "--data", folder / "data", "--dataset", "D"]  # fmt: skip
 
 
+def test_a_data_set_goes_through_other_sources_unchanged(monkeypatch, capsys, amazon):
+    assert run(monkeypatch, capsys, *prepare(amazon))[0] == 0
+    made = [(amazon / f"data/D.{kind}.json").read_bytes() for kind in ("inter", "item")]
+    layout = ["--source", "layout", "--inter", amazon / "data/D.inter.json", "--item", amazon / "data/D.item.json"]
+    status, _, err = run(monkeypatch, capsys, "data", "prepare", *layout, "--data", amazon / "again", "--dataset", "D")
+    assert (status, err) == (0, "")
+    assert [(amazon / f"again/D.{kind}.json").read_bytes() for kind in ("inter", "item")] == made
+
+    rows = [f"u{user},i{item},{10 * user + item}" for user in range(12) for item in range(8)]
+    (amazon / "i.csv").write_text("\n".join(["who,item,timestamp", *rows]))
+    (amazon / "m.csv").write_text("\n".join(["item,title", *(f"i{item},Title {item}" for item in range(8))]))
+    table = ["--source", "table", "--inter", amazon / "i.csv", "--item", amazon / "m.csv", "--column", "user=who"]
+    status, _, err = run(monkeypatch, capsys, "data", "prepare", *table, "--data", amazon / "table", "--dataset", "D")
+    assert (status, err) == (0, "")
+    assert (amazon / "table/D.inter.json").read_bytes() == made[0]
+
+
 def test_raw_files_become_a_data_set(monkeypatch, capsys, amazon):
     status, out, _ = run(monkeypatch, capsys, *prepare(amazon))
     assert status == 0
@@ -86,11 +103,13 @@ def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsy
         (["data", "sft", "--rows", "seqrec"], "TASK=COUNT"),
         (["data", "prepare", "--source", "amazon2018"], "--reviews"),
         (["data", "prepare", "--source", "recbole"], "--inter"),
+        (["data", "prepare", "--source", "amazon2023", "--reviews", "r"], "--source amazon2023 needs --metadata FILE"),
+        (["data", "prepare", "--source", "table", "--inter", "i", "--item", "m", "--column", "user"], "NAME=VALUE"),
         (["model", "tiny", "--data", "nowhere"], "gream index build"),
         (["model", "extend", "--base", "x", "--index", "nowhere.json", "--output", "y"], "gream index build"),
         (["evaluate", "--model", "nowhere"], "neither"),
         (["report", "--run", "nowhere"], "gream evaluate"),
-        (["quickstart", "--reviews", "R.json.gz"], "go with --source amazon2018"),
+        (["quickstart", "--reviews", "R.json.gz"], "go with --source amazon2014"),
         (["quickstart", "--source", "amazon2018", "--reviews", "absent", "--metadata", "absent"], "no such file"),
         (["quickstart", "--source", "recbole"], "choose one of"),
     ],

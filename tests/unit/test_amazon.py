@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_processing.interactions import prepare
 from data_processing.layout import DataFolder
-from data_processing.sources import amazon2018
-from data_processing.sources.amazon2018 import clean_text, clean_title, read_amazon2018
+from data_processing.sources import amazon
+from data_processing.sources.amazon import clean_text, clean_title, read_amazon
 from gream_verl.files import InputError
 
 SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -35,8 +35,8 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def read(folder: Path, reviews: list[Any], items: list[Any]) -> amazon2018.SourceTables:
-    return read_amazon2018(write(folder / "R.json.gz", reviews), write(folder / "M.json.gz", items))
+def read(folder: Path, reviews: list[Any], items: list[Any]) -> amazon.SourceTables:
+    return read_amazon(2018, write(folder / "R.json.gz", reviews), write(folder / "M.json.gz", items))
 
 
 def test_dirty_metadata_is_cleaned(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_single_bad_lines_are_counted_and_sampled(tmp_path: Path) -> None:
     tables = read(tmp_path, [*bad, b"", *good], items)
     assert tables.interactions.rows()[:2] == [("u0", "i", 0, None), ("u1", "i", 1, None)]
     assert len(tables.interactions) == 300
-    assert tables.report["reviews: not a JSON object"] == 4
+    assert tables.report["reviews: not an object"] == 4
     assert tables.report["reviews: no user, item or time"] == 7
     assert tables.report["metadata: no asin"] == 1
     assert [reject["row"] for reject in tables.rejects] == [*range(1, 12), 42]
@@ -124,7 +124,7 @@ def test_single_bad_lines_are_counted_and_sampled(tmp_path: Path) -> None:
 
 
 def test_many_bad_lines_stop_the_run_early(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"R\.json\.gz: 1 of 1 rows cannot be used, the first is row 1 \(not a JSON"):
+    with pytest.raises(InputError, match=r"R\.json\.gz: 1 of 1 rows cannot be used, the first is row 1 \(not an"):
         read(tmp_path, [b"oops"], [metadata("i", "Title")])
     with pytest.raises(InputError, match=r"10000 of 10000 rows cannot be used"):
         read(tmp_path, [b"oops"] * 25_000, [metadata("i", "Title")])
@@ -141,38 +141,38 @@ def test_a_truncated_gzip_is_named_with_a_remedy(tmp_path: Path, which: str) -> 
     cut = tmp_path / which
     cut.write_bytes(cut.read_bytes()[:-200])
     with pytest.raises(InputError, match=rf"{which}: the gzip file is cut short or damaged .*download it again"):
-        read_amazon2018(*paths)
+        read_amazon(2018, *paths)
     cut.write_bytes(cut.read_bytes()[:60] + b"garbage" * 20)
     with pytest.raises(InputError, match=rf"{which}: the gzip file is cut short or damaged"):
-        read_amazon2018(*paths)
+        read_amazon(2018, *paths)
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     reviews, items = write(tmp_path / "R.json.gz", [review("u", "i")]), write(tmp_path / "M.json.gz", [])
     with pytest.raises(InputError, match=r"M\.json\.gz: holds no rows"):
-        read_amazon2018(reviews, items)
+        read_amazon(2018, reviews, items)
     with pytest.raises(InputError, match=r"none\.json\.gz: no such file; give the path"):
-        read_amazon2018(tmp_path / "none.json.gz", items)
+        read_amazon(2018, tmp_path / "none.json.gz", items)
 
 
 def test_plain_json_lines_are_read_too(tmp_path: Path) -> None:
     reviews, items = tmp_path / "r.json", tmp_path / "m.json"
     reviews.write_text(json.dumps(review("u", "i")) + "\n")
     items.write_text(json.dumps(metadata("i", "Title")))
-    assert read_amazon2018(reviews, items).items["title"].to_list() == ["Title"]
+    assert read_amazon(2018, reviews, items).items["title"].to_list() == ["Title"]
 
 
 def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reviews = [review(f"u{row}", "i", row) for row in range(25)]
     whole = read(tmp_path, reviews, [metadata("i", "Title")])
-    monkeypatch.setattr(amazon2018, "CHUNK", 10)
+    monkeypatch.setattr(amazon, "CHUNK", 10)
     assert read(tmp_path, reviews, [metadata("i", "Title")]).interactions.equals(whole.interactions)
 
 
 @pytest.mark.skipif(not MAGAZINE.is_dir(), reason="the raw Magazine sample is not on this machine")
 def test_a_real_dirty_dump_becomes_a_data_set(tmp_path: Path) -> None:
-    tables = read_amazon2018(
-        MAGAZINE / "Magazine_Subscriptions_5.json.gz", MAGAZINE / "meta_Magazine_Subscriptions.json.gz"
+    tables = read_amazon(
+        2018, MAGAZINE / "Magazine_Subscriptions_5.json.gz", MAGAZINE / "meta_Magazine_Subscriptions.json.gz"
     )
     assert (tables.report["review lines"], tables.report["metadata lines"]) == (2375, 3385)
     assert tables.report["reviewed items without metadata"] == 6
@@ -189,3 +189,65 @@ def test_half_a_surrogate_pair_is_one_bad_row_and_a_whole_one_is_text(tmp_path: 
     tables = read(tmp_path, reviews, [*items, *(metadata(f"x{number}", "Fine") for number in range(60))])
     assert dict(zip(tables.items["item"], tables.items["title"], strict=True))["b"] == "Movie \U0001f3ac"
     assert "c" not in tables.items["item"]
+
+
+def test_the_metadata_of_2014_are_python_literals_and_are_never_evaluated(tmp_path: Path) -> None:
+    lines = [
+        b"{'asin': 'a', 'title': \"Women's Scent\", 'brand': 'Acme', 'categories': [['Beauty', 'Skin'], ['Beauty']]}",
+        b"{'asin': 'b', 'title': 'Caf\\xe9', 'price': 1.5, 'related': {'also_bought': ['a']}, 'salesRank': None}",
+        b"{'asin': 'c', 'title': __import__('os').system('touch evil')}",
+        b"{'asin': 'd', 'title': 'half \\ud83c'}",
+        *[b"{'asin': 'x', 'title': 'Never reviewed'}"] * 40,
+    ]
+    reviews = write(tmp_path / "R.json.gz", [review("u", item) for item in ("a", "b", "c", "d")])
+    tables = read_amazon(2014, reviews, write(tmp_path / "M.json.gz", lines))
+    assert tables.items.rows() == [
+        ("a", "Women's Scent", "", "Acme", ["Beauty", "Skin"]),
+        ("b", "Café", "", "", []),
+    ]
+    assert tables.report["metadata: not an object"] == 2
+    assert not list(Path.cwd().glob("evil"))
+
+
+def test_the_times_of_2023_are_milliseconds_and_items_go_by_their_parent(tmp_path: Path) -> None:
+    reviews = [
+        {"user_id": "u", "asin": "b1", "parent_asin": "b", "timestamp": 1588687728923, "rating": 4.0, "text": "x"},
+        {"user_id": "v", "asin": "b2", "parent_asin": "b", "timestamp": 1588687729001, "rating": 5.0, "text": "y"},
+    ]
+    items = [
+        {
+            "parent_asin": "b", "title": "Serum", "description": ["Soft.", "Light."], "store": "Acme",
+            "main_category": "All Beauty", "categories": ["Beauty", "Face"],
+        }
+    ]  # fmt: skip
+    tables = read_amazon(2023, write(tmp_path / "R.jsonl.gz", reviews), write(tmp_path / "M.jsonl.gz", items))
+    assert tables.interactions.rows() == [("u", "b", 1588687728, 4.0), ("v", "b", 1588687729, 5.0)]
+    assert tables.items.rows() == [("b", "Serum", "Soft. Light.", "Acme", ["Beauty", "Face"])]
+
+
+@pytest.mark.parametrize(
+    ("year", "text"),
+    [
+        (2014, "u,a,5.0,100\nv,a,,200\n"),
+        (2018, "a,u,5.0,100\na,v,,200\n"),
+        (2023, "user_id,parent_asin,rating,timestamp\nu,a,5.0,100000\nv,a,,200999\n"),
+    ],
+)
+def test_files_of_ratings_have_the_columns_of_their_release(tmp_path: Path, year: int, text: str) -> None:
+    items = write(tmp_path / "M.json.gz", [{"asin": "a", "parent_asin": "a", "title": "Title"}])
+    (tmp_path / "plain.csv").write_text(text)
+    (tmp_path / "packed.csv.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("plain.csv", "packed.csv.gz"):
+        tables = read_amazon(year, tmp_path / name, items)
+        assert tables.interactions.rows() == [("u", "a", 100, 5.0), ("v", "a", 200, None)]
+
+
+def test_bad_files_of_ratings_are_named(tmp_path: Path) -> None:
+    items = write(tmp_path / "M.json.gz", [metadata("a", "Title")])
+    (tmp_path / "r.csv").write_text("u,a,5.0,soon\n")
+    with pytest.raises(InputError, match=r"r\.csv: 1 of 1 rows cannot be used, the first is row 1 \(no user"):
+        read_amazon(2014, tmp_path / "r.csv", items)
+    with pytest.raises(InputError, match=r"r\.csv: no column 'user_id' for the user \(there are u, a, 5\.0, soon\)"):
+        read_amazon(2023, tmp_path / "r.csv", items)
+    with pytest.raises(InputError, match=r"none\.csv: no such file"):
+        read_amazon(2014, tmp_path / "none.csv", items)

@@ -1,0 +1,102 @@
+"""Reader for plain tables of interactions and items, Parquet, CSV or TSV, with columns that the user names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from data_processing.layout import Item
+from data_processing.sources.tables import RowChecks, SourceTables, checked_interactions, items_frame, read_text_table
+from gream_verl.files import InputError, require_file
+
+NEEDED = ("user", "item", "timestamp", "title")
+OPTIONAL = ("rating", "description", "brand", "categories")
+SEPARATOR = "|"
+
+
+def read_table(
+    interactions: str | os.PathLike[str], items: str | os.PathLike[str], columns: Mapping[str, str] | None = None
+) -> SourceTables:
+    """Read a table of interactions and one of items.
+
+    Args:
+        interactions: One row an interaction, with ``user``, ``item``, ``timestamp`` (seconds, or a date) and, where
+            there is one, ``rating``.
+        items: One row an item, with ``item``, ``title`` and, where they are there, ``description``, ``brand`` and
+            ``categories`` (a list, or text with ``|`` between).
+        columns: Name of the column of each of these, where it is another.
+
+    Returns:
+        The two tables; bad rows are counted and sampled, items without a title too.
+
+    Raises:
+        InputError: When a file or a column is missing, or too many rows are bad.
+    """
+    columns = columns or {}
+    unknown = sorted(set(columns) - {*NEEDED, *OPTIONAL})
+    if unknown:
+        raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NEEDED, *OPTIONAL))}")
+    rows, checks = _interactions(Path(interactions), columns)
+    described, item_checks, untitled = _items(Path(items), columns)
+    report = {"interaction rows": checks.rows, "item rows": item_checks.rows, "items without a title": untitled}
+    for kind, found in (("interactions", checks), ("items", item_checks)):
+        report |= {f"{kind}: {reason}": count for reason, count in sorted(found.skipped.items())}
+    return SourceTables(rows, items_frame(described), report, checks.rejects + item_checks.rejects)
+
+
+def _read(path: Path) -> tuple[pl.DataFrame, int]:
+    """Return a table and the number of its first row in the file."""
+    if path.suffix != ".parquet":
+        names = path.name.removesuffix(".gz")
+        return read_text_table(path, "\t" if names.endswith((".tsv", ".txt")) else ","), 2
+    require_file(path, "check the path")
+    try:
+        return pl.read_parquet(path), 1
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); check it") from error
+
+
+def _interactions(path: Path, columns: Mapping[str, str]) -> tuple[pl.DataFrame, RowChecks]:
+    table, first = _read(path)
+    named = {name: columns.get(name, name) for name in ("user", "item", "timestamp", "rating")}
+    if "rating" not in columns and "rating" not in table.columns:
+        del named["rating"]
+    when = named["timestamp"]
+    if when in table.columns and table[when].dtype.is_temporal():
+        table = table.with_columns(pl.col(when).cast(pl.Datetime("us")).dt.epoch("s"))
+    elif when in table.columns and table[when].dtype == pl.String:
+        moment = pl.col(when).str.to_datetime(strict=False, time_unit="us").dt.epoch("s")
+        table = table.with_columns(pl.coalesce(pl.col(when).cast(pl.Float64, strict=False), moment))
+    return checked_interactions(table, path, named, first)
+
+
+def _items(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Item], RowChecks, int]:
+    table, first = _read(path)
+    named = {name: columns.get(name, name) for name in ("item", "title", "description", "brand", "categories")}
+    for meaning, column in named.items():
+        if column not in table.columns and (meaning in ("item", "title") or meaning in columns):
+            raise InputError(f"{path}: no column {column!r} for the {meaning} (there are {', '.join(table.columns)})")
+    checks = RowChecks(str(path), rows=len(table))
+    items: dict[str, Item] = {}
+    untitled = 0
+    for number, values in enumerate(table.iter_rows(named=True), start=first):
+        cells = {meaning: values.get(column) for meaning, column in named.items()}
+        key, title = _text(cells["item"]), _text(cells["title"])
+        if not key or key in items:
+            checks.skip(number, "item listed before" if key else "no item id", str(values))
+        elif not title:
+            untitled += 1
+        else:
+            categories = cells["categories"]
+            parts = categories if isinstance(categories, list) else _text(categories).split(SEPARATOR)
+            names = tuple(dict.fromkeys(name for name in map(_text, parts) if name))
+            items[key] = Item(title, _text(cells["description"]), _text(cells["brand"]), names)
+    checks.finish("an item id in every row, each item once")
+    return items, checks, untitled
+
+
+def _text(cell: object) -> str:
+    return "" if cell is None else " ".join(str(cell).split())

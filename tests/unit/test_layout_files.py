@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_processing.interactions import prepare
+from data_processing.layout import DataFolder
+from data_processing.sources.layout_files import read_layout
+from gream_verl.files import InputError, write_json
+
+SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+BEAUTY = SHARED / "beauty2014"
+
+
+def write(folder: Path, inter: object, items: object) -> tuple[Path, Path]:
+    paths = folder / "D.inter.json", folder / "D.item.json"
+    for path, value in zip(paths, (inter, items), strict=True):
+        write_json(path, value)
+    return paths
+
+
+def test_the_order_of_a_sequence_stands_for_time(tmp_path: Path) -> None:
+    items = {
+        "0": {
+            "title": "A &amp; B",
+            "categories": [["Film", "Horror"]],
+            "brand": "Fox",
+            "description": ["A", "B"],
+        },
+        "1": {"title": "Heat", "categories": "Film"},
+        "2": {"title": ""},
+    }
+    tables = read_layout(*write(tmp_path, {"u": [1, 0, 2], "v": ["0"]}, items))
+    assert tables.interactions.rows() == [
+        ("u", "1", 0, None), ("u", "0", 1, None), ("u", "2", 2, None), ("v", "0", 0, None),
+    ]  # fmt: skip
+    assert tables.items.rows() == [
+        ("0", "A & B", "A B", "Fox", ["Film", "Horror"]), ("1", "Heat", "", "", ["Film"]),
+    ]  # fmt: skip
+    assert tables.report == {"users": 2, "interactions": 4, "items": 3, "items without a title": 1}
+
+
+@pytest.mark.parametrize(
+    ("inter", "items", "message"),
+    [
+        (["u"], {}, r"D\.inter\.json: expected \{user: \[item"),
+        ({"u": "1"}, {}, r"D\.inter\.json: expected \{user: \[item"),
+        ({}, {"1": "Heat"}, r"D\.item\.json: expected \{item: \{title"),
+    ],
+)
+def test_other_forms_are_named(tmp_path: Path, inter: object, items: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_layout(*write(tmp_path, inter, items))
+
+
+@pytest.mark.skipif(not BEAUTY.is_dir(), reason="Beauty 2014 is not on this machine")
+def test_beauty_has_the_numbers_that_are_published(tmp_path: Path) -> None:
+    tables = read_layout(BEAUTY / "Beauty.inter.json", BEAUTY / "Beauty.item.json")
+    statistics = prepare(tables, DataFolder(tmp_path, "Beauty"))["statistics"]
+    assert (statistics["users"], statistics["items"], statistics["interactions"]) == (22363, 12101, 198502)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from data_processing.sources.table import read_table
+from gream_verl.files import InputError
+
+ROWS = [("u", "1", 100, 4.0), ("u", "2", 200, None)]
+ITEMS = [("1", "Alien", "", "", ["Horror", "Sci-Fi"]), ("2", "Heat", "Crime", "Fox", [])]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "tsv"])
+def test_every_format_gives_the_same_tables(tmp_path: Path, ending: str) -> None:
+    inter = pl.DataFrame({"user": ["u", "u"], "item": [1, 2], "timestamp": [100, 200], "rating": [4.0, None]})
+    items = pl.DataFrame(
+        {
+            "item": [1, 2], "title": [" Alien", "Heat"], "description": [None, "Crime"], "brand": [None, "Fox"],
+            "categories": ["Horror|Sci-Fi| ", None],
+        }
+    )  # fmt: skip
+    for name, table in (("inter", inter), ("item", items)):
+        path = tmp_path / f"{name}.{ending}"
+        table.write_parquet(path) if ending == "parquet" else table.write_csv(
+            path, separator="\t" if ending == "tsv" else ","
+        )
+    tables = read_table(tmp_path / f"inter.{ending}", tmp_path / f"item.{ending}")
+    assert tables.interactions.rows() == ROWS
+    assert tables.items.rows() == ITEMS
+    assert tables.report == {"interaction rows": 2, "item rows": 2, "items without a title": 0}
+
+
+def test_columns_may_have_other_names_dates_and_lists(tmp_path: Path) -> None:
+    when = [datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None) for seconds in (100, 200)]
+    inter = pl.DataFrame({"customer": ["u", "u"], "sku": ["1", "2"], "bought": when})
+    items = pl.DataFrame({"sku": ["1", "2"], "name": ["Alien", "Heat"], "tags": [["Horror", "Sci-Fi"], []]})
+    inter.write_parquet(tmp_path / "i.parquet")
+    inter.with_columns(pl.col("bought").dt.to_string("%Y-%m-%d %H:%M:%S")).write_csv(tmp_path / "i.csv")
+    items.write_parquet(tmp_path / "m.parquet")
+    columns = {"user": "customer", "item": "sku", "timestamp": "bought", "title": "name", "categories": "tags"}
+    for name in ("i.parquet", "i.csv"):
+        tables = read_table(tmp_path / name, tmp_path / "m.parquet", columns)
+        assert tables.interactions.rows() == [("u", "1", 100, None), ("u", "2", 200, None)]
+        assert tables.items["categories"].to_list() == [["Horror", "Sci-Fi"], []]
+
+
+def test_single_bad_rows_are_counted_and_sampled(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n" + "u,1,5\n" * 60 + ",1,5\nu,1,soon\n")
+    (tmp_path / "m.csv").write_text("item,title\n" + "".join(f"{n},T\n" for n in range(60)) + "1,Again\n99,\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.csv")
+    assert tables.report == {
+        "interaction rows": 62, "item rows": 62, "items without a title": 1,
+        "interactions: no user, item or timestamp": 2, "items: item listed before": 1,
+    }  # fmt: skip
+    assert [(reject["file"], reject["row"]) for reject in tables.rejects] == [
+        (str(tmp_path / "i.csv"), 62), (str(tmp_path / "i.csv"), 63), (str(tmp_path / "m.csv"), 62),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("inter", "items", "columns", "message"),
+    [
+        ("user,item\nu,1\n", "item,title\n1,T\n", {}, r"i\.csv: no column 'timestamp' for the timestamp"),
+        ("user,item,timestamp\nu,1,1\n", "item\n1\n", {}, r"m\.csv: no column 'title' for the title"),
+        ("user,item,timestamp\nu,1,1\n", "item,title\n1,T\n", {"brand": "b"}, r"m\.csv: no column 'b' for the brand"),
+        ("user,item,timestamp\nu,1,1\n", "item,title\n1,T\n", {"rating": "r"}, r"i\.csv: no column 'r' for the rating"),
+        ("user,item,timestamp\nu,1,1\n", "item,title\n1,T\n", {"usr": "u"}, "column 'usr': unknown; known are user"),
+        ("user,item,timestamp\nu,1,soon\n", "item,title\n1,T\n", {}, r"i\.csv: 1 of 1 rows cannot be used"),
+        ("", "item,title\n1,T\n", {}, r"i\.csv: no column 'user'"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, inter: str, items: str, columns: dict, message: str) -> None:
+    (tmp_path / "i.csv").write_text(inter)
+    (tmp_path / "m.csv").write_text(items)
+    with pytest.raises(InputError, match=message):
+        read_table(tmp_path / "i.csv", tmp_path / "m.csv", columns)
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "i.parquet").write_text("x")
+    with pytest.raises(InputError, match=r"i\.parquet: not a Parquet file"):
+        read_table(tmp_path / "i.parquet", tmp_path / "i.parquet")
+    with pytest.raises(InputError, match=r"none\.parquet: no such file"):
+        read_table(tmp_path / "none.parquet", tmp_path / "i.parquet")
