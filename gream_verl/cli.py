@@ -214,6 +214,16 @@ def _needed(path: Path | None, source: Source, option: str) -> Path:
 
 
 @data_app.command()
+def stats(data: DataOption = DEFAULT_DATA, dataset: DatasetOption = DEFAULT_DATASET) -> None:
+    """Print the numbers by which data sets are compared: users, items, interactions, sparsity, lengths."""
+    from data_processing.interactions import statistics
+    from data_processing.layout import DataFolder
+
+    folder = DataFolder(data, dataset)
+    _print_dict(dataset, statistics(folder.read_inter(folder.read_items())))
+
+
+@data_app.command()
 def sft(
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tempfile
@@ -75,11 +76,13 @@ def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
     """Return ``path`` when it is a file.
 
     Raises:
-        InputError: When it is not; the message ends in ``remedy``.
+        InputError: When it is not; the message names a file of a similar name beside it, and ends in ``remedy``.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; {remedy}")
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        like = difflib.get_close_matches(path.name, beside, n=1)
+        raise InputError(f"{path}: no such file; {f'did you mean {like[0]}? Else ' if like else ''}{remedy}")
     return path
 
 

@@ -54,6 +54,14 @@ def prepare(folder, reviews="R.json.gz", metadata="M.json.gz"):
             "--data", folder / "data", "--dataset", "D"]  # fmt: skip
 
 
+def test_the_numbers_of_a_data_set_are_printed(monkeypatch, capsys, amazon):
+    run(monkeypatch, capsys, *prepare(amazon))
+    status, out, _ = run(monkeypatch, capsys, "data", "stats", "--data", amazon / "data", "--dataset", "D")
+    assert status == 0
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line.count("│") == 3}
+    assert (rows["users"], rows["items"], rows["interactions"], rows["longest"]) == ("12", "8", "96", "8")
+
+
 def test_a_data_set_goes_through_other_sources_unchanged(monkeypatch, capsys, amazon):
     assert run(monkeypatch, capsys, *prepare(amazon))[0] == 0
     made = [(amazon / f"data/D.{kind}.json").read_bytes() for kind in ("inter", "item")]

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from gream_verl.files import InputError, atomic_path, read_json, write_json
+from gream_verl.files import InputError, atomic_path, read_json, require_file, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
@@ -19,6 +19,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 def test_missing_parent_folders_are_made(tmp_path):
     write_json(tmp_path / "a" / "b" / "c.json", ["é"])
     assert (tmp_path / "a" / "b" / "c.json").read_text(encoding="utf-8") == '["é"]\n'
+
+
+def test_a_file_of_a_similar_name_is_suggested(tmp_path):
+    (tmp_path / "Beauty.index.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no such file; did you mean Beauty\.index\.json\? Else build it$"):
+        require_file(tmp_path / "beauty.index.jsn", "build it")
+    with pytest.raises(InputError, match=r"no such file; build it$"):
+        require_file(tmp_path / "x", "build it")
+    with pytest.raises(InputError, match=r"no such file; build it$"):
+        require_file(tmp_path / "nowhere" / "x", "build it")
 
 
 def test_a_folder_that_is_a_file_is_one_sentence(tmp_path):
