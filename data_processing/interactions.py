@@ -54,7 +54,12 @@ def statistics(by_user: dict[str, list[str]]) -> dict[str, float]:
 
     Returns:
         users, items, interactions, sparsity (share of user-item pairs without an interaction), mean and longest length.
+
+    Raises:
+        InputError: When there is no interaction.
     """
+    if not any(by_user.values()):
+        raise InputError("the data set holds no interactions; prepare it anew")
     lengths = [len(sequence) for sequence in by_user.values()]
     items = {item for sequence in by_user.values() for item in sequence}
     return {

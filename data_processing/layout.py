@@ -145,9 +145,7 @@ class DataFolder:
         known = self.read_items() if items is None else items
         sequences = {}
         for user, sequence in raw.items():
-            if not isinstance(sequence, list) or not all(isinstance(item, str | int) for item in sequence):
-                raise InputError(f"{self.inter}: user {user!r}: expected a list of item ids; prepare it anew")
-            sequences[user] = [str(item) for item in sequence]
+            sequences[user] = item_ids(sequence, f"{self.inter}: user {user!r}")
             unknown = next((item for item in sequences[user] if item not in known), None)
             if unknown is not None:
                 raise InputError(
@@ -171,6 +169,17 @@ class DataFolder:
         return index
 
 
+def item_ids(sequence: Any, place: str) -> list[str]:
+    """Return the items of a user as text.
+
+    Raises:
+        InputError: When it is no list of item ids; the message begins with ``place``.
+    """
+    if not isinstance(sequence, list) or not all(isinstance(item, str | int) for item in sequence):
+        raise InputError(f"{place}: expected a list of item ids; prepare it anew")
+    return [str(item) for item in sequence]
+
+
 def training_part(sequence: Sequence[str]) -> Sequence[str]:
     """Return what training may see of a user's items: all but the last two."""
     return sequence[:-HELD_OUT]
@@ -179,27 +188,29 @@ def training_part(sequence: Sequence[str]) -> Sequence[str]:
 def _item(path: Path, item: str, fields: Any) -> Item:
     if not isinstance(fields, dict):
         raise InputError(f"{path}: item {item!r}: expected an object with a title; prepare it anew")
-    title = _text(fields.get("title"))
+    title = item_text(fields.get("title"))
     if not title:
         raise InputError(f"{path}: item {item!r} has no title; remove the item or give it one")
     return Item(
         title,
-        _text(fields.get("description")),
-        _text(fields.get("brand")),
-        tuple(dict.fromkeys(_names(fields.get("categories")))),
+        item_text(fields.get("description")),
+        item_text(fields.get("brand")),
+        tuple(dict.fromkeys(category_names(fields.get("categories")))),
     )
 
 
-def _text(value: Any) -> str:
+def item_text(value: Any) -> str:
+    """Return the text of a field, "" where it has none; lists are joined."""
     if isinstance(value, list):
-        return " ".join(filter(None, map(_text, value)))
+        return " ".join(filter(None, map(item_text, value)))
     return value.strip() if isinstance(value, str) else ""
 
 
-def _names(value: Any) -> list[str]:
+def category_names(value: Any) -> list[str]:
     """Flatten the ways in which published files write categories: a list, a list of paths, one text with commas."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     if isinstance(value, list):
-        return [name for part in value for name in (_names(part) if isinstance(part, list) else [_text(part)]) if name]
+        parts = (category_names(part) if isinstance(part, list) else [item_text(part)] for part in value)
+        return [name for names in parts for name in names if name]
     return []

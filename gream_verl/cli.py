@@ -51,6 +51,19 @@ class Source(StrEnum):
     table = "table"
 
 
+AMAZON_OPTIONS, FILE_OPTIONS = ("--reviews", "--metadata"), ("--inter", "--item")
+SOURCE_OPTIONS = {
+    Source.movielens: (),
+    Source.recbole: FILE_OPTIONS,
+    Source.amazon2014: AMAZON_OPTIONS,
+    Source.amazon2018: AMAZON_OPTIONS,
+    Source.amazon2023: AMAZON_OPTIONS,
+    Source.layout: FILE_OPTIONS,
+    Source.table: (*FILE_OPTIONS, "--column"),
+}
+"""Which options go with a source."""
+
+
 class Mode(StrEnum):
     """Ways to recommend."""
 
@@ -163,8 +176,16 @@ def prepare(
     from data_processing.interactions import prepare as prepare_tables
     from data_processing.layout import DataFolder
 
+    folder = DataFolder(data, dataset)
+    given = {"--reviews": reviews, "--metadata": metadata, "--inter": inter, "--item": item, "--column": column}
+    for option, value in given.items():
+        if value and option not in SOURCE_OPTIONS[source]:
+            raise InputError(f"{option}: does not go with --source {source.value}")
+    for path in (reviews, metadata, inter, item):
+        if path is not None and path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
+            raise InputError(f"{path}: would be overwritten; choose another folder with --data")
     tables = _read_source(source, reviews, metadata, inter, item, column, data)
-    _print_dict("Data", prepare_tables(tables, DataFolder(data, dataset), core=core))
+    _print_dict("Data", prepare_tables(tables, folder, core=core))
 
 
 def _read_source(

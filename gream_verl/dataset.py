@@ -83,9 +83,12 @@ class SemanticIdDataset(RLHFDataset):
         index_file = self.config.get("index_file")
         index = ItemIndex.load(index_file) if index_file else None
         text = TokenText(self.tokenizer)
+        self._tokens_of_template: dict[tuple[str, ...], int] = {}
         if any(str(file).endswith(INTERACTIONS) for file in self.data_files):
-            self.dataframe, tokens = self._make_rows(index)
-            text.check(tokens, index_file)
+            self.dataframe = rows = self._make_rows(index)
+            text.check(rows.index.tokens, index_file)
+            for prompt in rows.shortest():
+                self._check_room(prompt, str(self.data_files[0]))
             return
         if self.config.get("next_item") is not None and not self._is_validation():
             raise InputError(
@@ -96,6 +99,7 @@ class SemanticIdDataset(RLHFDataset):
             truth = text.ground_truth(reward_model, place)
             shown = [sid for turn in prompt for sid in find_sids(str(turn["content"]))]
             text.check((token for sid in shown for token in sid), place)
+            self._check_room(prompt, place)
             unknown = [sid for sid in (truth, *shown) if index is not None and sid not in index.items]
             if unknown:
                 raise InputError(
@@ -110,8 +114,7 @@ class SemanticIdDataset(RLHFDataset):
     def _is_validation(self) -> bool:
         return bool(self.original_data_files == _as_list(self.config.get("val_files")))
 
-    def _make_rows(self, index: ItemIndex | None) -> tuple[NextItemRows, list[str]]:
-        """Return the rows, and the SID tokens they may hold."""
+    def _make_rows(self, index: ItemIndex | None) -> NextItemRows:
         if len(self.data_files) > 1:
             raise InputError(f"data.train_files: {self.data_files}: expected one <D>{INTERACTIONS} and nothing else")
         path = Path(self.data_files[0])
@@ -141,40 +144,63 @@ class SemanticIdDataset(RLHFDataset):
                 f"{path}: no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row needs; "
                 "bring longer histories"
             )
-        return rows, index.tokens
+        return rows
+
+    def _check_room(self, prompt: list[dict[str, Any]], place: str) -> None:
+        """Refuse a prompt that is too long even with its latest item only."""
+        if not _is_text(prompt):
+            return
+        roles = tuple(turn["role"] for turn in prompt)
+        if roles not in self._tokens_of_template:
+            self._tokens_of_template[roles] = self._count_tokens([{**turn, "content": ""} for turn in prompt])
+        most = self._tokens_of_template[roles] + sum(len(turn["content"].encode()) for turn in prompt)
+        if most <= self.max_prompt_length or self._fits(prompt):  # a token has at least one byte
+            return
+        if not self._fits(_without(prompt, len(prompt[_longest(prompt)]["content"]))):
+            raise InputError(
+                f"{place}: the prompt is longer than data.max_prompt_length={self.max_prompt_length}, with its latest "
+                "item only if it has any; raise it, or leave the row out"
+            )
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         made: dict[str, Any] = super().__getitem__(item)
-        if all(isinstance(turn["content"], str) for turn in made["raw_prompt"]):
-            made["raw_prompt"] = self._shortened(made["raw_prompt"], f"row {item}")
+        if _is_text(made["raw_prompt"]):
+            made["raw_prompt"] = self._shortened(made["raw_prompt"])
         return made
 
-    def _shortened(self, prompt: list[dict[str, Any]], place: str) -> list[dict[str, Any]]:
+    def _shortened(self, prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the prompt without as many of its oldest items as it takes to fit ``data.max_prompt_length``."""
         if self._fits(prompt):
             return prompt
-        counts = [len(find_sids(turn["content"])) for turn in prompt]
-        number = int(np.argmax(counts))
-        turn = prompt[number]
-        too_few, enough = 0, max(counts[number] - 1, 0)
-
-        def without(count: int) -> list[dict[str, Any]]:
-            return [*prompt[:number], {**turn, "content": drop_oldest(turn["content"], count)}, *prompt[number + 1 :]]
-
-        if not self._fits(without(enough)):
-            raise InputError(
-                f"{', '.join(map(str, self.data_files))}: {place}: the prompt is longer than data.max_prompt_length="
-                f"{self.max_prompt_length} even with its latest item only; raise it, or leave the row out"
-            )
+        too_few, enough = 0, max(len(find_sids(prompt[_longest(prompt)]["content"])) - 1, 0)
         while enough - too_few > 1:
             middle = (too_few + enough) // 2
-            too_few, enough = (too_few, middle) if self._fits(without(middle)) else (middle, enough)
-        return without(enough)
+            too_few, enough = (too_few, middle) if self._fits(_without(prompt, middle)) else (middle, enough)
+        return _without(prompt, enough)
 
     def _fits(self, prompt: list[dict[str, Any]]) -> bool:
+        return self._count_tokens(prompt) <= self.max_prompt_length
+
+    def _count_tokens(self, prompt: list[dict[str, Any]]) -> int:
         ours = {"add_generation_prompt": True, "tokenize": True, "return_dict": False, "return_tensors": None}
         ids = self.tokenizer.apply_chat_template(prompt, **{**self.apply_chat_template_kwargs, **ours})
-        return len(normalize_token_ids(ids)) <= self.max_prompt_length
+        return len(normalize_token_ids(ids))
+
+
+def _is_text(prompt: list[dict[str, Any]]) -> bool:
+    return all(isinstance(turn["content"], str) for turn in prompt)
+
+
+def _longest(prompt: list[dict[str, Any]]) -> int:
+    """Return which turn has the most items: the one that holds the history."""
+    return int(np.argmax([len(find_sids(turn["content"])) for turn in prompt]))
+
+
+def _without(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return the prompt without the oldest ``count`` items of its history; the latest one always stays."""
+    place = _longest(prompt)
+    shorter = {**prompt[place], "content": drop_oldest(prompt[place]["content"], count)}
+    return [*prompt[:place], shorter, *prompt[place + 1 :]]
 
 
 def _read_sequences(path: Path, index: ItemIndex) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+SIMILAR = 0.93
+"""How alike names must be for one to be suggested: D.item.json and D.inter.json are not."""
 
 
 class InputError(ValueError):
@@ -80,9 +84,13 @@ def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
     """
     path = Path(path)
     if not path.is_file():
-        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        like = difflib.get_close_matches(path.name, beside, n=1)
-        raise InputError(f"{path}: no such file; {f'did you mean {like[0]}? Else ' if like else ''}{remedy}")
+        beside: list[str] = []
+        with contextlib.suppress(OSError):
+            beside = [other.name for other in path.parent.iterdir() if other.is_file()]
+        folded = {name.casefold(): name for name in beside}
+        like = difflib.get_close_matches(path.name.casefold(), folded, n=1, cutoff=SIMILAR)
+        suggestion = f"did you mean {folded[like[0]]}? Else " if like else ""
+        raise InputError(f"{path}: no such file; {suggestion}{remedy}")
     return path
 
 

@@ -173,6 +173,8 @@ class BoundedGroupFilter(ReplayBuffer):
             self._budget -= prompts
             try:
                 self._generate(prompts)
+            except InputError:  # of the dataset
+                raise
             except ValueError as error:  # verl fetches single prompts only where it expects refills
                 raise InputError(
                     f"{error}; set trainer.v1.sampler.sync_refill_failed_groups=true, which BoundedGroupFilter needs"

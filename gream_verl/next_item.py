@@ -159,7 +159,7 @@ class NextItemRows:
         self._source = source
         self._users = list(sequences)
         self._sequences = list(sequences.values())
-        self._index = index
+        self.index = index
         self._mode: Mode = mode
         self._history = history
         self._templates = templates or TEMPLATES[mode]
@@ -179,9 +179,14 @@ class NextItemRows:
         users, positions = self._targets.locate(targets[place : place + 1])
         user, position = int(users[0]), int(positions[0])
         past, item = self._sequences[user][:position], self._sequences[user][position]
-        shown = "".join(self._index.texts(past[-self._history :]))
+        shown = "".join(self.index.texts(past[-self._history :]))
         prompt = messages(shown, self._mode, self._templates[templates[place]], self._system)
-        return row(self._source, number, self._users[user], past, item, prompt, self._mode, self._index)
+        return row(self._source, number, self._users[user], past, item, prompt, self._mode, self.index)
+
+    def shortest(self) -> list[list[dict[str, str]]]:
+        """Return the prompt with one item, the longest there is, for every template."""
+        item = max(self.index.sids.values(), key=len)
+        return [messages("".join(item), self._mode, template, self._system) for template in self._templates]
 
     def _order(self, which: int) -> tuple[np.ndarray, np.ndarray]:
         """Return target and template of every row of a pass."""

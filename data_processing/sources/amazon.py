@@ -8,7 +8,6 @@ items without a title or without metadata; the metadata of 2014 are Python liter
 from __future__ import annotations
 
 import html
-import math
 import os
 import re
 from collections import Counter
@@ -53,7 +52,6 @@ class AmazonRelease:
         categories: Categories in the metadata.
         brand: Brand in the metadata.
         ratings: Columns of a file of ratings; none for one with a header, which has the names above.
-        per_second: Units of time in a second.
     """
 
     user: str
@@ -63,7 +61,6 @@ class AmazonRelease:
     categories: str
     brand: str
     ratings: tuple[str, ...] = ()
-    per_second: int = 1
 
 
 RELEASES = {
@@ -75,16 +72,16 @@ RELEASES = {
         *("reviewerID", "asin", "unixReviewTime", "overall", "category", "brand"),
         ratings=("item", "user", "rating", "timestamp"),
     ),
-    2023: AmazonRelease("user_id", "parent_asin", "timestamp", "rating", "categories", "store", per_second=1000),
+    2023: AmazonRelease("user_id", "parent_asin", "timestamp", "rating", "categories", "store"),
 }
 
 
 def read_amazon(year: int, reviews: str | os.PathLike[str], metadata: str | os.PathLike[str]) -> SourceTables:
     """Read a file of reviews or of ratings, and the metadata that go with it.
 
-    Both are streamed; of the metadata only reviewed items are kept. Where an item has several metadata lines, a later
-    line fills the fields that earlier ones left empty. An item whose title is empty or only HTML is called by the first
-    words of its description; without a description either, it is left out.
+    JSON lines are streamed; of the metadata only reviewed items are kept. Where an item has several metadata lines, a
+    later line fills the fields that earlier ones left empty. An item whose title is empty or only HTML is called by the
+    first words of its description; without a description either, it is left out.
 
     Args:
         year: Release of the dump: 2014, 2018 or 2023.
@@ -99,7 +96,7 @@ def read_amazon(year: int, reviews: str | os.PathLike[str], metadata: str | os.P
     """
     release, path = RELEASES[year], Path(reviews)
     item_checks = RowChecks(str(metadata))
-    if path.suffixes[-1:] == [".csv"] or path.suffixes[-2:] == [".csv", ".gz"]:
+    if path.name.lower().endswith((".csv", ".csv.gz")):
         interactions, review_checks = _ratings(path, release)
     else:
         review_checks = RowChecks(str(reviews))
@@ -144,7 +141,7 @@ def _reviews(path: Path, release: AmazonRelease, checks: RowChecks) -> Iterator[
         if not (isinstance(user, str) and user and isinstance(item, str) and item and timestamp is not None):
             checks.skip(number, "no user, item or time", str(review))
             continue
-        chunk.append((user, item, int(timestamp // release.per_second), rating))
+        chunk.append((user, item, int(timestamp), rating))
         if len(chunk) == CHUNK:
             yield interactions_frame(chunk)
             chunk.clear()
@@ -156,7 +153,7 @@ def _ratings(path: Path, release: AmazonRelease) -> tuple[pl.DataFrame, RowCheck
     columns = {name: name for name in release.ratings} or named
     first_row = 1 if release.ratings else 2
     rows, checks = checked_interactions(read_text_table(path, ",", release.ratings), path, columns, first_row)
-    return rows.with_columns(pl.col("timestamp") // release.per_second), checks
+    return rows, checks
 
 
 def _metadata(
@@ -230,4 +227,4 @@ def _number(value: Any) -> float | None:
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) and abs(value) < LATEST_TIMESTAMP else None
+    return float(value) if abs(value) < LATEST_TIMESTAMP else None  # which no NaN is

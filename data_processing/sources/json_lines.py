@@ -34,8 +34,10 @@ def read_json_lines(path: Path, checks: RowChecks, expected: str) -> Iterator[tu
             continue
         checks.rows += 1
         try:
-            value = _parse(line)
-            if b"\\ud" in line.lower():  # half of a surrogate pair can be read, but is no text that can be written
+            text = line.decode("utf-8-sig")
+            value = _parse(text)
+            # Half of a surrogate pair can be read, but is no text that can be written.
+            if "\\ud" in text.lower() or "\\u0000d" in text.lower():
                 json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = None
@@ -48,12 +50,12 @@ def read_json_lines(path: Path, checks: RowChecks, expected: str) -> Iterator[tu
     checks.finish(expected)
 
 
-def _parse(line: bytes) -> Any:
+def _parse(line: str) -> Any:
     """Return the value of a line: JSON, or a Python literal as in the metadata of 2014, which is never evaluated."""
     try:
         return json.loads(line)
     except ValueError:
-        return ast.literal_eval(line.decode().strip())
+        return ast.literal_eval(line.strip())
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import polars as pl
 
-from data_processing.sources.amazon import read_item
+from data_processing.layout import Item, category_names, item_ids, item_text
+from data_processing.sources.amazon import clean_text, clean_title
 from data_processing.sources.tables import INTERACTIONS, SourceTables, items_frame
 from gream_verl.files import InputError, read_json
 
@@ -26,12 +29,16 @@ def read_layout(interactions: str | os.PathLike[str], items: str | os.PathLike[s
         InputError: When a file is missing or has another form.
     """
     sequences, described = read_json(interactions, REMEDY), read_json(items, REMEDY)
-    if not isinstance(sequences, dict) or not all(isinstance(taken, list) for taken in sequences.values()):
+    if not isinstance(sequences, dict):
         raise InputError(f"{interactions}: expected {{user: [item, ...]}}; {REMEDY}")
     if not isinstance(described, dict) or not all(isinstance(fields, dict) for fields in described.values()):
         raise InputError(f"{items}: expected {{item: {{title, ...}}}}; {REMEDY}")
-    rows = [(user, str(item), place, None) for user, taken in sequences.items() for place, item in enumerate(taken)]
-    known = {item: read_item(fields) for item, fields in described.items()}
+    rows = [
+        (user, item, place, None)
+        for user, taken in sequences.items()
+        for place, item in enumerate(item_ids(taken, f"{interactions}: user {user!r}"))
+    ]
+    known = {item: _item(fields) for item, fields in described.items()}
     titled = {item: fields for item, fields in known.items() if fields.title}
     report = {
         "users": len(sequences),
@@ -40,3 +47,13 @@ def read_layout(interactions: str | os.PathLike[str], items: str | os.PathLike[s
         "items without a title": len(known) - len(titled),
     }
     return SourceTables(pl.DataFrame(rows, schema=INTERACTIONS, orient="row"), items_frame(titled), report, [])
+
+
+def _item(fields: Mapping[str, Any]) -> Item:
+    names = filter(None, map(clean_text, category_names(fields.get("categories"))))
+    return Item(
+        clean_title(item_text(fields.get("title"))),
+        clean_text(item_text(fields.get("description"))),
+        clean_text(item_text(fields.get("brand"))),
+        tuple(dict.fromkeys(names)),
+    )

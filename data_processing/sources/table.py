@@ -9,12 +9,21 @@ from pathlib import Path
 import polars as pl
 
 from data_processing.layout import Item
-from data_processing.sources.tables import RowChecks, SourceTables, checked_interactions, items_frame, read_text_table
+from data_processing.sources.tables import (
+    RowChecks,
+    SourceTables,
+    checked_interactions,
+    id_text,
+    items_frame,
+    read_text_table,
+)
 from gream_verl.files import InputError, require_file
 
 NEEDED = ("user", "item", "timestamp", "title")
 OPTIONAL = ("rating", "description", "brand", "categories")
 SEPARATOR = "|"
+ISO = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M")
+ISO_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
 
 
 def read_table(
@@ -23,8 +32,8 @@ def read_table(
     """Read a table of interactions and one of items.
 
     Args:
-        interactions: One row an interaction, with ``user``, ``item``, ``timestamp`` (seconds, or a date) and, where
-            there is one, ``rating``.
+        interactions: One row an interaction, with ``user``, ``item``, ``timestamp`` (a number, or a date in ISO 8601)
+            and, where there is one, ``rating``.
         items: One row an item, with ``item``, ``title`` and, where they are there, ``description``, ``brand`` and
             ``categories`` (a list, or text with ``|`` between).
         columns: Name of the column of each of these, where it is another.
@@ -65,12 +74,21 @@ def _interactions(path: Path, columns: Mapping[str, str]) -> tuple[pl.DataFrame,
     if "rating" not in columns and "rating" not in table.columns:
         del named["rating"]
     when = named["timestamp"]
-    if when in table.columns and table[when].dtype.is_temporal():
-        table = table.with_columns(pl.col(when).cast(pl.Datetime("us")).dt.epoch("s"))
-    elif when in table.columns and table[when].dtype == pl.String:
-        moment = pl.col(when).str.to_datetime(strict=False, time_unit="us").dt.epoch("s")
-        table = table.with_columns(pl.coalesce(pl.col(when).cast(pl.Float64, strict=False), moment))
+    kind = table[when].dtype if when in table.columns else None
+    if isinstance(kind, pl.Date | pl.Datetime):
+        table = table.with_columns(pl.col(when).cast(pl.Datetime("us")).dt.epoch("us"))
+    elif kind == pl.String:
+        table = table.with_columns(_moments(pl.col(when).str.strip_chars()))
     return checked_interactions(table, path, named, first)
+
+
+def _moments(text: pl.Expr) -> pl.Expr:
+    """Return numbers as they are, and ISO 8601 dates as microseconds; null for anything else."""
+    zoned = text.str.replace(r" ?(Z|UTC)$", "+0000")
+    dates = [text.str.to_datetime(form, strict=False, time_unit="us") for form in ISO]
+    dates += [zoned.str.to_datetime(form, strict=False, time_unit="us") for form in ISO_ZONE]
+    moments = [date.dt.epoch("us").cast(pl.Float64) for date in dates]
+    return pl.coalesce(text.cast(pl.Float64, strict=False), *moments)
 
 
 def _items(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Item], RowChecks, int]:
@@ -79,23 +97,29 @@ def _items(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Item], Row
     for meaning, column in named.items():
         if column not in table.columns and (meaning in ("item", "title") or meaning in columns):
             raise InputError(f"{path}: no column {column!r} for the {meaning} (there are {', '.join(table.columns)})")
+    table = table.with_columns(id_text(table, named["item"], path))
     checks = RowChecks(str(path), rows=len(table))
     items: dict[str, Item] = {}
     untitled = 0
     for number, values in enumerate(table.iter_rows(named=True), start=first):
         cells = {meaning: values.get(column) for meaning, column in named.items()}
-        key, title = _text(cells["item"]), _text(cells["title"])
+        key, title = cells["item"] or "", _text(cells["title"])
         if not key or key in items:
             checks.skip(number, "item listed before" if key else "no item id", str(values))
         elif not title:
             untitled += 1
         else:
-            categories = cells["categories"]
-            parts = categories if isinstance(categories, list) else _text(categories).split(SEPARATOR)
-            names = tuple(dict.fromkeys(name for name in map(_text, parts) if name))
+            names = tuple(dict.fromkeys(_names(cells["categories"])))
             items[key] = Item(title, _text(cells["description"]), _text(cells["brand"]), names)
     checks.finish("an item id in every row, each item once")
     return items, checks, untitled
+
+
+def _names(cell: object) -> list[str]:
+    """Flatten categories: a list, a list of paths, or text with ``|`` between."""
+    if isinstance(cell, list):
+        return [name for part in cell for name in _names(part)]
+    return [name for name in map(_text, _text(cell).split(SEPARATOR)) if name]
 
 
 def _text(cell: object) -> str:

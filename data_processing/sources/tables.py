@@ -26,6 +26,7 @@ BAD_ROW_SHARE = 0.05
 """More bad rows than this stop the run: the file is then not what it is taken for."""
 REJECTS_KEPT = 20
 LATEST_TIMESTAMP = 2**62
+NO_INTERACTION = "no user, item or timestamp"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class SourceTables:
     """What a source holds, before any filter.
 
     Attributes:
-        interactions: Columns user, item, timestamp (seconds), rating (null when unknown), in the order of the source.
+        interactions: Columns user, item, timestamp (in the unit of the source: only the order counts), rating (null
+            when unknown), in the order of the source.
         items: Columns item (unique), title (never empty), description, brand, categories.
         report: Counts: rows read, rows skipped, by reason.
         rejects: A sample of the rows that were skipped, each with its file, row and reason.
@@ -61,9 +63,9 @@ class RowChecks:
     skipped: dict[str, int] = field(default_factory=dict)
     rejects: list[dict[str, str | int]] = field(default_factory=list)
 
-    def skip(self, row: int, reason: str, text: str) -> None:
-        """Count a bad row; ``row`` counts from 1."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    def skip(self, row: int, reason: str, text: str, rows: int = 1) -> None:
+        """Count a bad row, or the first of several; ``row`` counts from 1."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + rows
         if len(self.rejects) < REJECTS_KEPT:
             self.rejects.append({"file": self.source, "row": row, "reason": reason, "text": text[:200]})
 
@@ -114,21 +116,27 @@ def read_text_table(path: Path, separator: str, columns: Sequence[str] = ()) -> 
         InputError: When there is no such file or it is no table.
     """
     require_file(path, "check the path")
+    name = {"\t": "tabs", ",": "commas"}.get(separator, separator)
     try:
-        return pl.read_csv(
+        table = pl.read_csv(
             path,
             separator=separator,
             has_header=not columns,
-            new_columns=list(columns) or None,
             infer_schema=False,
             quote_char=None if separator == "\t" else '"',
             truncate_ragged_lines=True,
             raise_if_empty=False,
         )
     except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
-        name = {"\t": "tabs", ",": "commas"}.get(separator, separator)
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a table with {name} in UTF-8 ({reason}); check it") from error
+        raise InputError(
+            f"{path}: not a table with {name} in UTF-8 ({reason}); check it, or download it again"
+        ) from error
+    if not columns:
+        return table
+    if table.width != len(columns):
+        raise InputError(f"{path}: has {table.width} columns; expected {', '.join(columns)} with {name} between")
+    return table.rename(dict(zip(table.columns, columns, strict=True)))
 
 
 def checked_interactions(
@@ -143,25 +151,54 @@ def checked_interactions(
         first_row: Number of the first row in the file.
 
     Raises:
-        InputError: When a column is missing or too many rows are bad.
+        InputError: When a column is missing or of no use, or too many rows are bad.
     """
     for meaning, name in columns.items():
         if name not in table.columns:
             raise InputError(f"{path}: no column {name!r} for the {meaning} (there are {', '.join(table.columns)})")
-    rating = pl.col(columns["rating"]) if "rating" in columns else pl.lit(None)
+        if meaning in ("timestamp", "rating") and not (
+            table[name].dtype.is_numeric() or table[name].dtype == pl.String
+        ):
+            raise InputError(f"{path}: column {name!r} for the {meaning}: expected numbers, got {table[name].dtype}")
+    number = {
+        meaning: (pl.col(name).str.strip_chars() if table[name].dtype == pl.String else pl.col(name)).cast(
+            pl.Float64, strict=False
+        )
+        for meaning, name in columns.items()
+        if meaning in ("timestamp", "rating")
+    }
     rows = table.select(
-        pl.col(columns["user"]).cast(pl.String).str.strip_chars().alias("user"),
-        pl.col(columns["item"]).cast(pl.String).str.strip_chars().alias("item"),
-        pl.col(columns["timestamp"]).cast(pl.Float64, strict=False).alias("timestamp"),
-        rating.cast(pl.Float64, strict=False).alias("rating"),
+        id_text(table, columns["user"], path).alias("user"),
+        id_text(table, columns["item"], path).alias("item"),
+        number["timestamp"].alias("timestamp"),
+        number.get("rating", pl.lit(None, pl.Float64)).alias("rating"),
     )
     named = (pl.col("user").fill_null("") != "") & (pl.col("item").fill_null("") != "")
     timed = (pl.col("timestamp").is_finite() & (pl.col("timestamp").abs() < LATEST_TIMESTAMP)).fill_null(False)
     checks = RowChecks(str(path), rows=len(rows))
-    for row, *values in rows.with_row_index(offset=first_row).filter(~(named & timed)).iter_rows():
-        checks.skip(row, "no user, item or timestamp", "\t".join(map(str, values)))
+    bad = rows.with_row_index(offset=first_row).filter(~(named & timed))
+    for row, *values in bad.head(REJECTS_KEPT).iter_rows():
+        checks.skip(row, NO_INTERACTION, "\t".join(map(str, values)))
+    if len(bad) > REJECTS_KEPT:
+        checks.skip(int(bad["index"][REJECTS_KEPT]), NO_INTERACTION, "", rows=len(bad) - REJECTS_KEPT)
     checks.finish("a user, an item and a timestamp in every row")
     return rows.filter(named & timed).with_columns(pl.col("timestamp").cast(pl.Int64)), checks
+
+
+def id_text(table: pl.DataFrame, column: str, path: Path) -> pl.Expr:
+    """Return an expression for the ids in a column as text: the same in every table, whatever their type.
+
+    Raises:
+        InputError: When the column holds something else than text or numbers.
+    """
+    kind = table[column].dtype
+    if kind.is_float():  # whole numbers with gaps, as pandas writes them
+        return pl.col(column).cast(pl.Int64, strict=False).cast(pl.String)
+    if kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum):
+        return pl.col(column).cast(pl.String).str.strip_chars()
+    if kind == pl.Null:
+        return pl.col(column).cast(pl.String)
+    raise InputError(f"{path}: column {column!r}: expected ids as text or whole numbers, got {kind}")
 
 
 def _fields(item: Item) -> tuple[str, str, str, list[str]]:

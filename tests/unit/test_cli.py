@@ -113,6 +113,11 @@ def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsy
         (["data", "prepare", "--source", "recbole"], "--inter"),
         (["data", "prepare", "--source", "amazon2023", "--reviews", "r"], "--source amazon2023 needs --metadata FILE"),
         (["data", "prepare", "--source", "table", "--inter", "i", "--item", "m", "--column", "user"], "NAME=VALUE"),
+        (["data", "prepare", "--source", "layout", "--inter", "i", "--column", "user=x"], "--column: does not go with"),
+        (
+            ["data", "prepare", "--source", "layout", "--inter", "D.inter.json", "--data", ".", "--dataset", "D"],
+            "D.inter.json: would be overwritten",
+        ),
         (["model", "tiny", "--data", "nowhere"], "gream index build"),
         (["model", "extend", "--base", "x", "--index", "nowhere.json", "--output", "y"], "gream index build"),
         (["evaluate", "--model", "nowhere"], "neither"),

@@ -110,11 +110,13 @@ def test_a_long_prompt_loses_its_oldest_items_and_no_more_than_it_must(tmp_path,
 
 
 def test_a_prompt_that_cannot_be_shortened_enough_is_named(tmp_path, tokenizer):
-    dataset = SemanticIdDataset(
-        write(tmp_path / "rl.parquet", rl_rows(INDEX, 4)), tokenizer, config(tmp_path, max_prompt_length=20)
-    )
-    with pytest.raises(InputError, match=r"rl\.parquet: row 2: the prompt is longer than data\.max_prompt_length=20"):
-        dataset[2]
+    rows = rl_rows(INDEX, 4)
+    rows[2]["prompt"][0]["content"] += " What is next?" * 40
+    path = write(tmp_path / "rl.parquet", rows)
+    with pytest.raises(InputError, match=r"rl\.parquet: row 2: the prompt is longer than data\.max_prompt_length=60"):
+        SemanticIdDataset(path, tokenizer, config(tmp_path, max_prompt_length=60))
+    with pytest.raises(InputError, match=r"tiny\.inter\.json: the prompt is longer than data\.max_prompt_length=60"):
+        made(tmp_path, tokenizer, max_prompt_length=60)
 
 
 def test_a_shown_item_outside_the_index_is_named(tmp_path, tokenizer):

@@ -147,6 +147,18 @@ def test_a_loader_that_cannot_refill_is_named_with_the_key(sampler, monkeypatch)
 
 
 @pytest.mark.timeout(20)
+def test_what_the_dataset_refuses_keeps_its_message(sampler, monkeypatch):
+    built, _ = sampler(lambda _: True)
+
+    def refuse(_: int) -> None:
+        raise InputError("row 7 is bad")
+
+    monkeypatch.setattr(built, "_generate", refuse)
+    with pytest.raises(InputError, match=r"^row 7 is bad$"):
+        built.sample(1, "train", BATCH)
+
+
+@pytest.mark.timeout(20)
 def test_the_count_of_failures_starts_anew_each_step(sampler):
     built, queue = sampler(lambda _: False, lambda number: number % 4 == 1)
     for step in (1, 2, 3):

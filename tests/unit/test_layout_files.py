@@ -46,13 +46,27 @@ def test_the_order_of_a_sequence_stands_for_time(tmp_path: Path) -> None:
     ("inter", "items", "message"),
     [
         (["u"], {}, r"D\.inter\.json: expected \{user: \[item"),
-        ({"u": "1"}, {}, r"D\.inter\.json: expected \{user: \[item"),
+        ({"u": "1"}, {}, r"D\.inter\.json: user 'u': expected a list of item ids"),
+        ({"u": [None]}, {}, r"D\.inter\.json: user 'u': expected a list of item ids"),
         ({}, {"1": "Heat"}, r"D\.item\.json: expected \{item: \{title"),
     ],
 )
 def test_other_forms_are_named(tmp_path: Path, inter: object, items: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_layout(*write(tmp_path, inter, items))
+
+
+def test_items_are_read_as_the_data_folder_reads_them(tmp_path: Path) -> None:
+    long = "Keyboards and everything that goes with them, and more of the same and so on"
+    items = {
+        "0": {"title": "A", "categories": "Musical Instruments,Guitar & Bass, Picks"},
+        "1": {"title": "B", "categories": [["Film", "Horror"], ["Film"]], "description": ["x", "y"], "brand": "Fox"},
+        "2": {"title": "C", "categories": [long]},
+    }
+    tables = read_layout(*write(tmp_path, {"u": ["0", "1", "2"]}, items))
+    read = {row.pop("item"): row for row in tables.items.iter_rows(named=True)}
+    for key, item in DataFolder(tmp_path, "D").read_items().items():
+        assert read[key] == {**vars(item), "categories": list(item.categories)}
 
 
 @pytest.mark.skipif(not BEAUTY.is_dir(), reason="Beauty 2014 is not on this machine")

@@ -43,7 +43,7 @@ def test_columns_may_have_other_names_dates_and_lists(tmp_path: Path) -> None:
     columns = {"user": "customer", "item": "sku", "timestamp": "bought", "title": "name", "categories": "tags"}
     for name in ("i.parquet", "i.csv"):
         tables = read_table(tmp_path / name, tmp_path / "m.parquet", columns)
-        assert tables.interactions.rows() == [("u", "1", 100, None), ("u", "2", 200, None)]
+        assert tables.interactions.rows() == [("u", "1", 100_000_000, None), ("u", "2", 200_000_000, None)]
         assert tables.items["categories"].to_list() == [["Horror", "Sci-Fi"], []]
 
 
@@ -85,3 +85,45 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
         read_table(tmp_path / "i.parquet", tmp_path / "i.parquet")
     with pytest.raises(InputError, match=r"none\.parquet: no such file"):
         read_table(tmp_path / "none.parquet", tmp_path / "i.parquet")
+
+
+def test_dates_with_and_without_a_zone_are_put_in_order(tmp_path: Path) -> None:
+    dates = [
+        *("2020-01-05", "2020-01-05 00:00:01", "2020-01-05T00:00:02.5", "2020-01-05T00:00:03Z"),
+        *("2020-01-05T02:00:04+02:00", "2020-01-05 00:00:05 UTC", "2020-01-05T00:00:06.000000+0000", "03/04/2021"),
+    ]
+    text = "".join(f"u,{number},{date}\n" for number, date in enumerate([*dates, *dates[:7] * 9]))
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n" + text)
+    (tmp_path / "m.csv").write_text("item,title\n1,T\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.csv")
+    midnight = datetime(2020, 1, 5, tzinfo=UTC).timestamp()
+    seconds = [moment / 1e6 - midnight for moment in tables.interactions["timestamp"].to_list()[:7]]
+    assert seconds == [0, 1, 2.5, 3, 4, 5, 6]
+    assert tables.report["interactions: no user, item or timestamp"] == 1
+
+
+@pytest.mark.parametrize("kind", [pl.Int32, pl.Float64, pl.String, pl.Categorical])
+def test_ids_of_every_type_find_each_other(tmp_path: Path, kind: type[pl.DataType]) -> None:
+    as_text = [" 1", "2 "] if kind is pl.String else ["1", "2"]
+    ids = pl.Series("item", as_text if kind in (pl.String, pl.Categorical) else [1, 2]).cast(kind)
+    pl.DataFrame({"user": [7, 7], "timestamp": [1, 2]}).with_columns(ids).write_parquet(tmp_path / "i.parquet")
+    pl.DataFrame({"title": ["A", "B"], "item": [1, 2]}).write_parquet(tmp_path / "m.parquet")
+    tables = read_table(tmp_path / "i.parquet", tmp_path / "m.parquet")
+    assert tables.interactions.select("user", "item").rows() == [("7", "1"), ("7", "2")]
+    assert tables.items["item"].to_list() == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("user", [[1]], r"column 'user': expected ids as text or whole numbers, got List"),
+        ("item", [b"1"], r"column 'item': expected ids as text or whole numbers, got Binary"),
+        ("timestamp", [[1]], r"column 'timestamp' for the timestamp: expected numbers, got List"),
+    ],
+)
+def test_columns_of_no_use_are_named(tmp_path: Path, column: str, values: list, message: str) -> None:
+    table = pl.DataFrame({"user": ["u"], "item": ["1"], "timestamp": [1]} | {column: values})
+    table.write_parquet(tmp_path / "i.parquet")
+    pl.DataFrame({"item": ["1"], "title": ["A"]}).write_parquet(tmp_path / "m.parquet")
+    with pytest.raises(InputError, match=message):
+        read_table(tmp_path / "i.parquet", tmp_path / "m.parquet")
