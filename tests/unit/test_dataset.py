@@ -181,6 +181,12 @@ def test_rows_are_made_from_interactions_and_index(tmp_path, tokenizer):
     assert first != sorted(first)
 
 
+def test_items_may_be_numbers_as_in_published_files(tmp_path, tokenizer):
+    (row,) = made(tmp_path, tokenizer, sequences={"u": [1, 2, 3, 4, 5, 6, 7]})
+    assert row["extra_info"]["history"] == ["1", "2", "3", "4"]
+    assert row["extra_info"]["item"] == "5"
+
+
 def test_rows_depend_on_their_number_and_the_seed_only(tmp_path, tokenizer):
     options = {"next_item": {"mode": "direct", "passes": 3}}
     dataset, other = made(tmp_path, tokenizer, **options), made(tmp_path, tokenizer, seed=1, **options)
