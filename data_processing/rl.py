@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, atomic_path
-from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, Mode, TrainingTargets, messages, row
+from gream_verl.next_item import HELD_OUT, NO_TARGET, Mode, TrainingTargets, messages, row
 from gream_verl.semantic_ids import ItemIndex
 
 CHUNK = 1024
@@ -97,10 +97,7 @@ def write_prompts(
         for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)
     ]
     if not training:
-        raise InputError(
-            f"{folder.inter}: no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row "
-            "needs; bring longer histories"
-        )
+        raise InputError(f"{folder.inter}: {NO_TARGET}")
     validation = [Target(user, len(sequences[user]) - 2, mode) for user in _some(users, val_rows, generator)]
     tested = _some(users, test_users, generator)
     test = [Target(user, len(sequences[user]) - 1, each) for each in MODES for user in tested]

@@ -19,7 +19,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import normalize_token_ids
 
 from gream_verl.files import InputError, read_json
-from gream_verl.next_item import FIRST_REASONING_TARGET, HELD_OUT, NextItemRows, drop_oldest
+from gream_verl.next_item import NO_TARGET, NextItemRows, drop_oldest
 from gream_verl.options import checked_options
 from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex, find_sids
@@ -140,10 +140,7 @@ class SemanticIdDataset(RLHFDataset):
             **dict(NextItemOptions.from_config(self.config)),
         )
         if not len(rows):
-            raise InputError(
-                f"{path}: no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row needs; "
-                "bring longer histories"
-            )
+            raise InputError(f"{path}: {NO_TARGET}")
         return rows
 
     def _check_room(self, prompt: list[dict[str, Any]], place: str) -> None:

@@ -20,6 +20,11 @@ HELD_OUT = 2
 FIRST_REASONING_TARGET = 4
 """Position (from 0) of a user's first interaction with enough before it to reason about: the 5th."""
 
+NO_TARGET = (
+    f"no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row needs; bring longer histories"
+)
+"""What to say of a data set without training targets."""
+
 SYSTEM: Mapping[Mode, str] = {
     "direct": "",
     "reasoning": "Reason first: evidence, preference, intent. Then the items that matter, then the answer.",

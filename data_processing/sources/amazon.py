@@ -165,7 +165,7 @@ def _metadata(
         if not isinstance(key, str) or not key:
             checks.skip(number, f"no {release.item}", str(line))
         elif key in wanted:
-            item = read_item(line, release.categories, release.brand)
+            item = _item(line, release)
             if key in items:
                 repeats[key] += 1
                 item = _fill(items[key], item)
@@ -173,19 +173,12 @@ def _metadata(
     return items
 
 
-def read_item(fields: Mapping[str, Any], categories: str = "categories", brand: str = "brand") -> Item:
-    """Return what the fields of a line say of an item, cleaned; the title may be empty.
-
-    Args:
-        fields: Values are texts, or lists of them that may be nested.
-        categories: Name of the field of categories.
-        brand: Name of the field of the brand.
-    """
-    names = (clean_text(name) for name in _texts(fields.get(categories)))
+def _item(line: Mapping[str, Any], release: AmazonRelease) -> Item:
+    names = (clean_text(name) for name in _texts(line.get(release.categories)))
     return Item(
-        clean_title(" ".join(_texts(fields.get("title")))),
-        clean_text(" ".join(_texts(fields.get("description")))),
-        clean_text(" ".join(_texts(fields.get(brand)))).removeprefix("by ").strip(),
+        clean_title(" ".join(_texts(line.get("title")))),
+        clean_text(" ".join(_texts(line.get("description")))),
+        clean_text(" ".join(_texts(line.get(release.brand)))).removeprefix("by ").strip(),
         tuple(dict.fromkeys(name for name in names if 0 < len(name) <= LONGEST_CATEGORY)),
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from data_processing.layout import Item
-from data_processing.sources.tables import RowChecks, SourceTables, checked_interactions, items_frame, read_text_table
+from data_processing.sources.tables import RowChecks, SourceTables, checked_interactions, read_text_table, tables_of
 from gream_verl.files import InputError, require_file
 
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -75,16 +75,7 @@ def read_recbole(
     fields = fields or RecboleFields()
     interaction_rows, interaction_checks = _read_interactions(Path(interactions), fields)
     item_rows, item_checks, untitled = _read_items(Path(items), fields, clean_title)
-    report = {
-        "interaction rows": interaction_checks.rows,
-        "item rows": item_checks.rows,
-        "items without a title": untitled,
-    }
-    for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
-        report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}
-    return SourceTables(
-        interaction_rows, items_frame(item_rows), report, interaction_checks.rejects + item_checks.rejects
-    )
+    return tables_of(interaction_rows, interaction_checks, item_rows, item_checks, untitled)
 
 
 def _read_atomic(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:

@@ -14,8 +14,9 @@ from data_processing.sources.tables import (
     SourceTables,
     checked_interactions,
     id_text,
-    items_frame,
     read_text_table,
+    require_column,
+    tables_of,
 )
 from gream_verl.files import InputError, require_file
 
@@ -50,10 +51,7 @@ def read_table(
         raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NEEDED, *OPTIONAL))}")
     rows, checks = _interactions(Path(interactions), columns)
     described, item_checks, untitled = _items(Path(items), columns)
-    report = {"interaction rows": checks.rows, "item rows": item_checks.rows, "items without a title": untitled}
-    for kind, found in (("interactions", checks), ("items", item_checks)):
-        report |= {f"{kind}: {reason}": count for reason, count in sorted(found.skipped.items())}
-    return SourceTables(rows, items_frame(described), report, checks.rejects + item_checks.rejects)
+    return tables_of(rows, checks, described, item_checks, untitled)
 
 
 def _read(path: Path) -> tuple[pl.DataFrame, int]:
@@ -95,8 +93,8 @@ def _items(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Item], Row
     table, first = _read(path)
     named = {name: columns.get(name, name) for name in ("item", "title", "description", "brand", "categories")}
     for meaning, column in named.items():
-        if column not in table.columns and (meaning in ("item", "title") or meaning in columns):
-            raise InputError(f"{path}: no column {column!r} for the {meaning} (there are {', '.join(table.columns)})")
+        if meaning in ("item", "title") or meaning in columns:
+            require_column(table, column, meaning, path)
     table = table.with_columns(id_text(table, named["item"], path))
     checks = RowChecks(str(path), rows=len(table))
     items: dict[str, Item] = {}

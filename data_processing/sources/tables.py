@@ -104,6 +104,32 @@ def interactions_frame(rows: Iterable[tuple[str, str, int, float | None]]) -> pl
     return pl.DataFrame(list(rows), schema=INTERACTIONS, orient="row")
 
 
+def tables_of(
+    interactions: pl.DataFrame,
+    interaction_checks: RowChecks,
+    items: Mapping[str, Item],
+    item_checks: RowChecks,
+    untitled: int,
+) -> SourceTables:
+    """Return the tables of a source that has a file of each, with a report of what was skipped.
+
+    Args:
+        interactions: The interactions table.
+        interaction_checks: What was found in its file.
+        items: Items with a title.
+        item_checks: What was found in their file.
+        untitled: Number of items without a title.
+    """
+    report = {
+        "interaction rows": interaction_checks.rows,
+        "item rows": item_checks.rows,
+        "items without a title": untitled,
+    }
+    for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
+        report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}
+    return SourceTables(interactions, items_frame(items), report, interaction_checks.rejects + item_checks.rejects)
+
+
 def read_text_table(path: Path, separator: str, columns: Sequence[str] = ()) -> pl.DataFrame:
     """Return a table with every field as text.
 
@@ -154,24 +180,13 @@ def checked_interactions(
         InputError: When a column is missing or of no use, or too many rows are bad.
     """
     for meaning, name in columns.items():
-        if name not in table.columns:
-            raise InputError(f"{path}: no column {name!r} for the {meaning} (there are {', '.join(table.columns)})")
-        if meaning in ("timestamp", "rating") and not (
-            table[name].dtype.is_numeric() or table[name].dtype == pl.String
-        ):
-            raise InputError(f"{path}: column {name!r} for the {meaning}: expected numbers, got {table[name].dtype}")
-    number = {
-        meaning: (pl.col(name).str.strip_chars() if table[name].dtype == pl.String else pl.col(name)).cast(
-            pl.Float64, strict=False
-        )
-        for meaning, name in columns.items()
-        if meaning in ("timestamp", "rating")
-    }
+        require_column(table, name, meaning, path)
+    rating = _numbers(table, columns["rating"], "rating", path) if "rating" in columns else pl.lit(None, pl.Float64)
     rows = table.select(
         id_text(table, columns["user"], path).alias("user"),
         id_text(table, columns["item"], path).alias("item"),
-        number["timestamp"].alias("timestamp"),
-        number.get("rating", pl.lit(None, pl.Float64)).alias("rating"),
+        _numbers(table, columns["timestamp"], "timestamp", path).alias("timestamp"),
+        rating.alias("rating"),
     )
     named = (pl.col("user").fill_null("") != "") & (pl.col("item").fill_null("") != "")
     timed = (pl.col("timestamp").is_finite() & (pl.col("timestamp").abs() < LATEST_TIMESTAMP)).fill_null(False)
@@ -183,6 +198,20 @@ def checked_interactions(
         checks.skip(int(bad["index"][REJECTS_KEPT]), NO_INTERACTION, "", rows=len(bad) - REJECTS_KEPT)
     checks.finish("a user, an item and a timestamp in every row")
     return rows.filter(named & timed).with_columns(pl.col("timestamp").cast(pl.Int64)), checks
+
+
+def require_column(table: pl.DataFrame, name: str, meaning: str, path: Path) -> None:
+    """Raise InputError when a table has no column ``name``, which is to hold the ``meaning``."""
+    if name not in table.columns:
+        raise InputError(f"{path}: no column {name!r} for the {meaning} (there are {', '.join(table.columns)})")
+
+
+def _numbers(table: pl.DataFrame, column: str, meaning: str, path: Path) -> pl.Expr:
+    kind = table[column].dtype
+    if not (kind.is_numeric() or kind == pl.String):
+        raise InputError(f"{path}: column {column!r} for the {meaning}: expected numbers, got {kind}")
+    values = pl.col(column)
+    return (values.str.strip_chars() if kind == pl.String else values).cast(pl.Float64, strict=False)
 
 
 def id_text(table: pl.DataFrame, column: str, path: Path) -> pl.Expr:

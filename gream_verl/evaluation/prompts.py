@@ -7,18 +7,17 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
 from torch import Tensor
 
 from gream_verl.files import InputError, require_file
+from gream_verl.rsvr import Mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PromptType = Literal["direct", "reasoning"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | os.PathLike[str], prompt_type: PromptType, *, limit: int | None = None, seed: int = 0
+    path: str | os.PathLike[str], prompt_type: Mode, *, limit: int | None = None, seed: int = 0
 ) -> tuple[list[Prompt], int]:
     """Read the prompts of one type from ``<D>-test.parquet`` or ``<D>-val.parquet``.
 

@@ -21,7 +21,7 @@ RESPONSES = 3
 class Queue:
     """An in-memory stand-in for TransferQueue, and for the trainer that generates at once."""
 
-    def __init__(self, uniform: Any, failed: Any, delay: Any = lambda _: 0) -> None:
+    def __init__(self, uniform: Any, failed: Any, delay: Any) -> None:
         self.delay = delay  # (number of the group) -> how often one has to look until it is finished
         self.looks: dict[str, int] = {}
         self.failed = failed  # (number of the group) -> whether it has no response
@@ -67,10 +67,12 @@ class Queue:
 
 @pytest.fixture
 def sampler(monkeypatch):
-    def make(uniform: Any, failed: Any = lambda _: False, **options: Any) -> tuple[BoundedGroupFilter, Queue]:
+    def make(
+        uniform: Any, failed: Any = lambda _: False, delay: Any = lambda _: 0, **options: Any
+    ) -> tuple[BoundedGroupFilter, Queue]:
         from verl.trainer.ppo.v1 import replay_buffer
 
-        queue = Queue(uniform, failed)
+        queue = Queue(uniform, failed, delay)
         monkeypatch.setattr(replay_buffer, "tq", queue)
         monkeypatch.setattr(group_filter, "tq", queue)
         kwargs = {"metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-4}
@@ -135,26 +137,25 @@ def test_a_dead_engine_stops_the_training_with_what_to_do(sampler, metric):
 
 
 @pytest.mark.timeout(20)
-def test_a_loader_that_cannot_refill_is_named_with_the_key(sampler, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ValueError("num_prompts (2) must be a positive multiple of gen_batch_size (4)"),
+            r"gen_batch_size \(4\); set .*sync_refill_failed_groups=true",
+        ),
+        (InputError("row 7 is bad"), r"^row 7 is bad$"),
+    ],
+    ids=["a loader that cannot refill is named with the key", "what the dataset refuses keeps its message"],
+)
+def test_why_no_prompt_could_be_generated_is_said(sampler, monkeypatch, error, message):
     built, _ = sampler(lambda _: True)
 
     def refuse(_: int) -> None:
-        raise ValueError("num_prompts (2) must be a positive multiple of gen_batch_size (4)")
+        raise error
 
     monkeypatch.setattr(built, "_generate", refuse)
-    with pytest.raises(InputError, match=r"gen_batch_size \(4\); set .*sync_refill_failed_groups=true"):
-        built.sample(1, "train", BATCH)
-
-
-@pytest.mark.timeout(20)
-def test_what_the_dataset_refuses_keeps_its_message(sampler, monkeypatch):
-    built, _ = sampler(lambda _: True)
-
-    def refuse(_: int) -> None:
-        raise InputError("row 7 is bad")
-
-    monkeypatch.setattr(built, "_generate", refuse)
-    with pytest.raises(InputError, match=r"^row 7 is bad$"):
+    with pytest.raises(InputError, match=message):
         built.sample(1, "train", BATCH)
 
 
@@ -209,9 +210,7 @@ def test_it_stops_with_a_remedy_when_asked_to(sampler):
         built.sample(1, "train", BATCH)
 
 
-def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first(monkeypatch):
-    from verl.trainer.ppo.v1 import replay_buffer
-
+def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first(sampler):
     @settings(max_examples=60, deadline=None)
     @given(
         st.lists(st.booleans(), min_size=64, max_size=64),
@@ -220,24 +219,13 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
         st.sets(st.integers(0, 20), max_size=BATCH // 2),
     )
     def check(uniform: list[bool], batches: int, inflight: int, failed: set[int]) -> None:
-        queue = Queue(lambda number: uniform[number], lambda number: number in failed)
-        monkeypatch.setattr(replay_buffer, "tq", queue)
-        monkeypatch.setattr(group_filter, "tq", queue)
-        built = BoundedGroupFilter(
-            trainer_mode="sync",
-            trainer_config={},
-            max_off_policy_threshold=8,
-            max_off_policy_strategy="drop",
-            sampler_kwargs={
-                "metric": "match",
-                "train_batch_size": BATCH,
-                "max_num_gen_batches": batches,
-                "max_inflight_gen_batches": inflight,
-                "poll_interval": 1e-5,
-            },
-            refill_fn=queue.generate,
+        built, queue = sampler(
+            lambda number: uniform[number],
+            lambda number: number in failed,
+            max_num_gen_batches=batches,
+            max_inflight_gen_batches=inflight,
+            poll_interval=1e-5,
         )
-        queue.generate(BATCH)
         batch, metrics = built.sample(1, "train", BATCH)
         chosen = groups_of(batch)
         numbers = range(queue.generated)
@@ -250,22 +238,16 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
     check()
 
 
-def test_reproducible_batches_do_not_depend_on_what_finishes_first(monkeypatch):
-    from verl.trainer.ppo.v1 import replay_buffer
-
+def test_reproducible_batches_do_not_depend_on_what_finishes_first(sampler):
     def sampled(uniform: list[bool], failed: set[int], inflight: int, delays: list[int]) -> tuple[list[str], int]:
-        queue = Queue(lambda number: uniform[number], lambda number: number in failed, lambda number: delays[number])
-        monkeypatch.setattr(replay_buffer, "tq", queue)
-        monkeypatch.setattr(group_filter, "tq", queue)
-        built = BoundedGroupFilter(
-            trainer_mode="sync", trainer_config={}, max_off_policy_threshold=8, max_off_policy_strategy="drop",
-            sampler_kwargs={
-                "metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-5,
-                "max_inflight_gen_batches": inflight, "reproducible": True,
-            },
-            refill_fn=queue.generate,
-        )  # fmt: skip
-        queue.generate(BATCH)
+        built, queue = sampler(
+            lambda number: uniform[number],
+            lambda number: number in failed,
+            lambda number: delays[number],
+            max_inflight_gen_batches=inflight,
+            poll_interval=1e-5,
+            reproducible=True,
+        )
         return built.sample(1, "train", BATCH)[0].keys, queue.generated
 
     @settings(max_examples=40, deadline=None)
