@@ -8,13 +8,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from gream_verl.files import InputError, read_json
 from gream_verl.next_item import HELD_OUT, Mode
 from gream_verl.semantic_ids import ItemIndex
+
+USER_TEXTS = "user_explicit_preference"
+CHAINS = pa.schema(
+    [
+        ("user", pa.string()),
+        ("position", pa.int64()),
+        ("item", pa.string()),
+        ("history", pa.int64()),
+        ("evidence", pa.string()),
+        ("preference", pa.string()),
+        ("intent", pa.string()),
+        ("keep", pa.list_(pa.string())),
+    ]
+)
+"""A chain of thought: the position (from 0) and item of its target, the length of its history, its three texts and the
+items of its denoised history."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,31 @@ class DataFolder:
         return self.root / f"{self.name}.item.json"
 
     @property
+    def enriched(self) -> Path:
+        """``{item: {description}}``: what a teacher wrote, in the place of the descriptions of :attr:`item`."""
+        return self.root / f"{self.name}.enriched.json"
+
+    @property
+    def user_texts(self) -> Path:
+        """Preferences and searches of users as a teacher wrote them, in LC-Rec's layout."""
+        return self.root / f"{self.name}.user.json"
+
+    @property
+    def chains(self) -> Path:
+        """Chains of thought as a teacher wrote them."""
+        return self.root / f"{self.name}-chains.parquet"
+
+    @property
+    def teacher(self) -> Path:
+        """Every answer of a teacher, one a line."""
+        return self.root / f"{self.name}.teacher.jsonl"
+
+    @property
+    def reviews(self) -> Path:
+        """A few reviews of every item, for the teacher; none of a held-out interaction."""
+        return self.root / f"{self.name}.reviews.parquet"
+
+    @property
     def embeddings(self) -> Path:
         """float32 ``[items, dimension]``, rows in the order of :attr:`item`."""
         return self.root / f"{self.name}.emb.npy"
@@ -85,6 +129,11 @@ class DataFolder:
     def report(self) -> Path:
         """What the source held, what was dropped and why, and the statistics of what is left."""
         return self.root / f"{self.name}.report.json"
+
+    @property
+    def rejects(self) -> Path:
+        """Rows of the source that could not be used, one a line: file, row, reason and text; none, no file."""
+        return self.root / f"{self.name}.rejects.jsonl"
 
     @property
     def mix(self) -> Path:
@@ -119,16 +168,25 @@ class DataFolder:
         """What LLaMA-Factory reads to find :attr:`mix`."""
         return self.root / "dataset_info.json"
 
-    def read_items(self) -> dict[str, Item]:
+    def read_items(self, *, enriched: bool = True) -> dict[str, Item]:
         """Read and check :attr:`item`.
 
+        Args:
+            enriched: Whether the descriptions in :attr:`enriched`, when it is there, take the place of those of the
+                source.
+
         Raises:
-            InputError: When the file is missing or malformed, or an item has no title.
+            InputError: When a file is missing or malformed, or an item has no title.
         """
         raw = read_json(self.item, "prepare the data set first")
         if not isinstance(raw, dict) or not raw:
             raise InputError(f"{self.item}: expected {{item: {{title, ...}}}} with at least one item; prepare it anew")
-        return {item: _item(self.item, item, fields) for item, fields in raw.items()}
+        items = {item: _item(self.item, item, fields) for item, fields in raw.items()}
+        if enriched and self.enriched.is_file():
+            for item, fields in read_json(self.enriched).items():
+                if item in items and (description := item_text(fields.get("description"))):
+                    items[item] = replace(items[item], description=description)
+        return items
 
     def read_inter(self, items: Mapping[str, Item] | None = None) -> dict[str, list[str]]:
         """Read and check :attr:`inter`.
@@ -152,6 +210,58 @@ class DataFolder:
                     f"{self.inter}: user {user!r}: item {unknown!r} is not in {self.item.name}; prepare both together"
                 )
         return sequences
+
+    def read_user_texts(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        """Return the preferences of users, and their searches for their last training item; nothing without a file.
+
+        Raises:
+            InputError: When :attr:`user_texts` is malformed.
+        """
+        raw = read_json(self.user_texts) if self.user_texts.is_file() else {}
+        if not isinstance(raw, dict) or USER_TEXTS not in raw:  # a data set may have another file of that name
+            return {}, {}
+        try:
+            texts = raw[USER_TEXTS], raw.get("user_vague_intention", {}).get("train", {})
+            preferences, queries = ({user: _texts(value) for user, value in part.items()} for part in texts)
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"{self.user_texts}: expected {{{USER_TEXTS!r}: {{user: [text, ...]}}, 'user_vague_intention': "
+                "{'train': {user: [text, ...]}}}; write it anew with `gream data enrich users`"
+            ) from error
+        return preferences, queries
+
+    def read_chains(self, sequences: Mapping[str, Sequence[str]], index: ItemIndex) -> dict[tuple[str, int], str]:
+        """Return the responses in :attr:`chains` by user and position of the target; nothing without a file.
+
+        Args:
+            sequences: What :meth:`read_inter` gave.
+            index: Semantic IDs of the items.
+
+        Raises:
+            InputError: When the file is malformed, or was written for other sequences.
+        """
+        if not self.chains.is_file():
+            return {}
+        remedy = "write it anew with `gream data enrich chains`"
+        chains = {}
+        try:
+            file = pq.ParquetFile(self.chains)
+            rows = (row for batch in file.iter_batches(columns=CHAINS.names) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                user, position = row["user"], row["position"]
+                taken = sequences.get(user, [])
+                if position >= len(taken) or taken[position] != row["item"]:
+                    raise InputError(
+                        f"{self.chains}: row {number}: user {user!r} has no item {row['item']!r} at {position} in "
+                        f"{self.inter.name}; {remedy}"
+                    )
+                chains[user, position] = (
+                    f"<think>{row['evidence']} {row['preference']} {row['intent']}</think>"
+                    f"{''.join(index.texts(row['keep']))}<answer>{index.text(row['item'])}</answer>"
+                )
+        except (pa.ArrowException, KeyError) as error:
+            raise InputError(f"{self.chains}: not a file of chains ({str(error).splitlines()[0]}); {remedy}") from error
+        return chains
 
     def read_index(self, items: Iterable[str]) -> ItemIndex:
         """Read :attr:`index` and check that it has a SID for each of ``items``.
@@ -178,6 +288,11 @@ def item_ids(sequence: Any, place: str) -> list[str]:
     if not isinstance(sequence, list) or not all(isinstance(item, str | int) for item in sequence):
         raise InputError(f"{place}: expected a list of item ids; prepare it anew")
     return [str(item) for item in sequence]
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts of a list, or of one text."""
+    return [text for part in (value if isinstance(value, list) else [value]) if (text := item_text(part))]
 
 
 def training_part(sequence: Sequence[str]) -> Sequence[str]:

@@ -61,11 +61,17 @@ def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
         title: What to look for, with and without what it holds in brackets.
         allowed: Other titles that the text may name; they are taken out first, the longest first.
     """
-    words = f" {_normal(text)} "
-    for other in sorted({_normal(other) for other in allowed} - {""}, key=lambda other: (-len(other), other)):
+    words = f" {normal_words(text)} "
+    for other in sorted({normal_words(other) for other in allowed} - {""}, key=lambda other: (-len(other), other)):
         words = words.replace(f" {other} ", " | ")
-    forms = {_normal(title), _normal(re.sub(r"\(.*?\)", " ", title))} - {""}
-    return any(f" {form} " in words or (len(form) >= FUZZY_LENGTH and _fuzzy(words, form)) for form in forms)
+    return any(
+        f" {form} " in words or (len(form) >= FUZZY_LENGTH and _fuzzy(words, form)) for form in title_forms(title)
+    )
+
+
+def title_forms(title: str) -> set[str]:
+    """Return what a title is found by: its words, with and without those in brackets."""
+    return {normal_words(title), normal_words(re.sub(r"\(.*?\)", " ", title))} - {""}
 
 
 def _fuzzy(text: str, form: str) -> bool:
@@ -83,7 +89,8 @@ def _fuzzy(text: str, form: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 16)
-def _normal(text: str) -> str:
+def normal_words(text: str) -> str:
+    """Return the words of ``text`` without case, accents and punctuation, with one space between."""
     if text.isascii():
         return " ".join(_WORD.findall(text.casefold()))
     plain = unicodedata.normalize("NFKD", text).casefold()

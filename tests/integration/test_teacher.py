@@ -1,0 +1,156 @@
+"""The teacher against a real vLLM server, behind proxies that put faults before it, killed and called again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from assets import make_index, make_tiny_model
+from teacher_server import FaultyProxy
+
+from data_processing.layout import DataFolder, Item
+from data_processing.teacher.templates import read_prompts
+from gream_verl.cpu.environment import set_defaults
+from gream_verl.files import write_json
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+
+QUESTIONS = int(os.environ.get("GREAM_TEACHER_QUESTIONS", "800"))
+"""Questions of the long test; the closing notes state a run with 10,000."""
+SHARE = 0.2
+TEXTS = ("Good to have at home.", "Made for rainy days.", "Small, loud and cheap.")
+CHOICES = [*(json.dumps({"description": text}) for text in TEXTS), "I enjoy high-quality items."]
+"""What the server may answer: the last cannot be used."""
+CONCURRENCY = 24
+
+
+@pytest.fixture(scope="module")
+def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    folder = tmp_path_factory.mktemp("server")
+    words = [f"{prompt.system} {prompt.user}" for prompt in read_prompts().values()] + CHOICES
+    make_tiny_model(folder / "model", make_index(), texts=words, vocabulary=1024)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(os.environ)
+    set_defaults(environment)
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")),
+        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "64"),
+        *("--dtype", "float32", "--enforce-eager", "--generation-config", "vllm"),
+        *("--uvicorn-log-level", "warning"),
+    ]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", server, folder / "log")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(1)
+    raise AssertionError(f"the server did not come up\n{log.read_text()[-3000:]}")
+
+
+def _catalogue(root: Path, count: int) -> DataFolder:
+    folder = DataFolder(root, "many")
+    write_json(folder.item, {str(number): Item(f"Item {number}").to_json() for number in range(count)})
+    write_json(folder.inter, {"0": ["0", "1", "2"]})
+    return folder
+
+
+def _enrich(folder: DataFolder, *urls: str) -> list[str]:
+    extra = json.dumps({"structured_outputs": {"choice": CHOICES}})
+    return [
+        *(sys.executable, "-m", "gream_verl.cli", "data", "enrich", "items", "--model", "tiny"),
+        *("--data", str(folder.root), "--dataset", folder.name, "--structure", "none", "--extra", extra),
+        *("--max-tokens", "200", "--temperature", "1", "--concurrency", str(CONCURRENCY), "--timeout", "8"),
+        *(word for url in urls for word in ("--endpoint", url)),
+    ]
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_nothing_is_lost_or_doubled_behind_faults_and_after_kills(vllm_url: str, tmp_path: Path) -> None:
+    folder = _catalogue(tmp_path, QUESTIONS)
+    proxies = [FaultyProxy(vllm_url, share=SHARE, slow=10, seed=seed) for seed in (0, 1)]
+    with proxies[0].server as first, proxies[1].server as second:
+        command = _enrich(folder, first.url, second.url)
+        for share in (0.3, 0.7):
+            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            while _lines(folder.teacher) < share * QUESTIONS:
+                assert run.poll() is None, run.stderr and run.stderr.read().decode()[-3000:]
+                time.sleep(0.05)
+            run.kill()
+            run.wait(30)
+            assert not folder.enriched.exists()
+        before = _lines(folder.teacher)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answered = [json.loads(line) for line in folder.teacher.read_text().splitlines()]
+        faults = proxies[0].faults + proxies[1].faults
+        delivered = proxies[0].delivered + proxies[1].delivered
+        asked = len(first.requests) + len(second.requests)
+
+        again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert len(first.requests) + len(second.requests) == asked, "an answer was asked for again"
+
+    print(f"\n{QUESTIONS} questions, {len(answered)} answers, {asked} attempts, faults {dict(faults)}")
+    print(done.stdout[-1500:])
+    assert set(faults) >= {"429", "500", "reset", "garbage"}
+    # Every answer is kept once; what the server answered twice was under way when a run was killed.
+    assert len({row["key"] for row in answered}) == len(answered)
+    twice = sum(count - 1 for count in delivered.values())
+    slow = faults["slow"]  # answered after the client had given up
+    assert len(answered) <= len(delivered) <= len(answered) + 2 * CONCURRENCY + slow
+    assert twice <= 2 * CONCURRENCY + slow
+    # Only what the server can say is an answer, and only what can be used is text.
+    assert {row["text"] for row in answered} <= set(CHOICES)
+    enriched = json.loads(folder.enriched.read_text())
+    assert {fields["description"] for fields in enriched.values()} == set(TEXTS)
+    unusable = Counter(row["text"] for row in answered)[CHOICES[-1]]
+    assert len(enriched) == len(answered) - unusable
+    # A quarter of the answers cannot be used; three rounds leave about one question in 64 without.
+    assert 0.95 * QUESTIONS < len(enriched) <= QUESTIONS
+    assert before >= 0.7 * QUESTIONS
+
+
+def test_the_server_keeps_to_the_schema_of_an_answer(vllm_url: str, tmp_path: Path) -> None:
+    """A random model writes JSON of the right form when it is told the schema, and a cut answer is not used."""
+    folder = _catalogue(tmp_path, 8)
+    command = _enrich(folder, vllm_url)
+    del command[command.index("--structure") : command.index("--max-tokens")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in map(json.loads, folder.teacher.read_text().splitlines()):
+        assert row["text"].startswith("{")
+        assert row["finish"] in ("stop", "length")
