@@ -9,7 +9,7 @@ import polars as pl
 from data_processing.layout import DataFolder
 from data_processing.sources.tables import SourceTables
 from gream_verl.files import InputError, write_json
-from gream_verl.next_item import HELD_OUT
+from gream_verl.split import HELD_OUT
 
 SHORTEST = HELD_OUT + 1
 """A user needs this many interactions: one to learn from, one to validate, one to test."""

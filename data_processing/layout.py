@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gream_verl.files import InputError, read_json
-from gream_verl.next_item import HELD_OUT, Mode
+from gream_verl.next_item import Mode
 from gream_verl.semantic_ids import ItemIndex
+from gream_verl.split import HELD_OUT, split_file, training_parts
 
 USER_TEXTS = "user_explicit_preference"
 CHAINS = pa.schema(
@@ -84,6 +85,11 @@ class DataFolder:
     def inter(self) -> Path:
         """``{user: [item, ...]}`` in time order."""
         return self.root / f"{self.name}.inter.json"
+
+    @property
+    def split(self) -> Path:
+        """How the interactions are split when it is not leave-one-out."""
+        return split_file(self.inter)
 
     @property
     def item(self) -> Path:
@@ -210,6 +216,10 @@ class DataFolder:
                     f"{self.inter}: user {user!r}: item {unknown!r} is not in {self.item.name}; prepare both together"
                 )
         return sequences
+
+    def read_training(self, items: Mapping[str, Item] | None = None) -> dict[str, Sequence[str]]:
+        """Return what training may see of every user's items, in time order: see :mod:`gream_verl.split`."""
+        return training_parts(self.inter, self.read_inter(items))
 
     def read_user_texts(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """Return the preferences of users, and their searches for their last training item; nothing without a file.

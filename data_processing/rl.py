@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, atomic_path
-from gream_verl.next_item import HELD_OUT, NO_TARGET, Mode, TrainingTargets, messages, row
+from gream_verl.next_item import NO_TARGET, Mode, TrainingTargets, messages, row
 from gream_verl.semantic_ids import ItemIndex
+from gream_verl.split import read_splits
 
 CHUNK = 1024
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
@@ -61,8 +62,9 @@ def write_prompts(
 ) -> dict[str, Any]:
     """Write ``<D>-rl.parquet``, ``<D>-val.parquet`` and ``<D>-test.parquet``.
 
-    RL: every target from the 5th interaction of a user to the third last, in random order. Validation: the second last.
-    Test: the last, once in direct and once in reasoning mode, all direct rows first.
+    RL: every target from the 5th interaction of a user to the last that training may see, in random order. Validation
+    and test: the one that the split holds out for it (:mod:`gream_verl.split`; the second last and the last), test rows
+    once in direct and once in reasoning mode, all direct rows first.
 
     Args:
         folder: A prepared data set with an index.
@@ -83,13 +85,18 @@ def write_prompts(
     items = folder.read_items()
     sequences = folder.read_inter(items)
     index = folder.read_index(items)
-    users = [user for user, sequence in sequences.items() if len(sequence) > HELD_OUT]
-    if not users:
-        raise InputError(
-            f"{folder.inter}: no user has more than {HELD_OUT} interactions; prepare it with a higher core"
-        )
+    splits = read_splits(folder.inter, sequences)
+    held_out = {
+        "val": {user: split.validation for user, split in splits.items() if split.validation is not None},
+        "test": {user: split.test for user, split in splits.items() if split.test is not None},
+    }
+    for part, users in held_out.items():
+        if not users:
+            raise InputError(
+                f"{folder.inter}: no user has an interaction for {part}; bring longer histories, or split otherwise"
+            )
     generator = np.random.default_rng(seed)
-    targets = TrainingTargets(map(len, sequences.values()))
+    targets = TrainingTargets(split.training for split in splits.values())
     everyone = list(sequences)
     owners, positions = targets.locate(generator.permutation(len(targets))[:rl_rows])
     training = [
@@ -98,9 +105,11 @@ def write_prompts(
     ]
     if not training:
         raise InputError(f"{folder.inter}: {NO_TARGET}")
-    validation = [Target(user, len(sequences[user]) - 2, mode) for user in _some(users, val_rows, generator)]
-    tested = _some(users, test_users, generator)
-    test = [Target(user, len(sequences[user]) - 1, each) for each in MODES for user in tested]
+    validation = [
+        Target(user, held_out["val"][user], mode) for user in _some(list(held_out["val"]), val_rows, generator)
+    ]
+    tested = _some(list(held_out["test"]), test_users, generator)
+    test = [Target(user, held_out["test"][user], each) for each in MODES for user in tested]
     for path, rows in ((folder.rl_of(mode), training), (folder.val_of(mode), validation), (folder.test, test)):
         _write(
             path,
@@ -111,7 +120,7 @@ def write_prompts(
         )
     return {
         "rows": {"rl": len(training), "val": len(validation), "test": len(test)},
-        "users with too few interactions": len(sequences) - len(users),
+        "users without a test": len(sequences) - len(held_out["test"]),
     }
 
 

@@ -23,6 +23,7 @@ from gream_verl.next_item import NO_TARGET, NextItemRows, drop_oldest
 from gream_verl.options import checked_options
 from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex, find_sids
+from gream_verl.split import training_parts
 from gream_verl.token_text import TokenText
 
 OPTIONS = "data.next_item"
@@ -133,7 +134,7 @@ class SemanticIdDataset(RLHFDataset):
             raise InputError(f"data.prompt_key: rows made from {path} have their prompt in 'prompt'")
         rows = NextItemRows(
             path.name.removesuffix(INTERACTIONS),
-            _read_sequences(path, index),
+            training_parts(path, _read_sequences(path, index)),
             index,
             seed=seed,
             limit=self.max_samples if self.max_samples > 0 else None,

@@ -1,7 +1,6 @@
 """What training asks for: which interaction of which user comes next, and in what words.
 
-Shared by the files that `gream data` writes and by the dataset that makes prompts while verl trains. Of every user the
-last interaction is the test and the one before it validation (arXiv 2510.20815).
+Shared by the files that `gream data` writes and by the dataset that makes prompts while verl trains.
 """
 
 from __future__ import annotations
@@ -14,14 +13,11 @@ import numpy as np
 from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import SID_TOKEN, ItemIndex
 
-HELD_OUT = 2
-"""Interactions at the end of every user that no training row may have as a target: validation, then test."""
-
 FIRST_REASONING_TARGET = 4
 """Position (from 0) of a user's first interaction with enough before it to reason about: the 5th."""
 
 NO_TARGET = (
-    f"no user has the {FIRST_REASONING_TARGET + 1 + HELD_OUT} interactions that an RL row needs; bring longer histories"
+    f"no user has {FIRST_REASONING_TARGET + 1} interactions for training, as an RL row needs; bring longer histories"
 )
 """What to say of a data set without training targets."""
 
@@ -104,14 +100,14 @@ def row(
 class TrainingTargets:
     """The interactions that RL may ask for, numbered user by user and in time order.
 
-    From a user's 5th interaction to the third last.
+    From a user's 5th interaction to the last that training may see: with leave-one-out, the third last.
 
     Args:
-        lengths: Number of interactions of every user.
+        lengths: Number of every user's interactions that training may see.
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
-        counts = np.maximum(np.fromiter(lengths, dtype=np.int64) - HELD_OUT - FIRST_REASONING_TARGET, 0)
+        counts = np.maximum(np.fromiter(lengths, dtype=np.int64) - FIRST_REASONING_TARGET, 0)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
 
@@ -136,7 +132,7 @@ class NextItemRows:
 
     Args:
         source: Name of the data set.
-        sequences: Every user's items in time order.
+        sequences: What training may see of every user's items, in time order.
         index: Semantic IDs of the items.
         mode: What the prompts ask for.
         history: Items shown, the most recent ones.

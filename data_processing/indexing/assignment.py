@@ -10,11 +10,11 @@ whatever the first prices were. Good first prices leave few paths to find, each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numba
 import numpy as np
+
+from data_processing.compiled import compiled
 
 FAR = np.inf
 
@@ -73,15 +73,7 @@ def assign_balanced(
     return flow.labels, (potentials - potentials.mean()).astype(np.float32)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile with numba; machine code is kept on disk, where there is a folder that can be written."""
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # numba found no such folder
-        return numba.njit(function)
-
-
-@_compiled
+@compiled
 def _settle(flow, costs, lower, upper):  # type: ignore[no-untyped-def]
     """Run the flow until no cluster holds too many rows or too few; ``flow`` is changed in place."""
     nodes = len(flow.excess)
@@ -121,7 +113,7 @@ def _start(costs: np.ndarray, prices: np.ndarray, lower: int, upper: int) -> _Fl
     )
 
 
-@_compiled
+@compiled
 def _favourites(costs, prices):  # type: ignore[no-untyped-def]
     """Return each row's cheapest cluster, prices included; of equally cheap ones, the smallest so far."""
     rows, clusters = costs.shape
@@ -139,7 +131,7 @@ def _favourites(costs, prices):  # type: ignore[no-untyped-def]
     return labels
 
 
-@_compiled
+@compiled
 def _find_movers(flow, costs, cluster):  # type: ignore[no-untyped-def]
     """For every other cluster, find the row of ``cluster`` that loses least by moving there."""
     move_costs, movers = flow.move_costs[cluster], flow.movers[cluster]
@@ -156,7 +148,7 @@ def _find_movers(flow, costs, cluster):  # type: ignore[no-untyped-def]
             movers[k] = row if better else movers[k]
 
 
-@_compiled
+@compiled
 def _shortest_path(flow, lower, upper, distances, parents):  # type: ignore[no-untyped-def]
     """Find the cheapest path from a node with too much to one with too little (Dijkstra), and update the prices.
 
@@ -195,7 +187,7 @@ def _shortest_path(flow, lower, upper, distances, parents):  # type: ignore[no-u
     return here
 
 
-@_compiled
+@compiled
 def _push(flow, costs, end, parents):  # type: ignore[no-untyped-def]
     """Move one unit along the path that ends in ``end``: a row between clusters, a unit of flow at the sink."""
     sink = len(parents) - 1
@@ -218,7 +210,7 @@ def _push(flow, costs, end, parents):  # type: ignore[no-untyped-def]
         node = parents[node]
 
 
-@_compiled
+@compiled
 def _move_row(flow, row, source, target):  # type: ignore[no-untyped-def]
     last = flow.members[source, flow.sizes[source] - 1]
     flow.members[source, flow.places[row]] = last

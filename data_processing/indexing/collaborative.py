@@ -13,8 +13,6 @@ import numpy as np
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
-from gream_verl.next_item import HELD_OUT
-
 SMOOTHING = 0.75
 POWER_ITERATIONS = 20
 
@@ -65,10 +63,10 @@ def positive_pmi(counts: sparse.csr_matrix, smoothing: float = SMOOTHING) -> spa
 def collaborative_vectors(
     sequences: Iterable[Sequence[int]], items: int, *, dimensions: int = 64, window: int = 5
 ) -> np.ndarray:
-    """Embed items by their train co-occurrence; the last two interactions of every sequence are never looked at.
+    """Embed items by their train co-occurrence.
 
     Args:
-        sequences: One sequence of item positions (``0..items-1``) a user, whole, in time order.
+        sequences: The training part of every user, item positions (``0..items-1``) in time order.
         items: Number of items.
         dimensions: Length of a vector; what a small catalogue cannot fill is zero.
         window: Largest distance in steps at which two items co-occur.
@@ -76,7 +74,7 @@ def collaborative_vectors(
     Returns:
         float32 [items, dimensions], rows of length 1; an item without train co-occurrence is a row of zeros.
     """
-    matrix = positive_pmi(cooccurrence([taken[:-HELD_OUT] for taken in sequences], items, window))
+    matrix = positive_pmi(cooccurrence(list(sequences), items, window))
     factors = _scaled_left_factors(matrix, min(dimensions, items - 1))
     lengths = np.linalg.norm(factors, axis=1, keepdims=True)
     known = lengths > 1e-6 * lengths.max(initial=0.0)

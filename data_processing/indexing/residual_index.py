@@ -138,10 +138,10 @@ def build_index(
     levels = default_levels if levels is None else levels
     codes = default_codes if codes is None else codes
     _check_shape(folder, len(items), levels, codes)
-    sequences = folder.read_inter(items)
+    training = folder.read_training(items)
     text = cached_embeddings([item_text(item) for item in items.values()], _beside(folder, "text-emb.npz"), model)
     row = {item: position for position, item in enumerate(items)}
-    collaborative = collaborative_vectors([[row[item] for item in taken] for taken in sequences.values()], len(items))
+    collaborative = collaborative_vectors([[row[item] for item in taken] for taken in training.values()], len(items))
     vectors = index_vectors(text, collaborative, collaborative_weight)
     paths, codebooks = residual_codes(vectors, levels, codes, seed)
     report = diagnose(vectors, paths, codebooks, [item.categories for item in items.values()])

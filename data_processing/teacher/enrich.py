@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from data_processing.layout import CHAINS, USER_TEXTS, DataFolder, training_part
+from data_processing.layout import CHAINS, USER_TEXTS, DataFolder
 from data_processing.teacher.asking import Asked, Asker, Estimate, Result, Settings, estimate, results
 from data_processing.teacher.budget import Budget
 from data_processing.teacher.client import Connection, Teacher
@@ -137,16 +137,15 @@ class Enricher:
         if self.what == "items":
             chosen = sample(list(items), self.limit, self.seed)
             return item_questions(items, _reviews(self.folder), prompts["item"], chosen)
-        items, sequences = self.folder.read_items(), self.folder.read_inter(items)
+        items, training = self.folder.read_items(), self.folder.read_training(items)
         if self.what == "users":
-            training = {user: training_part(sequence) for user, sequence in sequences.items()}
             users = sample([user for user, part in training.items() if len(part) > 1], self.limit, self.seed)
             return user_questions(items, training, prompts["user"], users, self.history)
-        return chain_questions(items, sequences, prompts["chain"], self._targets(sequences), self.history)
+        return chain_questions(items, training, prompts["chain"], self._targets(training), self.history)
 
-    def _targets(self, sequences: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
+    def _targets(self, training: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
         """Draw the interactions to write chains for, of those that training may ask for."""
-        targets, users = TrainingTargets(map(len, sequences.values())), list(sequences)
+        targets, users = TrainingTargets(map(len, training.values())), list(training)
         if not len(targets):
             raise InputError(f"{self.folder.inter}: {NO_TARGET}")
         drawn = sample(range(len(targets)), self.limit, self.seed)

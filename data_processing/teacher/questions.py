@@ -116,7 +116,7 @@ def user_questions(
 
 def chain_questions(
     items: Mapping[str, Item],
-    sequences: Mapping[str, Sequence[str]],
+    training: Mapping[str, Sequence[str]],
     prompt: Prompt,
     chosen: Sequence[tuple[str, int]],
     history: int,
@@ -125,7 +125,7 @@ def chain_questions(
 
     Args:
         items: All items.
-        sequences: Every user's items, oldest first.
+        training: The training part of every user, oldest first.
         prompt: The prompt ``chain``.
         chosen: User and position of the target, from 1.
         history: Items shown, the most recent ones before the target.
@@ -133,7 +133,7 @@ def chain_questions(
 
     def make(subject: tuple[str, int]) -> Question:
         user, position = subject
-        past, target = sequences[user][max(position - history, 0) : position], sequences[user][position]
+        past, target = training[user][max(position - history, 0) : position], training[user][position]
 
         def read(text: str, finish: str) -> Chain:
             chain = read_answer(text, finish, Chain)

@@ -18,7 +18,7 @@ from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import read_prompts
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.files import InputError, read_json
-from gream_verl.next_item import HELD_OUT
+from gream_verl.split import training_parts
 
 WINDOW = 10
 RECENT = 20
@@ -125,7 +125,7 @@ def evaluate_floors(
     prompts, total = read_prompts(prompts_parquet, "direct", limit=limit, seed=seed)
     items = sorted({item for sequence in sequences.values() for item in sequence})
     row_of = {item: row for row, item in enumerate(items)}
-    train = [[row_of[item] for item in sequence[:-HELD_OUT]] for sequence in sequences.values()]
+    train = [[row_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
     try:
         histories = [[row_of[item] for item in prompt.history] for prompt in prompts]
     except KeyError as error:
@@ -150,7 +150,7 @@ def evaluate_floors(
             "mode": name,
             "interactions": os.fspath(inter_file),
             "prompts": os.fspath(prompts_parquet),
-            "train": f"all but the last {HELD_OUT} interactions of each user",
+            "train": "the training part of each user",
             "drop_history": True,
             "users": len(prompts),
             "users_in_file": total,

@@ -48,15 +48,6 @@ def test_positive_pmi_equals_its_definition(sequences: list[list[int]]) -> None:
     np.testing.assert_allclose(positive_pmi(counts).toarray(), expected, atol=1e-5)
 
 
-@given(SEQUENCES, st.data())
-@settings(deadline=None)
-def test_the_last_two_interactions_of_a_user_change_nothing(sequences: list[list[int]], data: st.DataObject) -> None:
-    item = st.integers(0, ITEMS - 1)
-    one, other = ([[*sequence, data.draw(item), data.draw(item)] for sequence in sequences] for _ in range(2))
-    first, second = collaborative_vectors(one, ITEMS), collaborative_vectors(other, ITEMS)
-    assert first.tobytes() == second.tobytes()
-
-
 @given(SEQUENCES)
 @settings(deadline=None)
 def test_rows_have_length_one_or_are_zero(sequences: list[list[int]]) -> None:
@@ -68,7 +59,7 @@ def test_rows_have_length_one_or_are_zero(sequences: list[list[int]]) -> None:
 
 
 def test_items_never_seen_in_training_are_zero() -> None:
-    sequences = [[0, 1, 2, 0, 1, 2, 5, 6], [1, 2, 0, 3, 4, 5, 7]]
+    sequences = [[0, 1, 2, 0, 1, 2], [1, 2, 0, 3, 4]]
     vectors = collaborative_vectors(sequences, ITEMS, dimensions=4)
     known = np.linalg.norm(vectors, axis=1) > 0
     assert known[:4].all()
@@ -97,7 +88,7 @@ def test_the_same_sequences_give_the_same_bytes(users: int, items: int) -> None:
 def test_similarities_equal_those_of_an_exact_decomposition() -> None:
     random = np.random.default_rng(2)
     sequences = [list(random.integers(0, 30, 40) + 30 * (user % 4)) for user in range(200)]
-    left, scales, _ = np.linalg.svd(positive_pmi(cooccurrence([taken[:-2] for taken in sequences], 120)).toarray())
+    left, scales, _ = np.linalg.svd(positive_pmi(cooccurrence(sequences, 120)).toarray())
     exact = left[:, :4] * np.sqrt(scales[:4])
     exact /= np.linalg.norm(exact, axis=1, keepdims=True)
     vectors = collaborative_vectors(sequences, 120, dimensions=4)

@@ -240,7 +240,7 @@ def test_a_limit_draws_targets(tmp_path, tokenizer):
         ({"next_item": {"histroy": 3}}, r"data\.next_item\.histroy: .*known keys are mode, history"),
         ({"seed": -1}, r"data\.seed: must not be negative"),
         ({"prompt_key": "question"}, r"data\.prompt_key: .*in 'prompt'"),
-        ({"sequences": {"u": ["1", "2"]}}, "no user has the 7 interactions"),
+        ({"sequences": {"u": ["1", "2"]}}, "no user has 5 interactions for training"),
         ({"sequences": {"u": ["1", "gone"]}}, r"user 'u': item 'gone' is not in .*tiny\.index\.json"),
         ({"sequences": ["u"]}, r"expected \{user: \[item"),
     ],

@@ -39,7 +39,7 @@ def test_targets_are_those_of_the_split(folder: DataFolder) -> None:
     assert keys(test) == 2 * [(user, len(sequence) - 1) for user, sequence in sequences.items()]
     assert report == {
         "rows": {"rl": len(rl), "val": len(val), "test": len(test)},
-        "users with too few interactions": 0,
+        "users without a test": 0,
     }
 
 
@@ -114,17 +114,31 @@ def test_the_same_seed_gives_the_same_bytes(folder: DataFolder) -> None:
     assert contents[0][:2] != contents[2][:2]
 
 
-def test_users_with_too_few_interactions_are_counted(folder: DataFolder) -> None:
+def test_another_split_is_followed(folder: DataFolder) -> None:
+    sequences = folder.read_inter()
+    long = {user: len(sequence) for user, sequence in sequences.items() if len(sequence) > 9}
+    users: dict[str, list[int | None]] = {user: [0, None, None] for user in sequences}
+    users |= {user: [6, None if user == min(long) else 6, 8] for user in long}
+    write_json(folder.split, {"users": users})
+    report = write_prompts(folder, seed=0)
+    rl, val, test = (read(path) for path in (folder.rl, folder.val, folder.test))
+    assert sorted(keys(rl)) == sorted((user, position) for user in long for position in (4, 5))
+    assert keys(val) == [(user, 6) for user in long if user != min(long)]
+    assert keys(test) == 2 * [(user, 8) for user in long]
+    assert report["users without a test"] == len(sequences) - len(long)
+
+
+def test_users_without_a_test_are_counted(folder: DataFolder) -> None:
     write_json(folder.inter, {"short": ["1", "2"], **read_json(folder.inter)})
-    assert write_prompts(folder, seed=0)["users with too few interactions"] == 1
+    assert write_prompts(folder, seed=0)["users without a test"] == 1
     assert "short" not in {user for user, _ in keys(read(folder.test))}
 
 
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
-        ({"u": ["1", "2"]}, "no user has more than 2 interactions"),
-        ({"u": ["1", "2", "3", "4", "5", "6"]}, "no user has the 7 interactions that an RL row needs"),
+        ({"u": ["1", "2"]}, "no user has an interaction for val"),
+        ({"u": ["1", "2", "3", "4", "5", "6"]}, "no user has 5 interactions for training, as an RL row needs"),
     ],
 )
 def test_nothing_to_write_is_one_sentence(folder: DataFolder, sequences: dict, message: str) -> None:
