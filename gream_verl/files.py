@@ -80,18 +80,28 @@ def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
     """Return ``path`` when it is a file.
 
     Raises:
-        InputError: When it is not; the message names a file of a similar name beside it, and ends in ``remedy``.
+        InputError: When it is not; the message names a file or folder of a similar name, and ends in ``remedy``.
     """
     path = Path(path)
     if not path.is_file():
-        beside: list[str] = []
-        with contextlib.suppress(OSError):
-            beside = [other.name for other in path.parent.iterdir() if other.is_file()]
-        folded = {name.casefold(): name for name in beside}
-        like = difflib.get_close_matches(path.name.casefold(), folded, n=1, cutoff=SIMILAR)
-        suggestion = f"did you mean {folded[like[0]]}? Else " if like else ""
+        like = _similar_name(path)
+        suggestion = f"did you mean {like}? Else " if like else ""
         raise InputError(f"{path}: no such file; {suggestion}{remedy}")
     return path
+
+
+def _similar_name(path: Path) -> str | None:
+    """Return what is there and has nearly the name of the first part of ``path`` that is not."""
+    missing = path
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    with contextlib.suppress(OSError):
+        beside = {
+            other.name.casefold(): other for other in missing.parent.iterdir() if other.is_file() or missing != path
+        }
+        like = difflib.get_close_matches(missing.name.casefold(), beside, n=1, cutoff=SIMILAR)
+        return str(beside[like[0]] if missing != path else beside[like[0]].name) if like else None
+    return None
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> Any:
