@@ -116,6 +116,10 @@ class DataFolder:
         """Every answer of a teacher, one a line."""
         return self.root / f"{self.name}.teacher.jsonl"
 
+    def enrichment(self, what: str) -> Path:
+        """What came of the last run of the teacher: counts, leaks, tokens, cost."""
+        return self.root / f"{self.name}.teacher-{what}.json"
+
     @property
     def reviews(self) -> Path:
         """A few reviews of every item, for the teacher; none of a held-out interaction."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -164,8 +164,15 @@ class Estimate:
     most_money: float
 
 
-def estimate(questions: Questions, settings: Settings, store: AnswerStore, budget: Budget) -> Estimate:
-    """Return what asking would take, without asking."""
+def estimate(questions: Questions, settings: Settings, store: Container[str], budget: Budget) -> Estimate:
+    """Return what asking would take, without asking.
+
+    Args:
+        questions: What would be asked.
+        settings: Fields of the requests.
+        store: Keys of the requests that are answered.
+        budget: Knows what a prompt costs.
+    """
     answered, prompt = 0, 0.0
     for question in questions:
         request = settings.request(question.messages, questions.form)

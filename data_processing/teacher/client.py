@@ -81,7 +81,7 @@ class Connection:
 
     endpoints: tuple[str, ...]
     key_variable: str = "OPENAI_API_KEY"
-    api_key: str = ""
+    api_key: str = field(default="", repr=False)
     concurrency: int = 32
     timeout: float = 120.0
     attempts: int = 8

@@ -106,6 +106,8 @@ class Enricher:
 
     def estimate(self, budget: Budget) -> Estimate:
         """Return what asking would take, without asking."""
+        if not self.folder.teacher.is_file():
+            return estimate(self._questions, self.settings, (), budget)
         with AnswerStore(self.folder.teacher) as store:
             return estimate(self._questions, self.settings, store, budget)
 
@@ -126,6 +128,7 @@ class Enricher:
                 found = results(self._questions, self.settings, store, self._again)
                 made.path = self._write(made.count(found))
         made.seconds = time.monotonic() - began
+        write_json(self.folder.enrichment(self.what), describe(made, budget), indent=1)
         return made
 
     async def _ask(self, connection: Connection, budget: Budget, store: AnswerStore, console: Console) -> Asked:

@@ -131,6 +131,7 @@ def test_failed_and_refused_calls_are_counted_and_asked_in_the_next_run(folder: 
     assert (made.usable, len(requests)) == (60, 2)
     report = describe(made, Budget())
     assert report["still to ask"] == 0
+    assert json.loads(folder.enrichment("items").read_text())["usable"] == 60
 
 
 def test_a_server_that_answers_nothing_ends_the_run_and_what_was_answered_is_written(folder: DataFolder) -> None:
@@ -163,6 +164,7 @@ def test_the_budget_ends_the_run_before_it_is_exceeded_and_a_larger_one_goes_on(
 def test_the_estimate_asks_nothing_and_leaves_out_what_is_answered(folder: DataFolder) -> None:
     enricher = Enricher(folder, "items", SETTINGS)
     before = enricher.estimate(Budget(price=Price(1, 2)))
+    assert not folder.teacher.exists()
     assert (before.questions, before.answered, before.most_tokens) == (60, 0, 6000)
     assert before.most_money == pytest.approx((before.prompt_tokens + 12_000) / 1e6, rel=1e-3)
     run(folder, "items", describe_item, limit=20)
