@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -214,7 +214,7 @@ def _reviews(folder: DataFolder) -> dict[str, list[str]]:
 
 def describe(made: Enrichment, budget: Budget) -> dict[str, Any]:
     """Return what a run made, for a table."""
-    asked = asdict(made.asked)
+    asked = made.asked
     return {
         "written": str(made.path or "nothing"),
         "usable": made.usable,
@@ -222,11 +222,11 @@ def describe(made: Enrichment, budget: Budget) -> dict[str, Any]:
         "dropped": dict(made.dropped),
         "unusable answers": dict(made.faults),
         "leak rate": made.leaks,
-        "answers asked for now": asked["answers"],
-        "attempts made again": asked["retried"],
-        "failed": asked["failed"],
-        "refused": dict(asked["refused"]),
-        "budget spent": asked["budget_spent"],
+        "answers asked for now": asked.answers,
+        "attempts made again": asked.retried,
+        "failed": asked.failed,
+        "refused": dict(asked.refused),
+        "budget spent": asked.budget_spent,
         "tokens of all runs": {"prompts": budget.prompt_tokens, "answers": budget.completion_tokens},
         "cost of all runs": budget.cost,
         "seconds": made.seconds,

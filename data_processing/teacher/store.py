@@ -88,8 +88,8 @@ class AnswerStore:
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __contains__(self, key: str) -> bool:
-        return bytes.fromhex(key) in self._offsets
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and bytes.fromhex(key) in self._offsets
 
     def get(self, key: str) -> Answer | None:
         """Return the answer to the request of that key, None when there is none."""

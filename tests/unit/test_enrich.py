@@ -127,6 +127,7 @@ def test_failed_and_refused_calls_are_counted_and_asked_in_the_next_run(folder: 
     assert (made.usable, made.open, made.asked.failed) == (58, 2, 1)
     assert "too long" in next(iter(made.asked.refused))
     assert set(json.loads(folder.enriched.read_text())) == set(folder.read_items()) - {"1", "2"}
+    assert "too long" in str(json.loads(folder.enrichment("items").read_text())["refused"])
     made, requests = run(folder, "items", describe_item)
     assert (made.usable, len(requests)) == (60, 2)
     report = describe(made, Budget())
