@@ -146,6 +146,11 @@ class DataFolder:
         return self.root / f"{self.name}.rejects.jsonl"
 
     @property
+    def align(self) -> Path:
+        """SFT rows of the alignment tasks alone."""
+        return self.root / f"{self.name}-align.parquet"
+
+    @property
     def mix(self) -> Path:
         """SFT rows in the order in which they are to be trained."""
         return self.root / f"{self.name}-mix.parquet"
@@ -175,7 +180,7 @@ class DataFolder:
 
     @property
     def dataset_info(self) -> Path:
-        """What LLaMA-Factory reads to find :attr:`mix`."""
+        """What LLaMA-Factory reads to find :attr:`align` and :attr:`mix`."""
         return self.root / "dataset_info.json"
 
     def read_items(self, *, enriched: bool = True) -> dict[str, Item]:

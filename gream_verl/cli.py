@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from gream_verl.files import InputError
 from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
@@ -51,7 +52,7 @@ class Source(StrEnum):
     table = "table"
 
 
-AMAZON_OPTIONS, FILE_OPTIONS = ("--reviews", "--metadata"), ("--inter", "--item")
+AMAZON_OPTIONS, FILE_OPTIONS = ("--reviews", "--metadata", "--review-texts"), ("--inter", "--item")
 SOURCE_OPTIONS = {
     Source.movielens: (),
     Source.recbole: FILE_OPTIONS,
@@ -62,6 +63,13 @@ SOURCE_OPTIONS = {
     Source.table: (*FILE_OPTIONS, "--column"),
 }
 """Which options go with a source."""
+
+
+class Holdout(StrEnum):
+    """Ways to hold out validation and test."""
+
+    leave_one_out = "leave-one-out"
+    temporal = "temporal"
 
 
 class Mode(StrEnum):
@@ -185,23 +193,61 @@ def prepare(
         list[str] | None, typer.Option(help="Table: a column of another name, such as user=customer; repeat it.")
     ] = None,
     core: Annotated[int, typer.Option(min=1, help="Least interactions of every user and item.")] = 5,
+    split: Annotated[
+        Holdout, typer.Option(help="Hold out the last two of every user, or what comes after two moments for all.")
+    ] = Holdout.leave_one_out,
+    validation_share: Annotated[float, typer.Option(help="Of the interactions, with --split temporal.")] = 0.1,
+    test_share: Annotated[float, typer.Option(help="The latest interactions, with --split temporal.")] = 0.1,
+    review_texts: Annotated[
+        int, typer.Option(min=0, help="Amazon: reviews to keep of every item, for `gream data enrich items`.")
+    ] = 0,
+    bad_rows: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of rows that cannot be used above which the run stops.")
+    ] = 0.05,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and count, and write nothing.")] = False,
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
 ) -> None:
-    """Read raw data, keep the k-core, put every user's items in time order: D.inter.json and D.item.json."""
+    """Read raw data, keep the k-core, put every user's items in time order: D.inter.json and D.item.json.
+
+    D.report.json says what was read, dropped and kept, D.rejects.jsonl shows the rows that could not be used.
+    """
+    from data_processing.interactions import TimeSplit
     from data_processing.interactions import prepare as prepare_tables
     from data_processing.layout import DataFolder
 
     folder = DataFolder(data, dataset)
-    given = {"--reviews": reviews, "--metadata": metadata, "--inter": inter, "--item": item, "--column": column}
+    given = {
+        "--reviews": reviews,
+        "--metadata": metadata,
+        "--inter": inter,
+        "--item": item,
+        "--column": column,
+        "--review-texts": review_texts,
+    }
     for option, value in given.items():
         if value and option not in SOURCE_OPTIONS[source]:
             raise InputError(f"{option}: does not go with --source {source.value}")
     for path in (reviews, metadata, inter, item):
         if path is not None and path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another folder with --data")
-    tables = _read_source(source, reviews, metadata, inter, item, column, data)
-    _print_dict("Data", prepare_tables(tables, folder, core=core))
+    parts = TimeSplit(validation_share, test_share) if split is Holdout.temporal else None
+    tables = _read_source(source, reviews, metadata, inter, item, column, data, bad_rows)
+    _print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
+    if review_texts and reviews and not dry_run:
+        _keep_reviews(source, reviews, folder, review_texts, bad_rows)
+
+
+def _keep_reviews(source: Source, reviews: Path, folder: Any, per_item: int, bad_rows: float) -> None:
+    from data_processing.interactions import training_pairs
+    from data_processing.sources.reviews import read_review_texts
+    from gream_verl.files import atomic_path
+
+    year = int(source.value.removeprefix("amazon"))
+    texts = read_review_texts(year, reviews, training_pairs(folder), per_item=per_item, bad_rows=bad_rows)
+    with atomic_path(folder.reviews) as path:
+        texts.write_parquet(path)
+    console.print(f"{len(texts):,} reviews of {texts['item'].n_unique():,} items kept for the teacher")
 
 
 def _read_source(
@@ -212,6 +258,7 @@ def _read_source(
     item: Path | None,
     columns: list[str] | None,
     data: Path,
+    bad_rows: float,
 ) -> Any:
     if source is Source.movielens:
         from data_processing.sources.movielens import read_movielens
@@ -221,19 +268,20 @@ def _read_source(
         from data_processing.sources.amazon import read_amazon
 
         year = int(source.value.removeprefix("amazon"))
-        return read_amazon(year, _needed(reviews, source, "--reviews"), _needed(metadata, source, "--metadata"))
+        files = _needed(reviews, source, "--reviews"), _needed(metadata, source, "--metadata")
+        return read_amazon(year, *files, bad_rows=bad_rows)
     files = _needed(inter, source, "--inter"), _needed(item, source, "--item")
     if source is Source.table:
         from data_processing.sources.table import read_table
 
-        return read_table(*files, _pairs(columns, "--column"))
+        return read_table(*files, _pairs(columns, "--column"), bad_rows=bad_rows)
     if source is Source.layout:
         from data_processing.sources.layout_files import read_layout
 
         return read_layout(*files)
     from data_processing.sources.recbole import read_recbole
 
-    return read_recbole(*files)
+    return read_recbole(*files, bad_rows=bad_rows)
 
 
 def _pairs(given: list[str] | None, option: str) -> dict[str, str]:
@@ -343,59 +391,132 @@ def prompts(folder: Annotated[Path, typer.Argument(help="Where to write them; fi
         console.print(str(path), soft_wrap=True, highlight=False)
 
 
+RowsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Rows of a task: TASK=COUNT, or TASK=40% of those that exist; a weight with --total. Repeat it."),
+]
+TotalOption = Annotated[int | None, typer.Option(min=1, help="Rows of all tasks together, shared by weight.")]
+BlockOption = Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch a device.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
+]
+LongestOption = Annotated[int, typer.Option(min=1, help="Tokens a row may have: the trainer's cutoff_len.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Count the rows, and write nothing.")]
+
+
 @data_app.command()
-def sft(
+def tasks(
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
-    rows: Annotated[
-        list[str] | None, typer.Option(help="Rows of a task, TASK=COUNT; repeat it. Default: a mix for the tiny model.")
-    ] = None,
+    rows: RowsOption = None,
+    total: TotalOption = None,
     history: HistoryOption = 20,
-    block: Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch a device.")] = 16,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
-    ] = None,
-    longest: Annotated[int, typer.Option(min=1, help="Tokens a row may have: the trainer's cutoff_len.")] = 2048,
+    block: BlockOption = 16,
+    tokenizer: TokenizerOption = None,
+    longest: LongestOption = 2048,
+    dry_run: DryRunOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Write the SFT mix: alignment tasks and chains of thought in the order of the curriculum."""
+    """Write the alignment tasks alone, without chains of thought: D-align.parquet. Default: every row that exists.
+
+    Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
+    historyreconstruction.
+    """
     from data_processing.layout import DataFolder
-    from data_processing.sft.mix import write_mix
+    from data_processing.sft.tasks import REASONING, TASKS
+
+    folder = DataFolder(data, dataset)
+    counts = _row_counts(rows) if rows else {task: 1.0 for task in TASKS if task != REASONING}
+    if REASONING in counts:
+        raise InputError("--rows reasoning: chains of thought are no alignment task; `gream data mix` has both")
+    _write_sft(folder, folder.align, counts, total, history, block, tokenizer, longest, dry_run, seed)
+
+
+@data_app.command()
+def mix(
+    data: DataOption = DEFAULT_DATA,
+    dataset: DatasetOption = DEFAULT_DATASET,
+    rows: RowsOption = None,
+    total: TotalOption = None,
+    history: HistoryOption = 20,
+    block: BlockOption = 16,
+    tokenizer: TokenizerOption = None,
+    longest: LongestOption = 2048,
+    dry_run: DryRunOption = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Write the SFT mix, D-mix.parquet: alignment tasks and chains of thought (task reasoning), by the curriculum.
+
+    Default: a mix for the tiny model. D-mix.png shows where the chains lie, and the lengths when there is a tokenizer.
+    """
+    from data_processing.layout import DataFolder
     from gream_verl.quickstart import TINY_MIX
 
-    counts = _row_counts(rows) if rows else TINY_MIX
-    limit = _length_limit(tokenizer, longest) if tokenizer else None
     folder = DataFolder(data, dataset)
-    _print_dict("SFT rows", write_mix(folder, rows=counts, seed=seed, history=history, block=block, limit=limit))
+    counts: dict[str, int | float] = _row_counts(rows) if rows else {**TINY_MIX}
+    _write_sft(folder, folder.mix, counts, total, history, block, tokenizer, longest, dry_run, seed)
+
+
+def _write_sft(
+    folder: Any,
+    output: Path,
+    rows: dict[str, int | float],
+    total: int | None,
+    history: int,
+    block: int,
+    tokenizer: str | None,
+    longest: int,
+    dry_run: bool,
+    seed: int,
+) -> None:
+    from data_processing.sft.mix import write_mix
+
+    limit = _length_limit(tokenizer, longest) if tokenizer else None
+    report = write_mix(
+        folder, rows=rows, seed=seed, total=total, history=history, block=block, limit=limit, dry_run=dry_run,
+        output=output,
+    )  # fmt: skip
+    _print_rows("SFT rows" + (", not written" if dry_run else ""), report["tasks"], ("asked", "exist", "made"))
+    if limit and not dry_run:
+        _print_rows("Tokens of a row", report["tasks"], ("median", "95%", "longest", "shortened", "left out"))
+    leaks = {kind: count for kind, count in report["leaks"].items() if kind != "rate"}
+    if leaks:
+        console.print(f"chains dropped because they name their target: {leaks} ({report['leaks']['rate']:.2%})")
+    if not dry_run:
+        console.print(f"{output}, its picture {output.stem}.png", highlight=False, soft_wrap=True)
+
+
+def _print_rows(title: str, rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> None:
+    table = Table("task", *(Column(name, justify="right") for name in columns), title=title, box=SIMPLE_HEAD)
+    for task, values in rows.items():
+        table.add_row(task, *(f"{values[column]:,.0f}" for column in columns))
+    console.print(table)
 
 
 def _length_limit(tokenizer: str, longest: int) -> Any:
     """Return a limit that counts the tokens of a whole conversation as the trainer does."""
     from transformers import AutoTokenizer
 
-    from data_processing.sft.mix import LengthLimit
+    from data_processing.sft.lengths import LengthLimit, token_counter
 
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({error})") from error
-
-    def count_tokens(row: Any) -> int:
-        turns = [("system", row.system), ("user", row.user), ("assistant", row.assistant)]
-        messages = [{"role": role, "content": text} for role, text in turns if text]
-        text = loaded.apply_chat_template(messages, tokenize=False)
-        return len(loaded(text, add_special_tokens=False)["input_ids"])
-
-    return LengthLimit(count_tokens, longest)
+    return LengthLimit(token_counter(loaded), longest)
 
 
-def _row_counts(rows: list[str]) -> dict[str, int]:
-    counts = {}
-    for row in rows:
-        task, _, count = row.partition("=")
-        if not count.isdigit():
-            raise InputError(f"--rows {row}: expected TASK=COUNT, such as seqrec=10000")
-        counts[task] = int(count)
+def _row_counts(rows: list[str]) -> dict[str, int | float]:
+    """Read ``TASK=COUNT``, ``TASK=SHARE%`` and ``TASK=WEIGHT``."""
+    counts: dict[str, int | float] = {}
+    for task, value in _pairs(rows, "--rows").items():
+        number = value.removesuffix("%")
+        try:
+            counts[task] = float(number) / 100 if value != number else int(value) if value.isdigit() else float(value)
+        except ValueError:
+            raise InputError(
+                f"--rows {task}={value}: expected TASK=COUNT or TASK=SHARE%, such as seqrec=10000 or seqrec=40%"
+            ) from None
     return counts
 
 

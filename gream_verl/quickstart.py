@@ -128,7 +128,7 @@ def _data_steps(options: QuickstartOptions) -> list[Step]:
         Step(
             "sft-data",
             "SFT data: alignment tasks and chains of thought, by the curriculum",
-            ["gream", "data", "sft", *where, "--seed", seed],
+            ["gream", "data", "mix", *where, "--seed", seed],
             [*tables, index],
             [mix, data / "dataset_info.json"],
         ),

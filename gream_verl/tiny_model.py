@@ -37,14 +37,14 @@ def read_sft_texts(mix: Path) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    require_file(mix, "make it with `gream data sft`")
+    require_file(mix, "make it with `gream data mix`")
     try:
         for batch in pq.ParquetFile(mix).iter_batches(columns=["conversations", "system"]):
             for row in batch.to_pylist():
                 yield row["system"]
                 yield from (turn["value"] for turn in row["conversations"])
     except (pa.ArrowException, KeyError, TypeError) as error:
-        raise InputError(f"{mix}: not a SFT file ({error}); make it anew with `gream data sft`") from error
+        raise InputError(f"{mix}: not a SFT file ({error}); make it anew with `gream data mix`") from error
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:

@@ -18,7 +18,9 @@ import numpy.typing as npt
 RAMP = 2 / 3
 """Share of the alignment rows over which the rate rises."""
 
-Rows = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.uint32]
+"""Row numbers, in half the memory of int64: there may be many."""
+FloatArray = npt.NDArray[np.float64]
 
 
 def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, block: int = 1) -> Rows:
@@ -35,7 +37,7 @@ def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, blo
     """
     generator = np.random.default_rng(seed)
     parts = [_shuffled_blocks(size, start, block, generator) for size, start in _spans([*alignment, reasoning])]
-    whole = np.concatenate([blocks for blocks, _ in parts[:-1]] or [np.zeros((0, block), np.int64)])
+    whole = np.concatenate([blocks for blocks, _ in parts[:-1]] or [np.zeros((0, block), np.uint32)])
     whole, thoughts = generator.permutation(whole), parts[-1][0]
     strata = (np.arange(len(thoughts)) + generator.random(len(thoughts))) / max(len(thoughts), 1)
     places = np.concatenate([(np.arange(len(whole)) + 0.5) / max(len(whole), 1), ramp_quantile(strata)])
@@ -43,12 +45,29 @@ def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, blo
     return np.concatenate([ordered.ravel(), generator.permutation(np.concatenate([left for _, left in parts]))])
 
 
-def ramp_quantile(share: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def ramp_quantile(share: FloatArray) -> FloatArray:
     """Return the place in the alignment rows (0 to 1) before which ``share`` of the reasoning rows come.
 
     The inverse of the integral of the rate: ``1.5 x / RAMP`` up to ``RAMP``, then 1.5.
     """
     return np.where(share < 0.5, RAMP * np.sqrt(2 * share), RAMP + (share - 0.5) / 1.5)
+
+
+def expected_shares(alignment: int, reasoning: int, points: int = 200) -> tuple[FloatArray, FloatArray]:
+    """Return the share of reasoning rows that the ramp means at places of the file.
+
+    Args:
+        alignment: Number of alignment rows.
+        reasoning: Number of reasoning rows.
+        points: Number of places.
+
+    Returns:
+        Places in rows of the file, and the share at each, ``[points]``.
+    """
+    place = np.linspace(0, 1, points)
+    before = np.where(place < RAMP, 0.75 * place**2 / RAMP, 0.5 + 1.5 * (place - RAMP))
+    rate = 1.5 * np.minimum(place / RAMP, 1) * reasoning
+    return place * alignment + before * reasoning, rate / np.maximum(alignment + rate, 1)
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -58,6 +77,6 @@ def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
 
 def _shuffled_blocks(size: int, start: int, block: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
     """Shuffle the rows of one task; return its whole blocks ``[blocks, block]`` and the rows left over."""
-    rows = start + generator.permutation(size)
+    rows = generator.permutation(np.arange(start, start + size, dtype=np.uint32))
     whole = size - size % block
     return rows[:whole].reshape(-1, block), rows[whole:]

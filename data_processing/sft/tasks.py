@@ -1,35 +1,25 @@
 """The SFT tasks: what each row asks and answers (arXiv 2510.20815, section 3.2; LC-Rec's tasks, in our own words).
 
-A task draws *specs*, small rows of integers, and renders a spec to text. Drawing is vectorised and cheap, so that a mix
-of any size is planned in memory and written in chunks. Tasks over users draw from the training part of a sequence only:
-the last two interactions of a user, which validation and test hold out, are in no row.
+A task draws *specs*, small rows of integers, and its templates turn many specs to text at once. Drawing is vectorised
+and cheap, so that a mix of any size is planned in memory and written in chunks. Tasks over users see the training part
+of a sequence only: the last two interactions of a user, which validation and test hold out, are in no row.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from data_processing.layout import Item, training_part
 from data_processing.sft import prompts
-from data_processing.teacher.rules import RuleTeacher, short_title
+from data_processing.sft.corpus import Corpus
+from data_processing.sft.fields import TEMPLATE, TITLES_SHOWN, ItemFields, Specs, WindowFields
+from data_processing.sft.texts import Filled, Ints, Templates, render, string_array
+from data_processing.teacher.rules import DOMINANT, KEPT
 from gream_verl.next_item import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
-from gream_verl.semantic_ids import ItemIndex
 
-Specs = npt.NDArray[np.int64]
-"""``[rows, 4]``: user or item number, position of the target (0 for items), history length, template number."""
-
-TITLES_SHOWN = 8
-"""A history written in titles is at most so long: titles cost more tokens than semantic IDs."""
-DESCRIPTION_WORDS = 40
-TELLING_WORDS = 8
-"""A description of at least so many words can stand for an item without its title."""
 CANONICAL_SHARE = 0.5
 """Share of seqrec rows with the prompt of evaluation; the rest spreads over the other templates."""
 
@@ -50,70 +40,8 @@ class Row(NamedTuple):
     system: str = ""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What tasks draw from.
-
-    Attributes:
-        sequences: Every user's items in time order, held-out ones too; tasks see only :attr:`training`.
-        items: All items.
-        index: Their semantic IDs.
-        history: Longest history of a row, in items.
-    """
-
-    sequences: Mapping[str, Sequence[str]]
-    items: Mapping[str, Item]
-    index: ItemIndex
-    history: int = 20
-
-    @cached_property
-    def training(self) -> list[Sequence[str]]:
-        """The training part of every user, in the order of :attr:`sequences`."""
-        return [training_part(sequence) for sequence in self.sequences.values()]
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """Item ids by item number."""
-        return list(self.items)
-
-    @cached_property
-    def teacher(self) -> RuleTeacher:
-        """The rule-based teacher over these items."""
-        return RuleTeacher(self.items, self.index)
-
-    def window(self, spec: Sequence[int]) -> tuple[Sequence[str], str]:
-        """Return the history and the target of a spec over users."""
-        user, position, length, _ = spec
-        sequence = self.training[user]
-        return sequence[position - length : position], sequence[position]
-
-    def sids(self, items: Sequence[str]) -> str:
-        """Return semantic IDs one after another; the first level marks where one begins."""
-        return "".join(self.index.texts(items))
-
-    def titles(self, items: Sequence[str]) -> str:
-        """Return short titles with semicolons between."""
-        return "; ".join(short_title(self.items[item].title) for item in items)
-
-    def description(self, item: str) -> str:
-        """Return description and categories, cut to a few dozen words; the title when there are neither."""
-        fields = self.items[item]
-        words = " ".join(fields.description.split()[:DESCRIPTION_WORDS])
-        return _sentences(words, ", ".join(fields.categories)) or fields.title
-
-    def features(self, item: str) -> str:
-        """Return categories and brand; the title when there are neither."""
-        fields = self.items[item]
-        return ", ".join(filter(None, (*fields.categories, fields.brand))) or fields.title
-
-    def preference(self, items: Sequence[str]) -> str:
-        """Return the traits that are most frequent in ``items``; the last title when there are none."""
-        counts = Counter(name for item in items for name in self.teacher.traits[item])
-        return ", ".join(name for name, _ in counts.most_common(3)) or short_title(self.items[items[-1]].title)
-
-
-Render = Callable[[Corpus, Sequence[int]], Row]
-"""Turns one spec into a row."""
+Draw = Callable[[Corpus, int, np.random.Generator], Specs]
+"""Draws that many specs, or fewer when fewer exist."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +49,69 @@ class Task:
     """One kind of row.
 
     Attributes:
-        draw: Draws that many specs, or fewer when fewer exist.
-        render: Turns one spec into a row.
+        draw: Draws specs, in random order.
+        exist: Returns how many there are.
+        fields: What the templates are filled in with.
+        user: Templates of the user's turn.
+        assistant: Templates of the answer.
+        form: The field that numbers the template of the answer: ``template`` when it goes with that of the user's turn.
+        system: The system's turn, "" when there is none.
     """
 
-    draw: Callable[[Corpus, int, np.random.Generator], Specs]
-    render: Render
+    draw: Draw
+    exist: Callable[[Corpus], int]
+    fields: type[ItemFields] | type[WindowFields]
+    user: Sequence[str]
+    assistant: Sequence[str]
+    form: str = "template"
+    system: str = ""
+
+
+class Renderer:
+    """Turns specs of all tasks to text.
+
+    Args:
+        corpus: Where the texts are.
+        tasks: Names of tasks that are to be rendered; the places here are the numbers of *kinds*.
+
+    Attributes:
+        tasks: The same.
+        systems: The system's turn of each.
+        history_fixed: Whether the histories of each must stay as they are, because given chains speak of them.
+    """
+
+    def __init__(self, corpus: Corpus, tasks: Sequence[str]) -> None:
+        self.tasks = list(tasks)
+        self._corpus = corpus
+        self._tasks = [TASKS[task] for task in tasks]
+        self.systems = [task.system for task in self._tasks]
+        self.history_fixed = np.array([task == REASONING and len(corpus.chains[0]) > 0 for task in tasks])
+        self._templates = [(Templates(task.user), Templates(task.assistant)) for task in self._tasks]
+
+    def turns(self, kinds: Ints, specs: Specs) -> tuple[np.ndarray, Ints]:
+        """Return the turns of rows, user's and assistant's in turn.
+
+        Args:
+            kinds: Number of the task of every row, ``[rows]``.
+            specs: The rows.
+
+        Returns:
+            UTF-8 text, and where each turn begins, ``[2 * rows + 1]``.
+        """
+        parts: list[tuple[Filled, Ints]] = []
+        for kind, (task, (user, assistant)) in enumerate(zip(self._tasks, self._templates, strict=True)):
+            rows = np.flatnonzero(kinds == kind)
+            if len(rows):
+                fields = task.fields(self._corpus, specs[rows])
+                parts.append((user.fill(fields.template, fields), 2 * rows))
+                parts.append((assistant.fill(getattr(fields, task.form), fields), 2 * rows + 1))
+        return render(self._corpus.arena.characters, parts)
+
+    def rows(self, kinds: Ints, specs: Specs) -> list[Row]:
+        """Return rows as Python objects; see :meth:`turns`."""
+        turns = string_array(*self.turns(kinds, specs)).to_pylist()
+        rows = zip(turns[::2], turns[1::2], kinds.tolist(), strict=True)
+        return [Row(user, assistant, self.tasks[kind], self.systems[kind]) for user, assistant, kind in rows]
 
 
 # Drawing
@@ -156,151 +141,133 @@ def draw_windows(
     Returns:
         Specs, in random order.
     """
-    counts = np.array([max(len(sequence) - first, 0) for sequence in corpus.training], dtype=np.int64)
-    ends = np.cumsum(counts)
-    total = int(counts.sum())
-    flat = generator.permutation(total)[:count]
-    users = np.searchsorted(ends, flat, side="right")
-    positions = first + flat - (ends - counts)[users]
-    most = np.minimum(positions, longest or corpus.history)
-    full = generator.random(len(flat)) < full_share
+    possible = np.flatnonzero(corpus.positions >= first)
+    targets = possible[generator.permutation(len(possible))[:count]]
+    most = np.minimum(corpus.positions[targets], longest or corpus.history)
+    full = generator.random(len(targets)) < full_share
     lengths = np.where(full, most, generator.integers(1, most + 1))
-    return np.stack([users, positions, lengths, generator.integers(templates, size=len(flat))], axis=1)
+    return _specs(targets, lengths, generator.integers(templates, size=len(targets)))
+
+
+def _specs(targets: Ints, lengths: Ints, templates: Ints) -> Specs:
+    return np.stack([targets, lengths, templates], axis=1, dtype=np.int32, casting="same_kind")
 
 
 def draw_items(corpus: Corpus, count: int, generator: np.random.Generator, *, templates: int) -> Specs:
     """Draw items evenly: every item once before any comes again; at most once per item and template on average."""
     count = min(count, len(corpus.items) * templates)
-    specs = np.zeros((count, 4), dtype=np.int64)
+    specs = np.zeros((count, 3), dtype=np.int32)
     for start in range(0, count, len(corpus.items)):
         specs[start : start + len(corpus.items), 0] = generator.permutation(len(corpus.items))[: count - start]
-    specs[:, 3] = generator.integers(templates, size=count)
+    specs[:, TEMPLATE] = generator.integers(templates, size=count)
     return specs
-
-
-def _over_users(render: Render, templates: int, longest: int | None = None) -> Task:
-    def draw(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-        most = min(longest or corpus.history, corpus.history)
-        return draw_windows(corpus, count, generator, templates=templates, longest=most)
-
-    return Task(draw, render)
-
-
-def _over_items(render: Render, templates: int) -> Task:
-    def draw(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-        return draw_items(corpus, count, generator, templates=templates)
-
-    return Task(draw, render)
 
 
 def _draw_seqrec(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
     specs = draw_windows(corpus, count, generator, templates=len(TEMPLATES["direct"]))
-    specs[generator.random(len(specs)) < CANONICAL_SHARE, 3] = 0
+    specs[generator.random(len(specs)) < CANONICAL_SHARE, TEMPLATE] = 0
     return specs
 
 
 def _draw_reasoning(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-    return draw_windows(corpus, count, generator, templates=1, first=FIRST_REASONING_TARGET, full_share=1.0)
+    """Draw targets that a language model has thought about; any target when it has about none."""
+    written, _ = corpus.chains
+    if not len(written):
+        return draw_windows(corpus, count, generator, templates=1, first=FIRST_REASONING_TARGET, full_share=1.0)
+    targets = generator.permutation(written)[:count]
+    return _specs(targets, np.minimum(corpus.positions[targets], corpus.history), np.zeros_like(targets))
 
 
-# Rendering
+def _targets(corpus: Corpus, first: int = 1) -> int:
+    return int((corpus.positions >= first).sum())
 
 
-def _sentences(*parts: str) -> str:
-    """Join the parts that are not empty, with a full stop after each that has none before another begins."""
-    *ended, last = [part for part in parts if part] or [""]
-    return " ".join([*(part if part[-1] in ".!?" else f"{part}." for part in ended), last])
+def _reasoning_targets(corpus: Corpus) -> int:
+    return len(corpus.chains[0]) or _targets(corpus, FIRST_REASONING_TARGET)
 
 
-def _pick(groups: Mapping[str, Sequence[str]], number: int) -> tuple[str, str]:
-    """Return kind and text of template ``number`` of all groups in a row."""
-    for kind, templates in groups.items():
-        if number < len(templates):
-            return kind, templates[number]
-        number -= len(templates)
-    raise IndexError(number)
+# Templates
 
 
-def _size(groups: Mapping[str, Sequence[str]]) -> int:
-    return sum(map(len, groups.values()))
+def _pairs(groups: Mapping[str, Sequence[str]], answers: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the templates of all groups, and with each the answer of its group."""
+    pairs = [(template, answers[kind]) for kind, templates in groups.items() for template in templates]
+    return [user for user, _ in pairs], [assistant for _, assistant in pairs]
 
 
-def _seqrec(corpus: Corpus, spec: Sequence[int]) -> Row:
-    history, target = corpus.window(spec)
-    return Row(TEMPLATES["direct"][spec[3]].format(history=corpus.sids(history)), corpus.index.text(target), "seqrec")
+def _over_users(
+    user: Sequence[str], assistant: Sequence[str], *, form: str = "template", longest: int | None = None
+) -> Task:
+    def draw(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
+        most = min(longest or corpus.history, corpus.history)
+        return draw_windows(corpus, count, generator, templates=len(user), longest=most)
+
+    return Task(draw, _targets, WindowFields, user, assistant, form)
 
 
-def _item_to_index(corpus: Corpus, spec: Sequence[int]) -> Row:
-    key = corpus.keys[spec[0]]
-    title, description = corpus.items[key].title, corpus.description(key)
-    both = description if description.startswith(title) else _sentences(title, description)
-    telling = len(corpus.items[key].description.split()) >= TELLING_WORDS
-    text = (title, both, description if telling else both)[spec[3] % 3]
-    return Row(prompts.ITEM_TO_INDEX[spec[3]].format(text=text), corpus.index.text(key), "item2index")
+def _over_items(user: Sequence[str], assistant: Sequence[str]) -> Task:
+    def draw(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
+        return draw_items(corpus, count, generator, templates=len(user))
+
+    return Task(draw, lambda corpus: len(user) * len(corpus.items), ItemFields, user, assistant)
 
 
-def _index_to_item(corpus: Corpus, spec: Sequence[int]) -> Row:
-    key = corpus.keys[spec[0]]
-    kind, template = _pick(prompts.INDEX_TO_ITEM, spec[3])
-    answer = corpus.items[key].title if kind == "title" else corpus.description(key)
-    return Row(template.format(sid=corpus.index.text(key)), answer, "index2item")
+def chain_templates() -> list[str]:
+    """Return the wordings of :meth:`RuleTeacher.chain`, two for each number of dominant traits.
+
+    The first of two is for a target without a trait; the last of all is the response of a language model.
+    """
+    made = []
+    for traits in range(DOMINANT + 1):
+        names = [f"{{dominant[{number}]}}" for number in range(traits)]
+        named = ", ".join(f"{name} {{counts[{number}]}}" for number, name in enumerate(names))
+        evidence = f"{named} of {{length}}; last {{last}}" if names else "last {last}"
+        preference = " and ".join(names[:2]) or "more of the same kind"
+        for intent in ("something close to the last", "{intent}"):
+            thought = f"Evidence: {evidence}. Preference: {preference}. Intent: {intent}."
+            kept = "".join(f"{{kept[{number}]}}" for number in range(KEPT))
+            made.append(f"<think>{thought}</think>{kept}<answer>{{sid}}</answer>")
+    return [*made, "{chain}"]
 
 
-def _fusion(corpus: Corpus, spec: Sequence[int]) -> Row:
-    history, target = corpus.window(spec)
-    kind, template = _pick(prompts.FUSION, spec[3])
-    answers = {"title": corpus.items[target].title, "description": corpus.description(target)}
-    user = template.format(history=corpus.sids(history), titles=corpus.titles(history[-TITLES_SHOWN:]))
-    return Row(user, answers.get(kind, corpus.index.text(target)), "fusionseqrec")
-
-
-def _item_search(corpus: Corpus, spec: Sequence[int]) -> Row:
-    history, target = corpus.window(spec)
-    _, template = _pick(prompts.ITEM_SEARCH, spec[3])
-    user = template.format(
-        history=corpus.sids(history), query=corpus.features(target), preference=corpus.preference(history)
-    )
-    return Row(user, corpus.index.text(target), "itemsearch")
-
-
-def _preference(corpus: Corpus, spec: Sequence[int]) -> Row:
-    history, _ = corpus.window(spec)
-    user = prompts.PREFERENCE[spec[3]].format(history=corpus.sids(history))
-    return Row(user, corpus.preference(history), "preferenceobtain")
-
-
-def _features(corpus: Corpus, spec: Sequence[int]) -> Row:
-    key = corpus.keys[spec[0]]
-    kind, template = _pick(prompts.FEATURES, spec[3])
-    sid, text = corpus.index.text(key), corpus.features(key)
-    return Row(template.format(sid=sid, text=text), text if kind == "features" else sid, "itemfeatureobtain")
-
-
-def _reconstruction(corpus: Corpus, spec: Sequence[int]) -> Row:
-    history, _ = corpus.window(spec)
-    kind, template = _pick(prompts.RECONSTRUCTION, spec[3])
-    sids, titles = corpus.sids(history), corpus.titles(history)
-    return Row(
-        template.format(history=sids, titles=titles), titles if kind == "titles" else sids, "historyreconstruction"
-    )
-
-
-def _reasoning(corpus: Corpus, spec: Sequence[int]) -> Row:
-    history, target = corpus.window(spec)
-    user = TEMPLATES["reasoning"][0].format(history=corpus.sids(history))
-    return Row(user, corpus.teacher.chain(history, target), "reasoning", SYSTEM["reasoning"])
-
+LIKED = "{liked}" + "".join(f"{{commas[{number}]}}{{dominant[{number}]}}" for number in range(1, DOMINANT))
+"""The most frequent traits of a history."""
 
 REASONING = "reasoning"
 TASKS: dict[str, Task] = {
-    "seqrec": Task(_draw_seqrec, _seqrec),
-    "item2index": _over_items(_item_to_index, len(prompts.ITEM_TO_INDEX)),
-    "index2item": _over_items(_index_to_item, _size(prompts.INDEX_TO_ITEM)),
-    "fusionseqrec": _over_users(_fusion, _size(prompts.FUSION)),
-    "itemsearch": _over_users(_item_search, _size(prompts.ITEM_SEARCH)),
-    "preferenceobtain": _over_users(_preference, len(prompts.PREFERENCE)),
-    "itemfeatureobtain": _over_items(_features, _size(prompts.FEATURES)),
-    "historyreconstruction": _over_users(_reconstruction, _size(prompts.RECONSTRUCTION), TITLES_SHOWN),
-    REASONING: Task(_draw_reasoning, _reasoning),
+    "seqrec": Task(_draw_seqrec, _targets, WindowFields, TEMPLATES["direct"], ["{sid}"] * len(TEMPLATES["direct"])),
+    "item2index": _over_items(
+        [
+            template.replace("{text}", ("{title}", "{both}", "{telling}")[number % 3])
+            for number, template in enumerate(prompts.ITEM_TO_INDEX)
+        ],
+        ["{sid}"] * len(prompts.ITEM_TO_INDEX),
+    ),
+    "index2item": _over_items(*_pairs(prompts.INDEX_TO_ITEM, {"title": "{title}", "description": "{description}"})),
+    "fusionseqrec": _over_users(
+        *_pairs(prompts.FUSION, {"title": "{title}", "description": "{description}", "sid": "{sid}"})
+    ),
+    "itemsearch": _over_users(
+        [
+            template.replace("{preference}", LIKED)
+            for templates in prompts.ITEM_SEARCH.values()
+            for template in templates
+        ],
+        ["{sid}"] * sum(map(len, prompts.ITEM_SEARCH.values())),
+    ),
+    "preferenceobtain": _over_users(prompts.PREFERENCE, [LIKED, "{sentence}"], form="taste_form"),
+    "itemfeatureobtain": _over_items(*_pairs(prompts.FEATURES, {"features": "{text}", "sid": "{sid}"})),
+    "historyreconstruction": _over_users(
+        *_pairs(prompts.RECONSTRUCTION, {"titles": "{titles}", "sids": "{history}"}), longest=TITLES_SHOWN
+    ),
+    REASONING: Task(
+        _draw_reasoning,
+        _reasoning_targets,
+        WindowFields,
+        TEMPLATES["reasoning"],
+        chain_templates(),
+        "chain_form",
+        SYSTEM["reasoning"],
+    ),
 }
 """All tasks by name; ``reasoning`` is placed by the curriculum, the others are alignment."""

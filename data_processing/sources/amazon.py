@@ -12,31 +12,35 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, cast
 
+import msgspec
 import polars as pl
 
 from data_processing.layout import Item
 from data_processing.sources.json_lines import read_json_lines
 from data_processing.sources.tables import (
+    BAD_ROWS,
     INTERACTIONS,
     LATEST_TIMESTAMP,
     RowChecks,
     SourceTables,
     checked_interactions,
-    interactions_frame,
+    collector_paused,
     items_frame,
-    read_text_table,
+    scan_text_table,
 )
 
-CHUNK = 100_000
+CHUNK = 50_000
 TITLE_WORDS = 8
 LONGEST_CATEGORY = 60
 
 _TAG = re.compile(r"</?[A-Za-z!][^>]*(?:>|$)")
 _TAG_TAIL = re.compile(r'^[^<>]*"\s*/?>')
+_WORD = re.compile(r"[^\W_]")
 _SCRIPT = re.compile(r"getTime\(\)|function\s*\(|\bvar\s+\w+\s*=")
 
 
@@ -51,6 +55,9 @@ class AmazonRelease:
         rating: Rating in a review.
         categories: Categories in the metadata.
         brand: Brand in the metadata.
+        summary: Headline of a review.
+        text: Text of a review.
+        votes: How many found a review helpful.
         ratings: Columns of a file of ratings; none for one with a header, which has the names above.
     """
 
@@ -60,23 +67,66 @@ class AmazonRelease:
     rating: str
     categories: str
     brand: str
+    summary: str
+    text: str
+    votes: str
     ratings: tuple[str, ...] = ()
 
 
 RELEASES = {
     2014: AmazonRelease(
         *("reviewerID", "asin", "unixReviewTime", "overall", "categories", "brand"),
+        *("summary", "reviewText", "helpful"),
         ratings=("user", "item", "rating", "timestamp"),
     ),
     2018: AmazonRelease(
         *("reviewerID", "asin", "unixReviewTime", "overall", "category", "brand"),
+        *("summary", "reviewText", "vote"),
         ratings=("item", "user", "rating", "timestamp"),
     ),
-    2023: AmazonRelease("user_id", "parent_asin", "timestamp", "rating", "categories", "store"),
+    2023: AmazonRelease(
+        *("user_id", "parent_asin", "timestamp", "rating", "categories", "store"),
+        *("title", "text", "helpful_vote"),
+    ),
 }
 
+Id = Annotated[str, msgspec.Meta(min_length=1)]
+Number = Annotated[float, msgspec.Meta(gt=-LATEST_TIMESTAMP, lt=LATEST_TIMESTAMP)]
+R = TypeVar("R", bound=msgspec.Struct)
 
-def read_amazon(year: int, reviews: str | os.PathLike[str], metadata: str | os.PathLike[str]) -> SourceTables:
+
+class Review(msgspec.Struct, gc=False):
+    """What is needed of a review; lines with anything else in these fields are read with care."""
+
+    user: Id
+    item: Id
+    timestamp: Number
+    rating: Number | None = None
+
+
+class ItemLine(msgspec.Struct, gc=False):
+    """What is needed of a line of metadata, as it stands there."""
+
+    item: Id
+    title: Any = None
+    description: Any = None
+    brand: Any = None
+    categories: Any = None
+
+
+def renamed(record: type[R], names: Mapping[str, str]) -> type[R]:
+    """Return ``record`` with other names of its fields in JSON."""
+    fields = msgspec.structs.fields(record)
+    typed = [
+        (field.name, field.type) if field.required else (field.name, field.type, field.default) for field in fields
+    ]
+    return cast(type[R], msgspec.defstruct(record.__name__, typed, bases=(record,), rename=names, gc=False))
+
+
+@collector_paused()
+def read_amazon(
+    year: int, reviews: str | os.PathLike[str], metadata: str | os.PathLike[str], *, bad_rows: float = BAD_ROWS
+) -> SourceTables:
     """Read a file of reviews or of ratings, and the metadata that go with it.
 
     JSON lines are streamed; of the metadata only reviewed items are kept. Where an item has several metadata lines, a
@@ -87,19 +137,20 @@ def read_amazon(year: int, reviews: str | os.PathLike[str], metadata: str | os.P
         year: Release of the dump: 2014, 2018 or 2023.
         reviews: Reviews as JSON lines, or ratings as ``.csv`` or ``.csv.gz``.
         metadata: Items as JSON lines; in 2014 as Python literals.
+        bad_rows: Largest share of bad lines, 0 to 1, that does not stop the run.
 
     Returns:
         The two tables, with counts of everything that was skipped or mended.
 
     Raises:
-        InputError: When a file is missing or cut short, or more than 5% of its lines cannot be used.
+        InputError: When a file is missing or cut short, or too many of its lines cannot be used.
     """
     release, path = RELEASES[year], Path(reviews)
-    item_checks = RowChecks(str(metadata))
-    if path.name.lower().endswith((".csv", ".csv.gz")):
-        interactions, review_checks = _ratings(path, release)
+    item_checks = RowChecks(str(metadata), bad_rows)
+    if holds_ratings(path):
+        interactions, review_checks = _ratings(path, release, bad_rows)
     else:
-        review_checks = RowChecks(str(reviews))
+        review_checks = RowChecks(str(reviews), bad_rows)
         interactions = pl.concat([pl.DataFrame(schema=INTERACTIONS), *_reviews(path, release, review_checks)])
     wanted = set(interactions["item"].unique())
     items, counts = _name_items(_metadata(Path(metadata), release, item_checks, wanted, repeats := Counter[str]()))
@@ -115,6 +166,11 @@ def read_amazon(year: int, reviews: str | os.PathLike[str], metadata: str | os.P
     return SourceTables(interactions, items_frame(items), report, review_checks.rejects + item_checks.rejects)
 
 
+def holds_ratings(path: Path) -> bool:
+    """Return whether a file holds ratings rather than reviews, by its name."""
+    return path.name.lower().endswith((".csv", ".csv.gz"))
+
+
 def clean_text(text: str) -> str:
     """Return ``text`` without HTML: entities decoded, tags and pieces of tags removed, blanks collapsed.
 
@@ -122,63 +178,95 @@ def clean_text(text: str) -> str:
     ('Home & Garden', '', '')
     """
     text = html.unescape(html.unescape(text))
-    return " ".join(_TAG.sub(" ", _TAG_TAIL.sub(" ", text)).split())
+    if "<" in text or ">" in text:
+        text = _TAG.sub(" ", _TAG_TAIL.sub(" ", text))
+    if text.isprintable() and "  " not in text:  # the only blanks are single spaces: the same, faster
+        return text.strip(" ")
+    return " ".join(text.split())
 
 
 def clean_title(title: str) -> str:
     """Return a title without HTML, "" when it holds no word or is a piece of a script."""
     text = "" if _SCRIPT.search(title) else clean_text(title)
-    return text if any(letter.isalnum() for letter in text) else ""
+    return text if _WORD.search(text) else ""
 
 
 def _reviews(path: Path, release: AmazonRelease, checks: RowChecks) -> Iterator[pl.DataFrame]:
     """Yield the interactions in chunks, so that Python objects of only one chunk exist at a time."""
-    chunk: list[tuple[str, str, int, float | None]] = []
+
+    def mend(number: int, line: dict[str, Any]) -> Review | None:
+        user, item = line.get(release.user), line.get(release.item)
+        timestamp, rating = _number(line.get(release.time)), _number(line.get(release.rating))
+        if isinstance(user, str) and user and isinstance(item, str) and item and timestamp is not None:
+            return Review(user, item, timestamp, rating)
+        checks.skip(number, "no user, item or time", str(line))
+        return None
+
+    names = {"user": release.user, "item": release.item, "timestamp": release.time, "rating": release.rating}
     expected = f"{release.user}, {release.item} and {release.time} in every line"
-    for number, review in read_json_lines(path, checks, expected):
-        user, item = review.get(release.user), review.get(release.item)
-        timestamp, rating = _number(review.get(release.time)), _number(review.get(release.rating))
-        if not (isinstance(user, str) and user and isinstance(item, str) and item and timestamp is not None):
-            checks.skip(number, "no user, item or time", str(review))
-            continue
-        chunk.append((user, item, int(timestamp), rating))
-        if len(chunk) == CHUNK:
-            yield interactions_frame(chunk)
+    chunk: list[Review] = []
+    for reviews in read_json_lines(path, checks, expected, renamed(Review, names), mend):
+        chunk += reviews
+        if len(chunk) >= CHUNK:
+            yield _frame(chunk)
             chunk.clear()
-    yield interactions_frame(chunk)
+    yield _frame(chunk)
 
 
-def _ratings(path: Path, release: AmazonRelease) -> tuple[pl.DataFrame, RowChecks]:
+def _frame(reviews: list[Review]) -> pl.DataFrame:
+    columns = {
+        "user": pl.Series([review.user for review in reviews], dtype=pl.String),
+        "item": pl.Series([review.item for review in reviews], dtype=pl.String),
+        "timestamp": pl.Series([review.timestamp for review in reviews], dtype=pl.Float64),
+        "rating": pl.Series([review.rating for review in reviews], dtype=pl.Float64),
+    }
+    return pl.DataFrame(columns).cast(INTERACTIONS)
+
+
+def _ratings(path: Path, release: AmazonRelease, bad_rows: float) -> tuple[pl.DataFrame, RowChecks]:
     named = {"user": release.user, "item": release.item, "timestamp": release.time, "rating": release.rating}
     columns = {name: name for name in release.ratings} or named
     first_row = 1 if release.ratings else 2
-    rows, checks = checked_interactions(read_text_table(path, ",", release.ratings), path, columns, first_row)
-    return rows, checks
+    return checked_interactions(scan_text_table(path, ",", release.ratings), path, columns, first_row, bad_rows)
 
 
 def _metadata(
     path: Path, release: AmazonRelease, checks: RowChecks, wanted: set[str], repeats: Counter[str]
 ) -> dict[str, Item]:
-    items: dict[str, Item] = {}
-    for number, line in read_json_lines(path, checks, f"{release.item} and title in every line"):
+    names = {"item": release.item, "brand": release.brand, "categories": release.categories}
+
+    def mend(number: int, line: dict[str, Any]) -> ItemLine | None:
         key = line.get(release.item)
-        if not isinstance(key, str) or not key:
-            checks.skip(number, f"no {release.item}", str(line))
-        elif key in wanted:
-            item = _item(line, release)
-            if key in items:
-                repeats[key] += 1
-                item = _fill(items[key], item)
-            items[key] = item
+        if isinstance(key, str) and key:
+            return ItemLine(
+                key, line.get("title"), line.get("description"), line.get(release.brand), line.get(release.categories)
+            )
+        checks.skip(number, f"no {release.item}", str(line))
+        return None
+
+    items: dict[str, Item] = {}
+    expected = f"{release.item} and title in every line"
+    for lines in read_json_lines(path, checks, expected, renamed(ItemLine, names), mend):
+        for line in lines:
+            if line.item in wanted:
+                item = _item(line)
+                if line.item in items:
+                    repeats[line.item] += 1
+                    item = _fill(items[line.item], item)
+                items[line.item] = item
     return items
 
 
-def _item(line: Mapping[str, Any], release: AmazonRelease) -> Item:
-    names = (clean_text(name) for name in _texts(line.get(release.categories)))
+_clean_name = lru_cache(1 << 16)(clean_text)
+"""For what many items share."""
+
+
+def _item(line: ItemLine) -> Item:
+    names = map(_clean_name, _texts(line.categories))
     return Item(
-        clean_title(" ".join(_texts(line.get("title")))),
-        clean_text(" ".join(_texts(line.get("description")))),
-        clean_text(" ".join(_texts(line.get(release.brand)))).removeprefix("by ").strip(),
+        clean_title(" ".join(_texts(line.title))),
+        clean_text(" ".join(_texts(line.description))),
+        _clean_name(" ".join(_texts(line.brand))).removeprefix("by ").strip(),
         tuple(dict.fromkeys(name for name in names if 0 < len(name) <= LONGEST_CATEGORY)),
     )
 
@@ -197,19 +285,20 @@ def _name_items(items: dict[str, Item]) -> tuple[dict[str, Item], dict[str, int]
     named: dict[str, Item] = {}
     borrowed = 0
     for key, item in items.items():
-        title = item.title or " ".join(item.description.split()[:TITLE_WORDS])
-        if title:
-            named[key] = Item(title, item.description, item.brand, item.categories)
-            borrowed += not item.title
+        if item.title:
+            named[key] = item
+        elif item.description:
+            named[key] = replace(item, title=" ".join(item.description.split()[:TITLE_WORDS]))
+            borrowed += 1
     counts = {"titles taken from the description": borrowed, "items without a title": len(items) - len(named)}
     return named, counts
 
 
 def _texts(value: Any) -> list[str]:
     """Return the texts in ``value``; lists may hold lists, as the categories of 2014 do."""
-    if isinstance(value, list):
-        return [text for part in value for text in _texts(part)]
-    return [value] if isinstance(value, str) else []
+    if isinstance(value, str):
+        return [value]
+    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []
 
 
 def _number(value: Any) -> float | None:

@@ -14,7 +14,15 @@ from pathlib import Path
 import polars as pl
 
 from data_processing.layout import Item
-from data_processing.sources.tables import RowChecks, SourceTables, checked_interactions, read_text_table, tables_of
+from data_processing.sources.tables import (
+    BAD_ROWS,
+    RowChecks,
+    SourceTables,
+    checked_interactions,
+    readable,
+    scan_text_table,
+    tables_of,
+)
 from gream_verl.files import InputError, require_file
 
 TYPES = ("token", "token_seq", "float", "float_seq")
@@ -57,6 +65,7 @@ def read_recbole(
     *,
     fields: RecboleFields | None = None,
     clean_title: Callable[[str], str] = str.strip,
+    bad_rows: float = BAD_ROWS,
 ) -> SourceTables:
     """Read a ``.inter`` and a ``.item`` file.
 
@@ -65,32 +74,34 @@ def read_recbole(
         items: The ``.item`` file.
         fields: Names of the fields, when they are not the usual ones.
         clean_title: Makes a title readable.
+        bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
 
     Returns:
-        The two tables; bad rows are counted and sampled, items without a title too.
+        The two tables; bad rows are counted and listed, items without a title too.
 
     Raises:
         InputError: When a file is missing, lacks a field, or holds too many bad rows.
     """
     fields = fields or RecboleFields()
-    interaction_rows, interaction_checks = _read_interactions(Path(interactions), fields)
-    item_rows, item_checks, untitled = _read_items(Path(items), fields, clean_title)
+    interaction_rows, interaction_checks = _read_interactions(Path(interactions), fields, bad_rows)
+    item_rows, item_checks, untitled = _read_items(Path(items), fields, clean_title, bad_rows)
     return tables_of(interaction_rows, interaction_checks, item_rows, item_checks, untitled)
 
 
-def _read_atomic(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
+def _scan_atomic(path: Path) -> tuple[pl.LazyFrame, dict[str, str]]:
     """Return the table with every field as text, and the type of every field."""
     require_file(path, "give the path of a RecBole atomic file")
-    table = read_text_table(path, "\t")
+    table = scan_text_table(path, "\t")
+    columns = table.collect_schema().names()
     types = {}
-    for column in table.columns:
+    for column in columns:
         name, colon, kind = column.rpartition(":")
         if not colon or kind not in TYPES:
             raise InputError(f"{path}: header field {column!r}: expected name:type with a type of {', '.join(TYPES)}")
         types[name] = kind
     if not types:
         raise InputError(f"{path}: is empty; expected a header such as user_id:token")
-    return table.rename(dict(zip(table.columns, types, strict=True))), types
+    return table.rename(dict(zip(columns, types, strict=True))), types
 
 
 def _optional(types: Mapping[str, str], names: tuple[str, ...]) -> str | None:
@@ -104,19 +115,19 @@ def _required(path: Path, types: Mapping[str, str], names: tuple[str, ...]) -> s
     return found
 
 
-def _read_interactions(path: Path, fields: RecboleFields) -> tuple[pl.DataFrame, RowChecks]:
-    table, types = _read_atomic(path)
+def _read_interactions(path: Path, fields: RecboleFields, bad_rows: float) -> tuple[pl.DataFrame, RowChecks]:
+    table, types = _scan_atomic(path)
     columns = {name: _required(path, types, getattr(fields, name)) for name in ("user", "item", "timestamp")}
     if (rating := _optional(types, fields.rating)) is not None:
         columns["rating"] = rating
-    return checked_interactions(table, path, columns, FIRST_ROW)
+    return checked_interactions(table, path, columns, FIRST_ROW, bad_rows)
 
 
 def _read_items(
-    path: Path, fields: RecboleFields, clean_title: Callable[[str], str]
+    path: Path, fields: RecboleFields, clean_title: Callable[[str], str], bad_rows: float
 ) -> tuple[dict[str, Item], RowChecks, int]:
     """Return the items, the checks, and how many items had no title: that is dropped, but no fault of the row."""
-    table, types = _read_atomic(path)
+    scanned, types = _scan_atomic(path)
     key, title = _required(path, types, fields.item), _required(path, types, fields.title)
     optional = {
         name: _optional(types, getattr(fields, name)) for name in ("categories", "brand", "description", "year")
@@ -124,7 +135,10 @@ def _read_items(
     kind = types.get(optional["categories"] or "", "")
     items: dict[str, Item] = {}
     untitled = 0
-    checks = RowChecks(str(path), rows=len(table))
+    needed = list(dict.fromkeys([key, title, *filter(None, optional.values())]))
+    with readable(path):
+        table = scanned.select(needed).collect(engine="streaming")
+    checks = RowChecks(str(path), bad_rows, rows=len(table))
     for row, values in enumerate(table.iter_rows(named=True), start=FIRST_ROW):
         cells = {name: (values[column] or "").strip() if column else "" for name, column in optional.items()}
         item, text = (values[key] or "").strip(), clean_title(values[title] or "")

@@ -10,12 +10,14 @@ import polars as pl
 
 from data_processing.layout import Item
 from data_processing.sources.tables import (
+    BAD_ROWS,
     RowChecks,
     SourceTables,
     checked_interactions,
     id_text,
-    read_text_table,
+    readable,
     require_column,
+    scan_text_table,
     tables_of,
 )
 from gream_verl.files import InputError, require_file
@@ -28,7 +30,11 @@ ISO_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
 
 
 def read_table(
-    interactions: str | os.PathLike[str], items: str | os.PathLike[str], columns: Mapping[str, str] | None = None
+    interactions: str | os.PathLike[str],
+    items: str | os.PathLike[str],
+    columns: Mapping[str, str] | None = None,
+    *,
+    bad_rows: float = BAD_ROWS,
 ) -> SourceTables:
     """Read a table of interactions and one of items.
 
@@ -38,9 +44,10 @@ def read_table(
         items: One row an item, with ``item``, ``title`` and, where they are there, ``description``, ``brand`` and
             ``categories`` (a list, or text with ``|`` between).
         columns: Name of the column of each of these, where it is another.
+        bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
 
     Returns:
-        The two tables; bad rows are counted and sampled, items without a title too.
+        The two tables; bad rows are counted and listed, items without a title too.
 
     Raises:
         InputError: When a file or a column is missing, or too many rows are bad.
@@ -49,35 +56,36 @@ def read_table(
     unknown = sorted(set(columns) - {*NEEDED, *OPTIONAL})
     if unknown:
         raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NEEDED, *OPTIONAL))}")
-    rows, checks = _interactions(Path(interactions), columns)
-    described, item_checks, untitled = _items(Path(items), columns)
+    rows, checks = _interactions(Path(interactions), columns, bad_rows)
+    described, item_checks, untitled = _items(Path(items), columns, bad_rows)
     return tables_of(rows, checks, described, item_checks, untitled)
 
 
-def _read(path: Path) -> tuple[pl.DataFrame, int]:
+def _scan(path: Path) -> tuple[pl.LazyFrame, int]:
     """Return a table and the number of its first row in the file."""
     if path.suffix != ".parquet":
         names = path.name.removesuffix(".gz")
-        return read_text_table(path, "\t" if names.endswith((".tsv", ".txt")) else ","), 2
+        return scan_text_table(path, "\t" if names.endswith((".tsv", ".txt")) else ","), 2
     require_file(path, "check the path")
-    try:
-        return pl.read_parquet(path), 1
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); check it") from error
+    with readable(path):
+        table = pl.scan_parquet(path)
+        table.collect_schema()
+    return table, 1
 
 
-def _interactions(path: Path, columns: Mapping[str, str]) -> tuple[pl.DataFrame, RowChecks]:
-    table, first = _read(path)
+def _interactions(path: Path, columns: Mapping[str, str], bad_rows: float) -> tuple[pl.DataFrame, RowChecks]:
+    table, first = _scan(path)
+    schema = table.collect_schema()
     named = {name: columns.get(name, name) for name in ("user", "item", "timestamp", "rating")}
-    if "rating" not in columns and "rating" not in table.columns:
+    if "rating" not in columns and "rating" not in schema:
         del named["rating"]
-    when = named["timestamp"]
-    kind = table[when].dtype if when in table.columns else None
+    when, kind = pl.col(named["timestamp"]), schema.get(named["timestamp"])
+    moments = None
     if isinstance(kind, pl.Date | pl.Datetime):
-        table = table.with_columns(pl.col(when).cast(pl.Datetime("us")).dt.epoch("us"))
+        moments = when.cast(pl.Datetime("us")).dt.epoch("us")
     elif kind == pl.String:
-        table = table.with_columns(_moments(pl.col(when).str.strip_chars()))
-    return checked_interactions(table, path, named, first)
+        moments = _moments(when.str.strip_chars())
+    return checked_interactions(table, path, named, first, bad_rows, moments)
 
 
 def _moments(text: pl.Expr) -> pl.Expr:
@@ -89,14 +97,17 @@ def _moments(text: pl.Expr) -> pl.Expr:
     return pl.coalesce(text.cast(pl.Float64, strict=False), *moments)
 
 
-def _items(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Item], RowChecks, int]:
-    table, first = _read(path)
+def _items(path: Path, columns: Mapping[str, str], bad_rows: float) -> tuple[dict[str, Item], RowChecks, int]:
+    scanned, first = _scan(path)
+    schema = scanned.collect_schema()
     named = {name: columns.get(name, name) for name in ("item", "title", "description", "brand", "categories")}
     for meaning, column in named.items():
         if meaning in ("item", "title") or meaning in columns:
-            require_column(table, column, meaning, path)
-    table = table.with_columns(id_text(table, named["item"], path))
-    checks = RowChecks(str(path), rows=len(table))
+            require_column(schema, column, meaning, path)
+    needed = [column for column in dict.fromkeys(named.values()) if column in schema and column != named["item"]]
+    with readable(path):
+        table = scanned.select(id_text(schema, named["item"], path), *needed).collect(engine="streaming")
+    checks = RowChecks(str(path), bad_rows, rows=len(table))
     items: dict[str, Item] = {}
     untitled = 0
     for number, values in enumerate(table.iter_rows(named=True), start=first):

@@ -90,6 +90,12 @@ def test_titles_lose_html_and_nothing_else(text: str, clean: str) -> None:
     assert clean_title(text) == clean
 
 
+@given(st.text(alphabet=st.one_of(st.sampled_from(" \t\n\xa0\u2003\x1f\u200b"), st.characters()), max_size=30))
+def test_blanks_are_collapsed_as_python_splits(text: str) -> None:
+    text = text.replace("<", "").replace(">", "").replace("&", "")
+    assert clean_text(text) == " ".join(text.split())
+
+
 @given(st.text(max_size=60))
 def test_cleaning_any_text_ends_and_leaves_no_tags(text: str) -> None:
     cleaned = clean_text(text)
@@ -125,12 +131,25 @@ def test_single_bad_lines_are_counted_and_sampled(tmp_path: Path) -> None:
 
 
 def test_many_bad_lines_stop_the_run_early(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"R\.json\.gz: 1 of 1 rows cannot be used, the first is row 1 \(not an"):
+    with pytest.raises(InputError, match=r"R\.json\.gz: 1 of 1 rows .* row 1 \(not an object: 'oops'\)"):
         read(tmp_path, [b"oops"], [metadata("i", "Title")])
     with pytest.raises(InputError, match=r"10000 of 10000 rows cannot be used"):
         read(tmp_path, [b"oops"] * 25_000, [metadata("i", "Title")])
     with pytest.raises(InputError, match=r"M\.json\.gz: 2 of 2 rows cannot be used"):
         read(tmp_path, [review("u", "i")], [{"title": "x"}, {"title": "y"}])
+
+
+def test_a_larger_share_of_bad_lines_may_be_allowed(tmp_path: Path) -> None:
+    paths = (
+        write(tmp_path / "R.json.gz", [review("u", "i"), b"oops"]),
+        write(tmp_path / "M.json.gz", [metadata("i", "Title"), b"oops"]),
+    )
+    with pytest.raises(InputError, match=r"allow a larger share of bad rows than 0\.05"):
+        read_amazon(2018, *paths)
+    tables = read_amazon(2018, *paths, bad_rows=0.5)
+    assert [(Path(str(reject["file"])).name, reject["row"], reject["text"]) for reject in tables.rejects] == [
+        ("R.json.gz", 2, "oops"), ("M.json.gz", 2, "oops"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("which", ["R.json.gz", "M.json.gz"])

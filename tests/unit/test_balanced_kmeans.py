@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from data_processing.indexing.assignment import _compiled, assign_balanced
+from data_processing.indexing.assignment import assign_balanced
 from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, raise_crowded, size_bounds
 
 COSTS = st.tuples(st.integers(1, 24), st.integers(1, 6)).flatmap(
@@ -160,13 +159,3 @@ def test_crowded_clusters_get_dearer_and_empty_ones_cheaper() -> None:
 def test_vectors_that_cannot_be_clustered_are_refused(vectors: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         balanced_kmeans(vectors, 2)
-
-
-def test_it_compiles_where_machine_code_cannot_be_kept() -> None:
-    def double(number: int) -> int:
-        return 2 * number
-
-    double.__code__ = double.__code__.replace(co_filename="<no such file>")
-    with pytest.raises(RuntimeError, match="cannot cache"):
-        numba.njit(cache=True)(double)
-    assert _compiled(double)(21) == 42

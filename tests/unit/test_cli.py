@@ -21,7 +21,7 @@ def run(monkeypatch, capsys, *arguments):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "sft"], ["data", "rl"], ["index", "build"],
+    [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "mix"], ["data", "rl"], ["index", "build"],
      ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):
@@ -106,9 +106,11 @@ def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsy
     ("arguments", "message"),
     [
         (["index", "build", "--data", "nowhere"], "no such file"),
-        (["data", "sft", "--data", "nowhere"], "no such file"),
+        (["data", "mix", "--data", "nowhere"], "no such file"),
         (["data", "rl", "--data", "nowhere"], "no such file"),
-        (["data", "sft", "--rows", "seqrec"], "TASK=COUNT"),
+        (["data", "mix", "--rows", "seqrec"], "--rows 'seqrec': expected NAME=VALUE"),
+        (["data", "mix", "--rows", "seqrec=many"], "seqrec=40%"),
+        (["data", "tasks", "--rows", "reasoning=5"], "gream data mix"),
         (["data", "prepare", "--source", "amazon2018"], "--reviews"),
         (["data", "prepare", "--source", "recbole"], "--inter"),
         (["data", "prepare", "--source", "amazon2023", "--reviews", "r"], "--source amazon2023 needs --metadata FILE"),
@@ -145,13 +147,15 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(monkeypatch, capsys, am
 def test_histories_are_shortened_to_what_the_trainer_takes(monkeypatch, capsys, tmp_path):
     folder = make_data(tmp_path, users=40)
     model = make_tiny_model(tmp_path / "model", folder.read_index(folder.read_items()))
-    where = ["data", "sft", "--data", tmp_path, "--dataset", "small", "--rows", "seqrec=50"]
+    where = ["data", "mix", "--data", tmp_path, "--dataset", "small", "--rows", "seqrec=50"]
     status, out, err = run(monkeypatch, capsys, *where, "--tokenizer", model, "--longest", "60")
     assert status == 0, err
-    assert "tokens shortened" in out
-    assert "left out" in out
-    longest = next(line for line in out.splitlines() if "tokens longest" in line)
-    assert float(longest.split("│")[2]) <= 60
+    assert all(name in out for name in ("median", "longest", "shortened", "left out"))
+    report = json.loads((tmp_path / "small-mix.json").read_text())["tasks"]["seqrec"]
+    assert report["made"] == 50 - report["left out"] > 0
+    assert report["shortened"] > 0
+    assert report["longest"] <= 60
+    assert (tmp_path / "small-mix.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["../up", "a,b", "a=b", "with blank", ""])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_processing.sft.curriculum import RAMP, curriculum_order, ramp_quantile
+from data_processing.sft.curriculum import RAMP, curriculum_order, expected_shares, ramp_quantile
 
 sizes = st.integers(0, 400)
 
@@ -67,3 +67,14 @@ def test_the_quantile_inverts_the_integral_of_the_rate(share: float) -> None:
 
 def test_the_size_of_a_real_mix_takes_a_blink() -> None:
     assert len(curriculum_order([2_000_000], 500_000, seed=0)) == 2_500_000
+
+
+@pytest.mark.parametrize(("alignment", "reasoning"), [(9000, 3000), (3000, 6000), (5000, 0), (0, 50)])
+def test_the_expected_shares_are_those_of_the_file(alignment: int, reasoning: int) -> None:
+    places, shares = expected_shares(alignment, reasoning, points=3001)
+    assert places[-1] == pytest.approx(alignment + reasoning)
+    assert ((shares[1:] + shares[:-1]) / 2 * np.diff(places)).sum() == pytest.approx(reasoning, rel=0.01)
+    written = curriculum_order([alignment], reasoning, seed=0) >= alignment
+    parts = np.array_split(written, 10)
+    middles = np.cumsum([len(part) for part in parts]) - [len(part) / 2 for part in parts]
+    assert np.abs(np.interp(middles, places, shares) - [part.mean() for part in parts]).max() < 0.05

@@ -61,5 +61,5 @@ def test_a_folder_of_a_similar_name_is_suggested(tmp_path):
     (tmp_path / "quickstart").mkdir()
     with pytest.raises(InputError, match=r"did you mean .*/quickstart\? Else build it$"):
         read_json(tmp_path / "quickstrt" / "data" / "x.json", "build it")
-    with pytest.raises(InputError, match="no such file; build it$"):
+    with pytest.raises(InputError, match=r"no such file; build it$"):
         read_json(tmp_path / "elsewhere" / "x.json", "build it")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_processing.interactions import deduplicate, k_core, prepare, sequences, sort_ids, statistics
+from data_processing.interactions import deduplicate, k_core, ordered, prepare, sequences, sort_ids, statistics
 from data_processing.layout import DataFolder, Item
 from data_processing.sources.tables import SourceTables, interactions_frame, items_frame
 from gream_verl.files import InputError, read_json
@@ -58,6 +60,14 @@ def test_sequences_are_in_time_order_and_ties_keep_the_order_of_the_file(rows: R
     assert list(by_user) == list(expected)
 
 
+@given(st.lists(st.tuples(st.sampled_from(["9", "10", "010", "x"]), st.text(max_size=2), st.integers(), st.none())))
+def test_ordered_is_by_user_then_time_then_place_in_the_table(rows: Rows) -> None:
+    rows = [row for row in rows if abs(row[2]) < 2**62]
+    users = sort_ids({row[0] for row in rows})
+    expected = sorted(rows, key=lambda row: (users.index(row[0]), row[2]))
+    assert ordered(interactions_frame(rows)).rows() == expected
+
+
 def test_ids_sort_as_numbers_only_where_all_are() -> None:
     assert sort_ids(["10", "9", "1"]) == ["1", "9", "10"]
     assert sort_ids(["10", "9", "a"]) == ["10", "9", "a"]
@@ -87,6 +97,21 @@ def test_prepare_writes_filtered_ordered_files_and_counts_what_it_dropped(tmp_pa
         "mean_length": 3.0,
         "longest": 3,
     }
+
+
+def test_rejects_lie_beside_the_report_and_go_when_there_are_none(tmp_path: Path) -> None:
+    rows: Rows = [("u", item, 1, None) for item in "abc"]
+    rejects = [{"file": "R.json", "row": row, "reason": "not an object", "text": "\u2028é"} for row in (3, 9)]
+    clean, folder = tables(rows), DataFolder(tmp_path, "D")
+    report = prepare(replace(clean, rejects=rejects), folder, core=1)
+    assert [json.loads(line) for line in folder.rejects.read_text(encoding="utf-8").split("\n")[:-1]] == rejects
+    assert report["rejects_file"] == "D.rejects.jsonl"
+    assert "rejects" not in read_json(folder.report)
+    assert prepare(clean, folder, core=1)["rejects_file"] is None
+    assert not folder.rejects.exists()
+    with pytest.raises(InputError, match="is left"):
+        prepare(replace(clean, rejects=rejects), folder, core=9)
+    assert folder.rejects.exists()
 
 
 def test_a_low_core_still_leaves_three_interactions_a_user(tmp_path: Path) -> None:

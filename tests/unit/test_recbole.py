@@ -64,6 +64,8 @@ def test_single_bad_rows_are_counted_and_sampled(tmp_path: Path) -> None:
     }
     assert [reject["row"] for reject in tables.rejects] == [102, 103, 104, 105, 106, 102]
     assert tables.items.filter(item="i5")["title"].to_list() == ["Title 5"]
+    with pytest.raises(InputError, match=r"d\.inter: 5 of 105 rows .* \(no user, item or timestamp: 'u.*yesterday"):
+        read_recbole(*paths, bad_rows=0.04)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,6 +59,47 @@ def test_single_bad_rows_are_counted_and_sampled(tmp_path: Path) -> None:
     assert [(reject["file"], reject["row"]) for reject in tables.rejects] == [
         (str(tmp_path / "i.csv"), 62), (str(tmp_path / "i.csv"), 63), (str(tmp_path / "m.csv"), 62),
     ]  # fmt: skip
+    assert [reject["text"] for reject in tables.rejects[:2]] == ["None\t1\t5", "u\t1\tsoon"]
+
+
+def test_the_share_of_bad_rows_that_stops_the_run_can_be_chosen(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n" + "u,1,5\n" * 2 + "u,1,soon\n" * 2000)
+    (tmp_path / "m.csv").write_text("item,title\n1,T\n1,Again\n")
+    paths = tmp_path / "i.csv", tmp_path / "m.csv"
+    with pytest.raises(InputError, match=r"i\.csv: 2000 of 2002 .* row 4 .*soon'\); .* a larger share .* than 0\.9$"):
+        read_table(*paths, bad_rows=0.9)
+    tables = read_table(*paths, bad_rows=1.0)
+    assert (len(tables.interactions), tables.report["interactions: no user, item or timestamp"]) == (2, 2000)
+    assert (len(tables.rejects), tables.rejects[999]["row"]) == (1001, 1003)
+
+
+def test_one_column_may_serve_twice(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n" + "u,1,5\n" * 30 + "u,1,x\n")
+    (tmp_path / "m.csv").write_text("item,title\n1,T\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.csv", {"rating": "timestamp"})
+    assert tables.interactions.rows()[0] == ("u", "1", 5, 5.0)
+    assert tables.rejects[0]["text"] == "u\t1\tx"
+
+
+def test_packed_tables_are_read_and_columns_without_use_may_be_odd(tmp_path: Path) -> None:
+    text = 'user,note,item,timestamp\nu,"two\nlines, quoted",1,5\nv,,2,6\n'
+    (tmp_path / "i.csv.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "m.tsv.gz").write_bytes(gzip.compress(b'item\ttitle\n1\tA "quoted\n2\tB\n'))
+    tables = read_table(tmp_path / "i.csv.gz", tmp_path / "m.tsv.gz")
+    assert tables.interactions.rows() == [("u", "1", 5, None), ("v", "2", 6, None)]
+    assert tables.items["title"].to_list() == ['A "quoted', "B"]
+
+
+def test_many_rows_keep_their_order_and_bad_ones_their_number(tmp_path: Path) -> None:
+    count, bad = 400_000, {7, 123_456, 399_999}
+    rows = (f"u{row},{row},{'x' if row in bad else row % 7}\n" for row in range(count))
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n" + "".join(rows))
+    (tmp_path / "m.csv").write_text("item,title\n1,T\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.csv")
+    assert tables.interactions["item"].cast(pl.String).cast(pl.Int64).to_list() == [
+        row for row in range(count) if row not in bad
+    ]
+    assert [reject["row"] for reject in tables.rejects] == [row + 2 for row in sorted(bad)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,99 @@
+"""Lengths of SFT rows in tokens, and histories short enough that a trainer cuts no row.
+
+What a trainer cuts off is the end, which holds the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_processing.sft.fields import LENGTH, Specs
+from data_processing.sft.tasks import Renderer, Row
+from data_processing.sft.texts import Ints
+from gream_verl.files import InputError
+
+BATCH = 1024
+"""Rows given to a tokenizer at once: what it returns takes a hundred times the memory of the text."""
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """How long a row may be.
+
+    Attributes:
+        count_tokens: Returns the tokens of whole rows, chat template included.
+        longest: The trainer's limit, ``cutoff_len``.
+    """
+
+    count_tokens: Callable[[Sequence[Row]], Sequence[int]]
+    longest: int
+
+    def fit(self, renderer: Renderer, kinds: Ints, specs: Specs) -> Ints:
+        """Shorten histories, in ``specs``, item by item from the oldest, until rows fit or one item is left.
+
+        A chain of a language model speaks of the history it was written for, so that one stays whole.
+
+        Args:
+            renderer: Turns specs to rows.
+            kinds: Number of the task of every row.
+            specs: The rows.
+
+        Returns:
+            The tokens of every row, ``[rows]``.
+        """
+        tokens = np.array(self.count_tokens(renderer.rows(kinds, specs)), np.int64)
+        fixed = renderer.history_fixed[kinds]
+        while len(long := np.flatnonzero((tokens > self.longest) & (specs[:, LENGTH] > 1) & ~fixed)):
+            specs[long, LENGTH] -= 1
+            tokens[long] = self.count_tokens(renderer.rows(kinds[long], specs[long]))
+        return tokens
+
+
+def token_counter(tokenizer: Any) -> Callable[[Sequence[Row]], list[int]]:
+    """Return a function that counts the tokens of rows as the trainer does, with the tokenizer's chat template.
+
+    Raises:
+        InputError: When the tokenizer is not a fast one.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: not a fast tokenizer; save it with tokenizer.json, and load that one"
+        )
+
+    def count_tokens(rows: Sequence[Row]) -> list[int]:
+        counts: list[int] = []
+        for start in range(0, len(rows), BATCH):
+            chats = [_chat(row) for row in rows[start : start + BATCH]]
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)
+            counts += map(len, backend.encode_batch_fast(texts, add_special_tokens=False))
+        return counts
+
+    return count_tokens
+
+
+def length_table(tokens: Ints, shortened: npt.NDArray[np.bool_], longest: int) -> dict[str, float]:
+    """Return the spread of the lengths of rows that fit, and how many rows were shortened or left out.
+
+    Args:
+        tokens: Tokens of every row.
+        shortened: Which rows lost the oldest part of their history.
+        longest: The limit.
+    """
+    fit = tokens <= longest
+    quantiles = np.quantile(tokens[fit], [0.5, 0.95, 1]) if fit.any() else np.zeros(3)
+    return {
+        **dict(zip(("median", "95%", "longest"), quantiles.tolist(), strict=True)),
+        "shortened": int((shortened & fit).sum()),
+        "left out": int((~fit).sum()),
+    }
+
+
+def _chat(row: Row) -> list[dict[str, str]]:
+    turns = [("system", row.system), ("user", row.user), ("assistant", row.assistant)]
+    return [{"role": role, "content": text} for role, text in turns if text]
