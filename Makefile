@@ -25,7 +25,7 @@ learning: env ## does SRPO improve on SFT? three seeds, with intervals (about an
 	@gream learning
 
 bench: env ## every benchmark, one after the other
-	@for script in benchmarks/*.py; do echo "== $$script"; python $$script || exit 1; done
+	@for script in $(filter-out %/data_tasks.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; python $$script || exit 1; done
 
 lock: env ## resolve environments/cpu/requirements.lock anew from pyproject.toml
 	environments/cpu/lock.sh

@@ -228,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps({"outcome": outcome, "seconds": seconds, "processor": processor, "peak": peak}))
     else:
         ingest(options.reviews, Console())
-        # The second section, task generation (benchmarks/data_tasks.py), comes here.
+        tasks = Path(__file__).with_name("data_tasks.py")
+        subprocess.run([sys.executable, tasks, "--interactions", str(options.reviews)], check=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import polars as pl
 import pytest
 from assets import make_tiny_model
 from small_data import make_data
@@ -21,7 +22,8 @@ def run(monkeypatch, capsys, *arguments):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "mix"], ["data", "rl"], ["index", "build"],
+    [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "enrich"], ["data", "prompts"],
+     ["data", "tasks"], ["data", "mix"], ["data", "rl"], ["data", "stats"], ["index", "build"],
      ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):
@@ -84,6 +86,93 @@ def test_raw_files_become_a_data_set(monkeypatch, capsys, amazon):
     assert status == 0
     assert "users" in out
     assert len(json.loads((amazon / "data" / "D.inter.json").read_text())) == 12
+
+
+def test_a_temporal_split_reaches_the_prompts_and_a_dry_run_writes_nothing(monkeypatch, capsys, amazon):
+    temporal = [*prepare(amazon), "--split", "temporal", "--test-share", "0.2", "--validation-share", "0.3"]
+    status, out, _ = run(monkeypatch, capsys, *temporal, "--dry-run")
+    assert status == 0
+    assert "split kind" in out
+    assert not (amazon / "data").exists()
+    assert run(monkeypatch, capsys, *temporal)[0] == 0
+    split = json.loads((amazon / "data/D.split.json").read_text())
+    assert split["users"]["u0"] == [8, None, None]
+    assert split["users"]["u11"] == [0, None, None]
+    status, _, err = run(monkeypatch, capsys, *temporal, "--test-share", "0.9")
+    assert status == 1
+    assert "leave no training" in err
+
+
+def test_reviews_are_kept_for_the_teacher_but_those_of_held_out_interactions(monkeypatch, capsys, amazon):
+    reviews = [
+        {
+            "reviewerID": f"u{user}",
+            "asin": f"i{item}",
+            "unixReviewTime": item,
+            "reviewText": f"Said by u{user} of {item}",
+        }
+        for user in range(12)
+        for item in range(8)
+    ]
+    write_gzip(amazon / "R.json.gz", reviews)
+    status, out, _ = run(monkeypatch, capsys, *prepare(amazon), "--review-texts", "3")
+    assert status == 0
+    assert "18 reviews of 6 items" in out
+    kept = pl.read_parquet(amazon / "data/D.reviews.parquet")
+    assert set(kept["item"]) == {f"i{item}" for item in range(6)}
+    status, _, err = run(monkeypatch, capsys, "data", "prepare", "--review-texts", "3")
+    assert status == 1
+    assert "--review-texts: does not go with --source movielens" in err
+
+
+def test_too_many_bad_rows_stop_the_run_unless_they_are_allowed(monkeypatch, capsys, amazon):
+    whole = gzip.decompress((amazon / "R.json.gz").read_bytes())
+    (amazon / "R.json.gz").write_bytes(gzip.compress(whole + b"{torn\n" * 10))
+    status, _, err = run(monkeypatch, capsys, *prepare(amazon))
+    assert status == 1
+    assert "the first is row 97 (not an object: '{torn')" in err
+    assert run(monkeypatch, capsys, *prepare(amazon), "--bad-rows", "0.2")[0] == 0
+    rejects = [json.loads(line) for line in (amazon / "data/D.rejects.jsonl").read_text().splitlines()]
+    assert [reject["row"] for reject in rejects] == list(range(97, 107))
+
+
+def test_the_prompts_of_the_teacher_are_written_and_an_estimate_asks_nobody(monkeypatch, capsys, amazon):
+    run(monkeypatch, capsys, *prepare(amazon))
+    status, out, _ = run(monkeypatch, capsys, "data", "prompts", amazon / "mine")
+    assert status == 0
+    assert (amazon / "mine/chain.txt").is_file()
+    where = ["--data", amazon / "data", "--dataset", "D", "--model", "m", "--endpoint", "http://127.0.0.1:9/v1"]
+    price = ["--price", "1/2", "--prompts", amazon / "mine"]
+    status, out, err = run(monkeypatch, capsys, "data", "enrich", "items", *where, *price, "--dry-run")
+    assert (status, err) == (0, "")
+    assert "questions" in out
+    assert not list((amazon / "data").glob("*teacher*"))
+    for wrong, said in (
+        (["--extra", "["], "--extra"),
+        (["--budget-money", "1"], "--price"),
+        (["--price", "1"], "0.15/0.60"),
+    ):
+        status, _, err = run(monkeypatch, capsys, "data", "enrich", "items", *where, *wrong)
+        assert status == 1
+        assert said in err
+
+
+def test_alignment_tasks_alone_go_to_a_file_of_their_own(monkeypatch, capsys, tmp_path):
+    make_data(tmp_path)
+    where = ["--data", tmp_path, "--dataset", "small"]
+    status, out, _ = run(
+        monkeypatch, capsys, "data", "tasks", *where, "--rows", "seqrec=50%", "--rows", "item2index=20"
+    )
+    assert status == 0
+    tasks = pl.read_parquet(tmp_path / "small-align.parquet")["task"].value_counts()
+    report = json.loads((tmp_path / "small-align.json").read_text())["tasks"]
+    assert dict(tasks.iter_rows()) == {"seqrec": round(report["seqrec"]["exist"] / 2), "item2index": 20}
+    assert "small-align" in json.loads((tmp_path / "dataset_info.json").read_text())
+    status, out, _ = run(monkeypatch, capsys, "data", "tasks", *where, "--dry-run")
+    assert all(task in out for task in ("historyreconstruction", "itemsearch", "preferenceobtain"))
+    run(monkeypatch, capsys, "data", "mix", *where, "--total", "40", "--rows", "seqrec=3", "--rows", "reasoning=1")
+    tasks = pl.read_parquet(tmp_path / "small-mix.parquet")["task"].value_counts()
+    assert dict(tasks.iter_rows()) == {"seqrec": 30, "reasoning": 10}
 
 
 def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsys, amazon):

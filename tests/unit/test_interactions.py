@@ -7,13 +7,24 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from data_processing.interactions import deduplicate, k_core, ordered, prepare, sequences, sort_ids, statistics
+from data_processing.interactions import (
+    TimeSplit,
+    deduplicate,
+    k_core,
+    ordered,
+    prepare,
+    sequences,
+    sort_ids,
+    statistics,
+    training_pairs,
+)
 from data_processing.layout import DataFolder, Item
 from data_processing.sources.tables import SourceTables, interactions_frame, items_frame
 from gream_verl.files import InputError, read_json
+from gream_verl.split import read_splits
 
 Rows = list[tuple[str, str, int, float | None]]
 interaction_rows = st.lists(
@@ -157,3 +168,80 @@ def test_statistics_of_a_known_set() -> None:
 def test_empty_tables_keep_their_types() -> None:
     assert interactions_frame([]).schema["timestamp"] == pl.Int64
     assert items_frame({}).schema["categories"] == pl.List(pl.String)
+
+
+long_rows = st.lists(
+    st.tuples(st.sampled_from("uvwxyz"), st.sampled_from("abcdefgh"), st.integers(0, 30), st.none()),
+    min_size=20,
+    max_size=80,
+)
+
+
+@given(rows=long_rows, shares=st.tuples(st.floats(0.05, 0.4), st.floats(0.05, 0.4)))
+def test_training_ends_before_what_a_temporal_split_holds_out_of_anybody(
+    tmp_path_factory: pytest.TempPathFactory, rows: Rows, shares: tuple[float, float]
+) -> None:
+    folder = DataFolder(tmp_path_factory.mktemp("data"), "D")
+    try:
+        report = prepare(tables(rows, "abcdefgh"), folder, core=1, split=TimeSplit(*shares))
+    except InputError:  # of no user both sides of a moment are known: see the next test
+        reject()
+    first = {}
+    for user, item, time, _ in rows:
+        first[user, item] = min(first.get((user, item), time), time)
+    by_user, split = folder.read_inter(), read_json(folder.split)
+    training = {(user, item) for user, part in folder.read_training().items() for item in part}
+    assert all((first[pair] < split["validation_from"]) == (pair in training) for pair in first)
+    assert len(training) == report["split"]["training_interactions"]
+    held_out = {"validation": 0, "test": 0}
+    for user, (_, validation, test) in read_splits(folder.inter, by_user).items():
+        if validation is not None:
+            assert split["validation_from"] <= first[user, by_user[user][validation]] < split["test_from"]
+        if test is not None:
+            assert first[user, by_user[user][test]] >= split["test_from"]
+        held_out["validation"] += validation is not None
+        held_out["test"] += test is not None
+    assert held_out == {part: report["split"][f"{part}_users"] for part in held_out}
+    assert set(training_pairs(folder).iter_rows()) == training
+
+
+def test_a_temporal_split_without_anybody_to_test_on_is_refused(tmp_path: Path) -> None:
+    rows: Rows = [(user, item, place, None) for place, user in enumerate("uvwxyz") for item in "abc"]
+    with pytest.raises(InputError, match=r"leaves 0 users for validation and 0 for the test: .* or leave-one-out"):
+        prepare(tables(rows, "abc"), DataFolder(tmp_path, "D"), core=1, split=TimeSplit(0.3, 0.3))
+    assert not list(tmp_path.glob("D.inter.json"))
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.1), (0.1, 0.0), (0.5, 0.5), (-0.1, 0.2), (float("nan"), 0.1)])
+def test_shares_that_leave_no_training_are_refused(shares: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="leave no training"):
+        TimeSplit(*shares)
+
+
+def test_the_file_of_a_temporal_split_goes_with_it(tmp_path: Path) -> None:
+    rows: Rows = [(user, item, number, None) for user in "uvw" for number, item in enumerate("abcdefgh")]
+    folder = DataFolder(tmp_path, "D")
+    report = prepare(tables(rows, "abcdefgh"), folder, core=1, split=TimeSplit(0.25, 0.25))
+    assert report["split"] == {
+        "kind": "temporal",
+        "validation_from": 4,
+        "test_from": 6,
+        "training_interactions": 12,
+        "validation_users": 3,
+        "test_users": 3,
+    }
+    assert folder.read_training()["u"] == list("abcd")
+    report = prepare(tables(rows, "abcdefgh"), folder, core=1)
+    assert report["split"] == {"kind": "leave-one-out"}
+    assert not folder.split.exists()
+    assert folder.read_training()["u"] == list("abcdef")
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
+    rows: Rows = [(user, item, number, None) for user in "uvw" for number, item in enumerate("abcd")]
+    rejects = [{"file": "r.json", "row": 3, "reason": "not an object", "text": "{"}]
+    source = replace(tables(rows, "abcd"), rejects=rejects)
+    folder = DataFolder(tmp_path / "data", "D")
+    report = prepare(source, folder, core=2, dry_run=True)
+    assert not folder.root.exists()
+    assert report == prepare(source, folder, core=2)
