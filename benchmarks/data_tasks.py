@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -43,6 +42,18 @@ INTERACTIONS, QUICK = 5_000_000, 200_000
 PLAIN_ROWS = 300_000
 """Rows that the plain pass makes: it keeps them all in memory."""
 ITEM_TASKS = ("item2index", "index2item", "itemfeatureobtain")
+GROUPS: dict[str, Mapping[str, Sequence[str]]] = {
+    "index2item": prompts.INDEX_TO_ITEM,
+    "itemfeatureobtain": prompts.FEATURES,
+    "fusionseqrec": prompts.FUSION,
+    "itemsearch": prompts.ITEM_SEARCH,
+    "historyreconstruction": prompts.RECONSTRUCTION,
+}
+KINDS = {
+    task: [(kind, template) for kind, templates in groups.items() for template in templates]
+    for task, groups in GROUPS.items()
+}
+"""Kind and text of every template."""
 
 
 class PlainCorpus:
@@ -74,12 +85,12 @@ class PlainCorpus:
     def _item_row(self, task: str, key: str, number: int) -> tuple[str, str]:
         item, sid = self.items[key], self.sid[key]
         if task == "item2index":
-            text = (item.title, title_and_description(item), telling_text(item))[number % 3]
+            text = item.title if number % 3 == 0 else (title_and_description, telling_text)[number % 3 - 1](item)
             return prompts.ITEM_TO_INDEX[number].format(text=text), sid
         if task == "index2item":
-            kind, template = pick(prompts.INDEX_TO_ITEM, number)
+            kind, template = KINDS[task][number]
             return template.format(sid=sid), item.title if kind == "title" else description(item)
-        kind, template = pick(prompts.FEATURES, number)
+        kind, template = KINDS[task][number]
         text = features(item)
         return template.format(sid=sid, text=text), text if kind == "features" else sid
 
@@ -87,21 +98,22 @@ class PlainCorpus:
         sids, sid = "".join(self.sid[item] for item in history), self.sid[target]
         if task == "seqrec":
             return TEMPLATES["direct"][number].format(history=sids), sid
-        if task == "fusionseqrec":
-            kind, template = pick(prompts.FUSION, number)
-            answers = {"title": self.items[target].title, "description": description(self.items[target]), "sid": sid}
-            return template.format(history=sids, titles=self.titles(history[-TITLES_SHOWN:])), answers[kind]
-        if task == "itemsearch":
-            _, template = pick(prompts.ITEM_SEARCH, number)
-            fields = {"query": features(self.items[target]), "preference": self.preference(history)}
-            return template.format(history=sids, **fields), sid
         if task == "preferenceobtain":
             return prompts.PREFERENCE[number].format(history=sids), self.preference(history)
-        if task == "historyreconstruction":
-            kind, template = pick(prompts.RECONSTRUCTION, number)
-            titles = self.titles(history)
-            return template.format(history=sids, titles=titles), titles if kind == "titles" else sids
-        return TEMPLATES["reasoning"][0].format(history=sids), self.teacher.chain(history, target)
+        if task == REASONING:
+            return TEMPLATES["reasoning"][0].format(history=sids), self.teacher.chain(history, target)
+        kind, template = KINDS[task][number]
+        if task == "fusionseqrec":
+            titles = self.titles(history[-TITLES_SHOWN:]) if "{titles}" in template else ""
+            item = self.items[target]
+            answer = sid if kind == "sid" else item.title if kind == "title" else description(item)
+            return template.format(history=sids, titles=titles), answer
+        if task == "itemsearch":
+            query = features(self.items[target]) if "{query}" in template else ""
+            preference = self.preference(history) if "{preference}" in template else ""
+            return template.format(history=sids, query=query, preference=preference), sid
+        titles = self.titles(history)  # the question or the answer has them
+        return template.format(history=sids, titles=titles), titles if kind == "titles" else sids
 
     def titles(self, history: Sequence[str]) -> str:
         """Return short titles with semicolons between."""
@@ -111,11 +123,6 @@ class PlainCorpus:
         """Return the traits that are most frequent in a history; the last title when there are none."""
         counts = Counter(name for item in history for name in self.teacher.traits[item])
         return ", ".join(name for name, _ in counts.most_common(3)) or short_title(self.items[history[-1]].title)
-
-
-def pick(groups: Mapping[str, Sequence[str]], number: int) -> tuple[str, str]:
-    """Return kind and text of template ``number`` of all groups in a row."""
-    return [(kind, template) for kind, templates in groups.items() for template in templates][number]
 
 
 def plain_specs(corpus: Corpus, task: str, specs: np.ndarray) -> list[list[int]]:
@@ -174,8 +181,9 @@ def ours(root: str, rows: int | None, name: str) -> dict[str, float]:
     mix.write_rows(Path(root, f"{name}.parquet"), corpus, plan)
     done = time.perf_counter()
     if rows:
-        parts = np.split(plan.specs, np.cumsum(plan.sizes)[:-1])
-        specs = {task: plain_specs(corpus, task, part) for task, part in zip(plan.tasks, parts, strict=True)}
+        specs = {
+            task: plain_specs(corpus, task, chosen.specs) for task, chosen in zip(plan.tasks, plan.chosen, strict=True)
+        }
         write_json(Path(root, "specs.json"), {"specs": specs, "order": plan.order.tolist()})
     return _measured(len(plan.order), prepare=prepared - start, plan=planned - prepared, write=done - planned)
 
@@ -199,9 +207,21 @@ def plain(root: str, name: str) -> dict[str, float]:
     return _measured(len(rows), prepare=prepared - start, write=time.perf_counter() - prepared)
 
 
+def same(root: str) -> bool:
+    """Return whether both sides wrote the same rows."""
+    made, expected = (pq.read_table(Path(root, f"{name}.parquet")) for name in ("ours", "plain"))
+    return bool(made.equals(expected))
+
+
+def peak_megabytes() -> float:
+    """Return the most memory this process ever held; `ru_maxrss` would count the one that started it too."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+
+
 def _measured(rows: int, **seconds: float) -> dict[str, float]:
     """Return what a side took; the memory is the most its process ever had, files read and all."""
-    return {"rows": rows, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **seconds}
+    return {"rows": rows, "megabytes": peak_megabytes(), **seconds}
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -235,8 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         alone(ours, root, 900, "warm")  # compiles
         fast = show("ours", alone(ours, root, options.plain_rows, "ours"))
         slow = show("plain Python", alone(plain, root, "plain"))
-        tables = [pq.read_table(Path(root, f"{name}.parquet")) for name in ("ours", "plain")]
-        if not tables[0].equals(tables[1]):
+        if not alone(same, root):
             raise SystemExit("the rows differ")
         everything = alone(ours, root, None, "all")
         show("ours, tenth", alone(ours, root, everything["rows"] // 10, "tenth"))

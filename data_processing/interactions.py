@@ -33,13 +33,19 @@ def deduplicate(interactions: pl.DataFrame) -> pl.DataFrame:
     return interactions.filter(kept)
 
 
-def k_core(interactions: pl.DataFrame, core: int) -> pl.DataFrame:
-    """Drop users and items with fewer than ``core`` interactions until none is left; row order is kept."""
+def k_core(interactions: pl.DataFrame, core: int, shortest: int = 1) -> pl.DataFrame:
+    """Drop users and items with fewer than ``core`` interactions until none is left; row order is kept.
+
+    Args:
+        interactions: Columns user and item.
+        core: Least interactions of a user and of an item.
+        shortest: Least interactions of a user, when that is more.
+    """
     users, items = (interactions[column].to_physical().to_numpy() for column in ("user", "item"))
     rows = np.arange(len(interactions))
     while True:
         user, item = users[rows], items[rows]
-        enough = (np.bincount(user)[user] >= core) & (np.bincount(item)[item] >= core)
+        enough = (np.bincount(user)[user] >= max(core, shortest)) & (np.bincount(item)[item] >= core)
         if enough.all():
             return interactions[rows]
         rows = rows[enough]
@@ -101,7 +107,7 @@ def split_by_time(interactions: pl.DataFrame, shares: TimeSplit) -> dict[str, An
     """
     times = np.sort(interactions["timestamp"].to_numpy())
     held_out = len(times) * np.array([1 - shares.validation - shares.test, 1 - shares.test])
-    validation_from, test_from = times[held_out.astype(int)].tolist()
+    validation_from, test_from = times[np.minimum(np.rint(held_out).astype(int), len(times) - 1)].tolist()
     grouped = interactions.group_by("user", maintain_order=True).agg("timestamp").cast({"user": pl.String})
     users = {user: by_time(taken, validation_from, test_from) for user, taken in grouped.iter_rows()}
     made = {
@@ -179,7 +185,7 @@ def prepare(
     titled = tables.items.select(pl.col("item").cast(tables.interactions["item"].dtype))
     known = tables.interactions.join(titled, on="item", how="semi", maintain_order="left")
     unique = deduplicate(known)
-    kept = k_core(unique, core).filter(pl.len().over("user") >= shortest)
+    kept = k_core(unique, core, shortest)
     if kept.is_empty():
         raise InputError(
             f"{folder.name}: none of {len(tables.interactions)} interactions is left ({len(known)} are of an item with "
@@ -195,7 +201,7 @@ def prepare(
             "interactions with an item that has no title": len(tables.interactions) - len(known),
             "repeated interactions": len(known) - len(unique),
             "interactions outside the core": len(unique) - len(kept),
-            "users with too few interactions": unique["user"].n_unique() - len(by_user),
+            "users outside the core": unique["user"].n_unique() - len(by_user),
             "items outside the core": len(tables.items) - kept["item"].n_unique(),
         },
         "core": core,
@@ -203,11 +209,14 @@ def prepare(
         "rejects_file": folder.rejects.name if tables.rejects else None,
     }
     if not dry_run:
+        if folder.reviews.is_file():
+            folder.reviews.unlink()  # some may be of interactions that are held out now
         _write_items(tables.items, kept, folder)
-        folder.split.unlink(missing_ok=True)
-        write_json(folder.inter, by_user)
-        if split:
+        if split:  # before the interactions: should the run be killed between, they do not go together, and that shows
             write_json(folder.split, parts)
+        write_json(folder.inter, by_user)
+        if not split:
+            folder.split.unlink(missing_ok=True)
         write_json(folder.report, report, indent=1)
     return report
 

@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 from gream_verl.files import InputError, read_json
 from gream_verl.next_item import Mode
 from gream_verl.semantic_ids import ItemIndex
-from gream_verl.split import HELD_OUT, split_file, training_parts
+from gream_verl.split import split_file, training_parts
 
 USER_TEXTS = "user_explicit_preference"
+SEARCHES = "user_vague_intention"
+SEARCHED = "searched_item"
+"""Keys of :attr:`DataFolder.user_texts`; the last is ours, and says which item the searches of a user are for."""
 CHAINS = pa.schema(
     [
         ("user", pa.string()),
@@ -162,7 +165,7 @@ class DataFolder:
 
     @property
     def val(self) -> Path:
-        """Validation prompts: the second last interaction of every user."""
+        """Validation prompts: what the split holds out of every user for it."""
         return self.root / f"{self.name}-val.parquet"
 
     def rl_of(self, mode: Mode) -> Path:
@@ -175,7 +178,7 @@ class DataFolder:
 
     @property
     def test(self) -> Path:
-        """Test prompts: the last interaction of every user."""
+        """Test prompts, likewise."""
         return self.root / f"{self.name}-test.parquet"
 
     @property
@@ -230,34 +233,48 @@ class DataFolder:
         """Return what training may see of every user's items, in time order: see :mod:`gream_verl.split`."""
         return training_parts(self.inter, self.read_inter(items))
 
-    def read_user_texts(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    def read_user_texts(
+        self, training: Mapping[str, Sequence[str]]
+    ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         """Return the preferences of users, and their searches for their last training item; nothing without a file.
 
+        Args:
+            training: What :meth:`read_training` gave.
+
         Raises:
-            InputError: When :attr:`user_texts` is malformed.
+            InputError: When :attr:`user_texts` is malformed, or was written for other training parts.
         """
         raw = read_json(self.user_texts) if self.user_texts.is_file() else {}
         if not isinstance(raw, dict) or USER_TEXTS not in raw:  # a data set may have another file of that name
             return {}, {}
         try:
-            texts = raw[USER_TEXTS], raw.get("user_vague_intention", {}).get("train", {})
+            texts = raw[USER_TEXTS], raw.get(SEARCHES, {}).get("train", {})
             preferences, queries = ({user: _texts(value) for user, value in part.items()} for part in texts)
+            for user, item in raw.get(SEARCHED, {}).items():
+                if list(training.get(user, ()))[-1:] != [item]:
+                    raise InputError(
+                        f"{self.user_texts}: user {user!r}: was written when the last item for training was {item!r}; "
+                        "write it anew with `gream data enrich users`, or remove it"
+                    )
         except (AttributeError, TypeError) as error:
             raise InputError(
-                f"{self.user_texts}: expected {{{USER_TEXTS!r}: {{user: [text, ...]}}, 'user_vague_intention': "
-                "{'train': {user: [text, ...]}}}; write it anew with `gream data enrich users`"
+                f"{self.user_texts}: expected {{{USER_TEXTS!r}: {{user: [text, ...]}}, {SEARCHES!r}: "
+                "{'train': {user: [text, ...]}}; write it anew with `gream data enrich users`"
             ) from error
         return preferences, queries
 
-    def read_chains(self, sequences: Mapping[str, Sequence[str]], index: ItemIndex) -> dict[tuple[str, int], str]:
+    def read_chains(
+        self, training: Mapping[str, Sequence[str]], index: ItemIndex, history: int
+    ) -> dict[tuple[str, int], str]:
         """Return the responses in :attr:`chains` by user and position of the target; nothing without a file.
 
         Args:
-            sequences: What :meth:`read_inter` gave.
+            training: What :meth:`read_training` gave.
             index: Semantic IDs of the items.
+            history: Longest history of a prompt, in items: a chain speaks of the history that it was written for.
 
         Raises:
-            InputError: When the file is malformed, or was written for other sequences.
+            InputError: When the file is malformed, or was written for other training parts or another history.
         """
         if not self.chains.is_file():
             return {}
@@ -268,11 +285,16 @@ class DataFolder:
             rows = (row for batch in file.iter_batches(columns=CHAINS.names) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 user, position = row["user"], row["position"]
-                taken = sequences.get(user, [])
+                taken = training.get(user, ())
                 if position >= len(taken) or taken[position] != row["item"]:
                     raise InputError(
-                        f"{self.chains}: row {number}: user {user!r} has no item {row['item']!r} at {position} in "
-                        f"{self.inter.name}; {remedy}"
+                        f"{self.chains}: row {number}: user {user!r} has no item {row['item']!r} at {position} for "
+                        f"training; {remedy}"
+                    )
+                if row["history"] != min(position, history):
+                    raise InputError(
+                        f"{self.chains}: row {number}: was written for {row['history']} items, not for "
+                        f"{min(position, history)}; use the --history it was written with, or {remedy}"
                     )
                 chains[user, position] = (
                     f"<think>{row['evidence']} {row['preference']} {row['intent']}</think>"
@@ -312,11 +334,6 @@ def item_ids(sequence: Any, place: str) -> list[str]:
 def _texts(value: Any) -> list[str]:
     """Return the texts of a list, or of one text."""
     return [text for part in (value if isinstance(value, list) else [value]) if (text := item_text(part))]
-
-
-def training_part(sequence: Sequence[str]) -> Sequence[str]:
-    """Return what training may see of a user's items: all but the last two."""
-    return sequence[:-HELD_OUT]
 
 
 def _item(path: Path, item: str, fields: Any) -> Item:

@@ -12,12 +12,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from gream_verl.files import InputError
 from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
 
 console = Console()
+STOPPED = 130
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT)
 app = typer.Typer(
     help="Generative reasoning recommendation (GREAM) on stock verl, vLLM and LLaMA-Factory.\n\n"
@@ -80,7 +82,7 @@ class Mode(StrEnum):
 
 
 class Split(StrEnum):
-    """Prompts to evaluate on: the second last or the last interaction of every user."""
+    """Prompts to evaluate on: the interactions held out for validation or for the test."""
 
     val = "val"
     test = "test"
@@ -128,9 +130,10 @@ def main() -> None:
         if error.errno not in UNUSABLE_PLACE:
             raise
         _fail(f"{error.filename or 'the output folder'}: {error.strerror}; free some space or choose another folder")
-    except KeyboardInterrupt:
-        Console(stderr=True).print("gream: stopped; call it again to go on", style="red")
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code == STOPPED:  # what typer makes of Ctrl-C
+            Console(stderr=True).print("gream: stopped; call it again to go on", style="red")
+        raise
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -232,6 +235,8 @@ def prepare(
         if path is not None and path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another folder with --data")
     parts = TimeSplit(validation_share, test_share) if split is Holdout.temporal else None
+    if parts and source is Source.layout:
+        raise InputError("--split temporal does not go with --source layout, whose files hold no times")
     tables = _read_source(source, reviews, metadata, inter, item, column, data, bad_rows)
     _print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
     if review_texts and reviews and not dry_run:
@@ -369,7 +374,7 @@ def enrich(
     from data_processing.teacher.enrich import Enricher, describe
 
     settings = Settings(model, max_tokens, temperature, structure.value, rounds, read_extra(extra))
-    key = os.environ.get(key_variable, "")
+    key = os.environ.get(key_variable, "").strip()
     connection = Connection(tuple(endpoint), key_variable, key, concurrency, timeout, attempts)
     budget = Budget(budget_tokens, budget_money, Price.parse(price))
     enricher = Enricher(DataFolder(data, dataset), what.value, settings, prompts, limit, history, seed)
@@ -477,7 +482,7 @@ def _write_sft(
         output=output,
     )  # fmt: skip
     _print_rows("SFT rows" + (", not written" if dry_run else ""), report["tasks"], ("asked", "exist", "made"))
-    if limit and not dry_run:
+    if limit:
         _print_rows("Tokens of a row", report["tasks"], ("median", "95%", "longest", "shortened", "left out"))
     leaks = {kind: count for kind, count in report["leaks"].items() if kind != "rate"}
     if leaks:
@@ -697,7 +702,7 @@ def _print_dict(title: str, values: dict[str, Any]) -> None:
     """Print a dictionary as a table; nested ones with their keys joined."""
     table = Table(title=title, show_header=False, title_justify="left")
     for key, value in _flat(values):
-        table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+        table.add_row(escape(key), f"{value:,.4g}" if isinstance(value, float) else escape(str(value)))
     console.print(table)
 
 

@@ -23,11 +23,10 @@ from gream_verl.next_item import NO_TARGET, NextItemRows, drop_oldest
 from gream_verl.options import checked_options
 from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex, find_sids
-from gream_verl.split import training_parts
+from gream_verl.split import INTERACTIONS, training_parts
 from gream_verl.token_text import TokenText
 
 OPTIONS = "data.next_item"
-INTERACTIONS = ".inter.json"
 
 
 class NextItemOptions(BaseModel):

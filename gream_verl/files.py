@@ -112,6 +112,6 @@ def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> A
     """
     path = require_file(path, remedy)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); delete it and make it anew") from error

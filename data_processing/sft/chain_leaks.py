@@ -25,8 +25,6 @@ from gream_verl.semantic_ids import SID_TOKEN
 
 HASHES = 1 << 15
 """Trigrams are told apart by so many hashes: two that fall together only make more chains suspect."""
-BESIDE_LAST = {"last", "preference"}
-"""The words on both sides of the last title in a chain by rule."""
 
 
 class ChainLeaks:
@@ -66,30 +64,22 @@ class ChainLeaks:
         """Make the corpus over again in the words that titles are looked for in; every field ends in a space."""
         corpus, encoding = self._corpus, "utf-32-le"
         arena = Arena(encoding)
-        titles = [normal_words(title) for title in self._titles]
         words = copy.copy(corpus)
         words.trait_texts = np.concatenate([_add_words(arena, map(normal_words, corpus.trait_names)), EMPTY])
         words.numbers = _add_words(arena, map(str, range(len(corpus.numbers))))
-        words.short_titles = _add_words(arena, titles)
+        words.short_titles = _add_words(arena, map(normal_words, self._titles))
         self._words, self._arena = words, arena
         self._templates = Templates([_words_of(template) for template in chain_templates()[:-1]], encoding)
         forms = [sorted(title_forms(item.title)) for item in corpus.items]
         self._forms = np.cumsum([0, *map(len, forms)]), arena.add(form for both in forms for form in both)
-        # find_leak takes the titles of the history out first. The last one, which the chain names, goes as a whole
-        # unless a title holds one of the words beside it.
-        overlapping = np.array([not BESIDE_LAST.isdisjoint(title.split()) for title in titles])
-        self._overlapping = np.concatenate([[0], np.cumsum(overlapping[corpus.sequence])])
 
     def _suspects(self, specs: Specs) -> npt.NDArray[np.bool_]:
         """Return which chains by rule could be found guilty."""
         fields = WindowFields(self._words, specs)
-        target, start = specs[:, TARGET], specs[:, TARGET] - specs[:, LENGTH]
-        whole = self._overlapping[target] == self._overlapping[start]
-        fields.last = np.where(whole[:, None], EMPTY, fields.last)
         filled = self._templates.fill(fields.chain_form, fields)
         text, offsets = render(self._arena.characters, [(filled, np.arange(len(specs)))])
         starts, forms = self._forms
-        item = self._corpus.sequence[target]
+        item = self._corpus.sequence[specs[:, TARGET]]
         share = np.where(forms[:, 1] - forms[:, 0] >= FUZZY_LENGTH, SHARED_TRIGRAMS, 1)
         return _share_trigrams(text, offsets, starts[item], starts[item + 1], forms, share, self._arena.characters)
 

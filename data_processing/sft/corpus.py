@@ -14,12 +14,15 @@ import numpy as np
 
 from data_processing.layout import Item
 from data_processing.sft.texts import Arena, Ints, Slices, join
+from data_processing.sources.clean import cut_text
 from data_processing.teacher.rules import RuleTeacher, short_title
 from gream_verl.files import InputError
 from gream_verl.next_item import FIRST_REASONING_TARGET
 from gream_verl.semantic_ids import ItemIndex
 
 DESCRIPTION_WORDS = 40
+WORD_LETTERS = 8
+"""A text that has no spaces is cut as if its words were so long."""
 TELLING_WORDS = 8
 """A description of at least so many words can stand for an item without its title."""
 BETWEEN_TITLES = "; "
@@ -146,7 +149,7 @@ class Corpus:
 
 def description(item: Item) -> str:
     """Return description and categories, cut to a few dozen words; the title when there are neither."""
-    words = " ".join(item.description.split()[:DESCRIPTION_WORDS])
+    words = cut_text(" ".join(item.description.split()[:DESCRIPTION_WORDS]), DESCRIPTION_WORDS * WORD_LETTERS)
     return _sentences(words, ", ".join(item.categories)) or item.title
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from data_processing.sft.fields import LENGTH, Specs
 from data_processing.sft.tasks import Renderer, Row
@@ -44,9 +43,9 @@ class LengthLimit:
             specs: The rows.
 
         Returns:
-            The tokens of every row, ``[rows]``.
+            int32, the tokens of every row, ``[rows]``.
         """
-        tokens = np.array(self.count_tokens(renderer.rows(kinds, specs)), np.int64)
+        tokens = np.array(self.count_tokens(renderer.rows(kinds, specs)), np.int32)
         fixed = renderer.history_fixed[kinds]
         while len(long := np.flatnonzero((tokens > self.longest) & (specs[:, LENGTH] > 1) & ~fixed)):
             specs[long, LENGTH] -= 1
@@ -58,12 +57,16 @@ def token_counter(tokenizer: Any) -> Callable[[Sequence[Row]], list[int]]:
     """Return a function that counts the tokens of rows as the trainer does, with the tokenizer's chat template.
 
     Raises:
-        InputError: When the tokenizer is not a fast one.
+        InputError: When the tokenizer is not a fast one, or has no chat template.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError(
             f"{tokenizer.name_or_path}: not a fast tokenizer; save it with tokenizer.json, and load that one"
+        )
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{tokenizer.name_or_path}: has no chat template; give a tokenizer that has one, as chat models do"
         )
 
     def count_tokens(rows: Sequence[Row]) -> list[int]:
@@ -77,20 +80,19 @@ def token_counter(tokenizer: Any) -> Callable[[Sequence[Row]], list[int]]:
     return count_tokens
 
 
-def length_table(tokens: Ints, shortened: npt.NDArray[np.bool_], longest: int) -> dict[str, float]:
-    """Return the spread of the lengths of rows that fit, and how many rows were shortened or left out.
+def length_table(tokens: Ints, shortened: int, left_out: int) -> dict[str, float]:
+    """Return the spread of the lengths of rows, and how many of them were shortened and others left out.
 
     Args:
         tokens: Tokens of every row.
-        shortened: Which rows lost the oldest part of their history.
-        longest: The limit.
+        shortened: How many rows lost the oldest part of their history.
+        left_out: How many rows did not fit.
     """
-    fit = tokens <= longest
-    quantiles = np.quantile(tokens[fit], [0.5, 0.95, 1]) if fit.any() else np.zeros(3)
+    quantiles = np.quantile(tokens, [0.5, 0.95, 1]) if len(tokens) else np.zeros(3)
     return {
         **dict(zip(("median", "95%", "longest"), quantiles.tolist(), strict=True)),
-        "shortened": int((shortened & fit).sum()),
-        "left out": int((~fit).sum()),
+        "shortened": shortened,
+        "left out": left_out,
     }
 
 

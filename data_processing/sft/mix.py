@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from gream_verl.files import InputError, atomic_path, read_json, write_json
 
 CHUNK = 1 << 15
 """Rows that are put together at once; a row group of the file."""
+FEWEST = 1 << 10
+"""So many rows at least are looked at for one that fits."""
 SCHEMA = pa.schema(
     [
         ("conversations", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
@@ -69,14 +72,14 @@ def write_mix(
         total: Rows of the whole mix, which the tasks share by weight; None when ``rows`` says it.
         history: Longest history of a row, in items.
         block: Rows of one task that stay together, the size of a batch.
-        limit: Shortens histories to a number of tokens; none when None.
+        limit: Shortens histories to a number of tokens, or leaves a row out for another one; none when None.
         dry_run: Plan only, and write nothing.
         output: Another file than ``<D>-mix.parquet``, in the same folder.
 
     Returns:
-        ``tasks``: for each task the rows ``asked`` for, those that ``exist`` and those ``made``, at most that many;
-        with a limit also the spread of lengths in tokens, and the rows ``shortened`` and ``left out``. ``leaks``:
-        chains dropped because they named the target, by kind, and their rate.
+        ``tasks``: for each task the rows ``asked`` for, those that ``exist`` and those ``made``, fewer only when no
+        others can be had; with a limit also the spread of lengths in tokens, the rows ``shortened`` and those
+        ``left out`` for others. ``leaks``: chains dropped because they named the target, by kind, and their rate.
 
     Raises:
         InputError: When a task is unknown, nothing is to be written, or a file of the data set cannot be used.
@@ -87,27 +90,27 @@ def write_mix(
     exist = {task: TASKS[task].exist(corpus) for task in rows}
     asked = asked_rows(rows, exist, total)
     tasks = [task for task in TASKS if asked.get(task)]  # reasoning is the last
-    plan = plan_mix(corpus, {task: asked[task] for task in tasks}, seed=seed, block=block)
+    plan = plan_mix(corpus, {task: asked[task] for task in tasks}, seed=seed, block=block, limit=limit)
+    if limit and not len(plan.order) and any(chosen.left_out for chosen in plan.chosen):
+        raise InputError(f"{path}: no row has at most {limit.longest} tokens; allow longer ones")
     if not len(plan.order):
         raise InputError(f"{path}: no rows to write; ask for more rows or bring longer histories")
-    made, leaks = dict(zip(tasks, plan.sizes, strict=True)), plan.leaks.total()
-    report: dict[str, Any] = {
-        "tasks": {task: {"asked": asked[task], "exist": exist[task], "made": made[task]} for task in tasks},
-        "leaks": {**plan.leaks, "rate": leaks / max(made.get(REASONING, 0) + leaks, 1)},
-    }
+    report: dict[str, Any] = {"tasks": {}}
+    for task, chosen in zip(tasks, plan.chosen, strict=True):
+        counts = {"asked": asked[task], "exist": exist[task], "made": len(chosen.specs)}
+        report["tasks"][task] = counts | (
+            length_table(chosen.tokens, chosen.shortened, chosen.left_out) if limit else {}
+        )
+    leaks = sum((chosen.leaks for chosen in plan.chosen), Counter[str]())
+    thoughts = report["tasks"].get(REASONING, {"made": 0})["made"]
+    report["leaks"] = {**leaks, "rate": leaks.total() / max(thoughts + leaks.total(), 1)}
     if dry_run:
         return report
-    written = write_rows(path, corpus, plan, limit)
+    write_rows(path, corpus, plan)
     _register(folder, path)
-    fit = written.tokens <= (limit.longest if limit else 0)
-    if limit:
-        for kind, task in enumerate(tasks):
-            of_task = written.kinds == kind
-            table = length_table(written.tokens[of_task], written.shortened[of_task], limit.longest)
-            report["tasks"][task] |= {"made": int(fit[of_task].sum()), **table}
     write_json(path.with_suffix(".json"), report, indent=2)
-    reasoning = np.array([task == REASONING for task in tasks])[written.kinds[fit]]
-    lengths = (written.tokens[fit], limit.longest) if limit else None
+    reasoning = np.array([task == REASONING for task in tasks])[plan.kinds]
+    lengths = (np.concatenate([chosen.tokens for chosen in plan.chosen]), limit.longest) if limit else None
     draw_mix(path.with_suffix(".png"), reasoning, lengths)
     return report
 
@@ -126,10 +129,10 @@ def asked_rows(rows: Mapping[str, int | float], exist: Mapping[str, int], total:
         total: Rows of all tasks together.
 
     Raises:
-        InputError: When a number is negative, or a share more than 1.
+        InputError: When a number is negative or not finite, or a share more than 1.
     """
     for task, value in rows.items():
-        if value < 0 or (total is None and isinstance(value, float) and value > 1):
+        if not 0 <= value < math.inf or (total is None and isinstance(value, float) and value > 1):
             raise InputError(f"rows of {task}: {value} cannot be; give a count, or a share of what exists up to 100%")
     if total is None:
         return {task: round(n * exist[task]) if isinstance(n, float) else n for task, n in rows.items()}
@@ -138,12 +141,27 @@ def asked_rows(rows: Mapping[str, int | float], exist: Mapping[str, int], total:
 
 
 def draw(corpus: Corpus, task: str, count: int, seed: int) -> Specs:
-    """Draw the specs of one task; what other tasks draw does not change them.
-
-    For reasoning all that exist are drawn, so that chains that leak can be replaced.
-    """
+    """Draw the specs of one task; what other tasks draw does not change them."""
     generator = np.random.default_rng([seed, crc32(task.encode())])
-    return TASKS[task].draw(corpus, sys.maxsize if task == REASONING else count, generator)
+    return TASKS[task].draw(corpus, count, generator)
+
+
+class Chosen(NamedTuple):
+    """The rows of one task, before they are texts.
+
+    Attributes:
+        specs: The rows, ``[rows, 3]``.
+        tokens: int32, the tokens of every row, ``[rows]``; empty without a limit.
+        shortened: How many lost the oldest part of their history.
+        left_out: How many others were left out because they are too long.
+        leaks: How many others were left out because they name their target, by kind.
+    """
+
+    specs: Specs
+    tokens: Ints
+    shortened: int
+    left_out: int
+    leaks: Counter[str]
 
 
 class Plan(NamedTuple):
@@ -151,37 +169,69 @@ class Plan(NamedTuple):
 
     Attributes:
         tasks: Names of the tasks.
-        sizes: Rows of each.
-        specs: Those of one task after the other, ``[rows, 3]``.
-        order: Numbers of specs in the order of the file, ``[rows]``.
-        leaks: How many chains were dropped because they name their target, by kind.
+        chosen: Rows of each.
+        order: Numbers of rows in the order of the file, ``[rows]``; they count one task after the other.
     """
 
     tasks: list[str]
-    sizes: list[int]
-    specs: Specs
+    chosen: list[Chosen]
     order: Ints
-    leaks: Counter[str]
+
+    @property
+    def kinds(self) -> npt.NDArray[np.uint8]:
+        """Number of the task of every row, in the order of the file."""
+        sizes = [len(chosen.specs) for chosen in self.chosen]
+        return np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)[self.order]
 
 
-def plan_mix(corpus: Corpus, counts: Mapping[str, int], *, seed: int, block: int = 1) -> Plan:
-    """Draw the specs of all tasks, and their order.
+def plan_mix(
+    corpus: Corpus, counts: Mapping[str, int], *, seed: int, block: int = 1, limit: LengthLimit | None = None
+) -> Plan:
+    """Choose the rows of all tasks, and their order.
 
     Args:
         corpus: Where to draw from.
-        counts: Rows of each task, reasoning last; those that exist when there are fewer.
+        counts: Rows of each task, reasoning last; those that can be had when there are fewer.
         seed: Same seed, same plan.
         block: Rows of one task that stay together.
+        limit: Shortens histories; none when None.
     """
-    drawn = {task: draw(corpus, task, count, seed) for task, count in counts.items()}
-    leaks: Counter[str] = Counter()
-    if REASONING in drawn:
-        drawn[REASONING], leaks = _without_leaks(corpus, drawn[REASONING], counts[REASONING])
-    sizes = {task: len(specs) for task, specs in drawn.items()}
+    tasks = track(list(counts), description="SFT rows that fit", disable=limit is None)
+    chosen = [_choose(corpus, task, counts[task], seed, limit) for task in tasks]
+    sizes = {task: len(rows.specs) for task, rows in zip(counts, chosen, strict=True)}
     alignment = [size for task, size in sizes.items() if task != REASONING]
     order = curriculum_order(alignment, sizes.get(REASONING, 0), seed=seed, block=block)
-    specs = np.concatenate([np.zeros((0, 3), np.int32), *drawn.values()])
-    return Plan(list(drawn), list(sizes.values()), specs, order, leaks)
+    return Plan(list(counts), chosen, order)
+
+
+def _choose(corpus: Corpus, task: str, count: int, seed: int, limit: LengthLimit | None) -> Chosen:
+    """Choose the first ``count`` rows drawn that fit the limit and, shortened as they are, do not name their target."""
+    finder = ChainLeaks(corpus) if task == REASONING else None
+    chosen = Chosen(np.zeros((0, 3), np.int32), np.zeros(0, np.int32), 0, 0, Counter())
+    if not limit and not finder:
+        return chosen._replace(specs=draw(corpus, task, count, seed))
+    drawn = draw(corpus, task, sys.maxsize, seed)  # all, so that rows can be replaced
+    renderer, specs, tokens, made, start = Renderer(corpus, [task]), [chosen.specs], [chosen.tokens], 0, 0
+    while made < count and start < len(drawn):
+        part = drawn[start : start + min(max(count - made, FEWEST), CHUNK)]
+        asked, kinds = part[:, LENGTH].copy(), np.zeros(len(part), np.int32)
+        lengths = limit.fit(renderer, kinds, part) if limit else kinds
+        fits = lengths <= (limit.longest if limit else 0)
+        leaks = np.full(len(part), None, object)
+        if finder:
+            leaks[fits] = finder.find(part[fits])
+        good = fits & (leaks == None)  # noqa: E711 - for each
+        seen = slice(int(np.searchsorted(np.cumsum(good), count - made)) + 1)  # no further than is needed
+        good = good[seen]
+        specs.append(part[seen][good])
+        tokens.append(lengths[seen][good])
+        chosen = chosen._replace(
+            shortened=chosen.shortened + int((part[seen][:, LENGTH] < asked[seen])[good].sum()),
+            left_out=chosen.left_out + int((~fits[seen]).sum()),
+            leaks=chosen.leaks + Counter(filter(None, leaks[seen])),
+        )
+        made, start = made + len(specs[-1]), start + len(part)
+    return chosen._replace(specs=np.concatenate(specs), tokens=np.concatenate(tokens) if limit else chosen.tokens)
 
 
 def _check_names(rows: Mapping[str, int | float]) -> None:
@@ -196,78 +246,35 @@ def _read_corpus(folder: DataFolder, history: int) -> Corpus:
     items = folder.read_items()
     index = folder.read_index(items)
     training = folder.read_training(items)
-    preferences, queries = folder.read_user_texts()
-    chains = folder.read_chains(training, index)
+    preferences, queries = folder.read_user_texts(training)
+    chains = folder.read_chains(training, index, history)
     return Corpus(training, items, index, history, preferences=preferences, queries=queries, chains=chains)
 
 
-def _without_leaks(corpus: Corpus, specs: Specs, count: int) -> tuple[Specs, Counter[str]]:
-    """Keep the first ``count`` specs whose chains do not name their target; count the leaks among those looked at."""
-    finder, kept, leaks = ChainLeaks(corpus), 0, Counter[str]()
-    clean = np.zeros(len(specs), np.bool_)
-    start = 0
-    while kept < count and start < len(specs):
-        end = start + min(count - kept, CHUNK)
-        found = finder.find(specs[start:end])
-        clean[start:end] = [leak is None for leak in found]
-        leaks.update(filter(None, found))
-        kept += found.count(None)
-        start = end
-    return specs[clean], leaks
-
-
-class Written(NamedTuple):
-    """What was rendered, in the order of the file.
-
-    Attributes:
-        kinds: Number of the task of every row.
-        tokens: Tokens of every row, 0 without a limit. Those with more than the limit are not in the file.
-        shortened: Which rows lost the oldest part of their history.
-    """
-
-    kinds: npt.NDArray[np.uint8]
-    tokens: npt.NDArray[np.int32]
-    shortened: npt.NDArray[np.bool_]
-
-
-def write_rows(path: Path, corpus: Corpus, plan: Plan, limit: LengthLimit | None = None) -> Written:
+def write_rows(path: Path, corpus: Corpus, plan: Plan) -> None:
     """Write rows chunk by chunk; a row's text lives only while it is written.
 
     Args:
         path: The parquet file.
         corpus: Where the texts are.
         plan: The rows.
-        limit: Shortens histories; none when None.
-
-    Raises:
-        InputError: When no row is within the limit; an earlier file stays.
     """
-    renderer, rows = Renderer(corpus, plan.tasks), len(plan.order)
-    kinds = np.repeat(np.arange(len(plan.tasks), dtype=np.uint8), plan.sizes)[plan.order]
-    written = Written(kinds, np.zeros(rows, np.int32), np.zeros(rows, np.bool_))
+    renderer, kinds = Renderer(corpus, plan.tasks), plan.kinds
+    specs = np.concatenate([chosen.specs for chosen in plan.chosen])
     with (
         atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, SCHEMA, **WRITING) as writer,
         ThreadPoolExecutor(1) as background,  # one chunk is compressed while the next is rendered
     ):
         writing: Future[None] | None = None
-        for start in track(range(0, rows, CHUNK), description="SFT rows"):
+        for start in track(range(0, len(kinds), CHUNK), description="SFT rows"):
             part = slice(start, start + CHUNK)
-            kinds, chunk = written.kinds[part], plan.specs[plan.order[part]]
-            if limit:
-                asked = chunk[:, LENGTH].copy()
-                written.tokens[part] = tokens = limit.fit(renderer, kinds, chunk)
-                written.shortened[part] = chunk[:, LENGTH] < asked
-                kinds, chunk = kinds[tokens <= limit.longest], chunk[tokens <= limit.longest]
-            table = _table(renderer, kinds, chunk)
+            table = _table(renderer, kinds[part], specs[plan.order[part]])
             if writing:
                 writing.result()
             writing = background.submit(writer.write_table, table)
         if writing:
             writing.result()
-        if limit and written.tokens.min() > limit.longest:
-            raise InputError(f"{path}: no row has at most {limit.longest} tokens; allow longer ones")
-    return written
 
 
 def _table(renderer: Renderer, kinds: Ints, specs: Specs) -> pa.Table:

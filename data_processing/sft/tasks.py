@@ -2,7 +2,7 @@
 
 A task draws *specs*, small rows of integers, and its templates turn many specs to text at once. Drawing is vectorised
 and cheap, so that a mix of any size is planned in memory and written in chunks. Tasks over users see the training part
-of a sequence only: the last two interactions of a user, which validation and test hold out, are in no row.
+of a sequence only: what the split holds out for validation and test is in no row.
 """
 
 from __future__ import annotations

@@ -156,7 +156,10 @@ def string_array(text: npt.NDArray[np.uint8], offsets: Ints) -> pa.StringArray:
         InputError: When they are 2 GiB or more together.
     """
     if offsets[-1] >= 2**31:
-        raise InputError("rows of more than 100,000 letters: not usable for training; ask for shorter histories")
+        raise InputError(
+            f"{len(offsets) - 1} texts of {offsets[-1]} bytes together: too long to be trained on; ask for shorter "
+            "histories, or shorten titles and descriptions"
+        )
     buffers = [pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(text)]
     return pa.StringArray.from_buffers(len(offsets) - 1, *buffers)
 

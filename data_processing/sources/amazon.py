@@ -7,9 +7,7 @@ items without a title or without metadata; the metadata of 2014 are Python liter
 
 from __future__ import annotations
 
-import html
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ import msgspec
 import polars as pl
 
 from data_processing.layout import Item
+from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.json_lines import read_json_lines
 from data_processing.sources.tables import (
     BAD_ROWS,
@@ -30,6 +29,8 @@ from data_processing.sources.tables import (
     SourceTables,
     checked_interactions,
     collector_paused,
+    fill_item,
+    in_order,
     items_frame,
     scan_text_table,
 )
@@ -37,11 +38,6 @@ from data_processing.sources.tables import (
 CHUNK = 50_000
 TITLE_WORDS = 8
 LONGEST_CATEGORY = 60
-
-_TAG = re.compile(r"</?[A-Za-z!][^>]*(?:>|$)")
-_TAG_TAIL = re.compile(r'^[^<>]*"\s*/?>')
-_WORD = re.compile(r"[^\W_]")
-_SCRIPT = re.compile(r"getTime\(\)|function\s*\(|\bvar\s+\w+\s*=")
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,8 @@ def read_amazon(
         interactions, review_checks = _ratings(path, release, bad_rows)
     else:
         review_checks = RowChecks(str(reviews), bad_rows)
-        interactions = pl.concat([pl.DataFrame(schema=INTERACTIONS), *_reviews(path, release, review_checks)])
+        interactions = pl.concat(_reviews(path, release, review_checks))
+        interactions.replace_column(2, in_order(interactions["timestamp"]))
     wanted = set(interactions["item"].unique())
     items, counts = _name_items(_metadata(Path(metadata), release, item_checks, wanted, repeats := Counter[str]()))
     report = {
@@ -169,26 +166,6 @@ def read_amazon(
 def holds_ratings(path: Path) -> bool:
     """Return whether a file holds ratings rather than reviews, by its name."""
     return path.name.lower().endswith((".csv", ".csv.gz"))
-
-
-def clean_text(text: str) -> str:
-    """Return ``text`` without HTML: entities decoded, tags and pieces of tags removed, blanks collapsed.
-
-    >>> clean_text("Home &amp; <b>Garden</b>"), clean_text('<span class="a-size-medium"'), clean_text('" Books" />')
-    ('Home & Garden', '', '')
-    """
-    text = html.unescape(html.unescape(text))
-    if "<" in text or ">" in text:
-        text = _TAG.sub(" ", _TAG_TAIL.sub(" ", text))
-    if text.isprintable() and "  " not in text:  # the only blanks are single spaces: the same, faster
-        return text.strip(" ")
-    return " ".join(text.split())
-
-
-def clean_title(title: str) -> str:
-    """Return a title without HTML, "" when it holds no word or is a piece of a script."""
-    text = "" if _SCRIPT.search(title) else clean_text(title)
-    return text if _WORD.search(text) else ""
 
 
 def _reviews(path: Path, release: AmazonRelease, checks: RowChecks) -> Iterator[pl.DataFrame]:
@@ -220,7 +197,7 @@ def _frame(reviews: list[Review]) -> pl.DataFrame:
         "timestamp": pl.Series([review.timestamp for review in reviews], dtype=pl.Float64),
         "rating": pl.Series([review.rating for review in reviews], dtype=pl.Float64),
     }
-    return pl.DataFrame(columns).cast(INTERACTIONS)
+    return pl.DataFrame(columns).cast({name: INTERACTIONS[name] for name in ("user", "item")})
 
 
 def _ratings(path: Path, release: AmazonRelease, bad_rows: float) -> tuple[pl.DataFrame, RowChecks]:
@@ -252,7 +229,7 @@ def _metadata(
                 item = _item(line)
                 if line.item in items:
                     repeats[line.item] += 1
-                    item = _fill(items[line.item], item)
+                    item = fill_item(items[line.item], item)
                 items[line.item] = item
     return items
 
@@ -268,15 +245,6 @@ def _item(line: ItemLine) -> Item:
         clean_text(" ".join(_texts(line.description))),
         _clean_name(" ".join(_texts(line.brand))).removeprefix("by ").strip(),
         tuple(dict.fromkeys(name for name in names if 0 < len(name) <= LONGEST_CATEGORY)),
-    )
-
-
-def _fill(first: Item, later: Item) -> Item:
-    return Item(
-        first.title or later.title,
-        first.description or later.description,
-        first.brand or later.brand,
-        first.categories or later.categories,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from data_processing.layout import Item, category_names, item_ids, item_text
-from data_processing.sources.amazon import clean_text, clean_title
+from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.tables import INTERACTIONS, SourceTables, items_frame
 from gream_verl.files import InputError, read_json
 

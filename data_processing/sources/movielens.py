@@ -44,7 +44,7 @@ def read_movielens(cache: Path) -> SourceTables:
     if not (interactions.is_file() and items.is_file()):
         with tempfile.TemporaryDirectory() as folder:
             unpack(fetch_wheel(Path(folder)), cache)
-    return read_recbole(interactions, items, clean_title=readable_title)
+    return read_recbole(interactions, items, rewrite_title=readable_title)
 
 
 def fetch_wheel(folder: Path) -> Path:

@@ -10,16 +10,20 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from data_processing.layout import Item
+from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.tables import (
     BAD_ROWS,
+    REST,
     RowChecks,
     SourceTables,
     checked_interactions,
-    readable,
+    gather_items,
+    id_text,
     scan_text_table,
     tables_of,
 )
@@ -64,7 +68,7 @@ def read_recbole(
     items: str | os.PathLike[str],
     *,
     fields: RecboleFields | None = None,
-    clean_title: Callable[[str], str] = str.strip,
+    rewrite_title: Callable[[str], str] = str.strip,
     bad_rows: float = BAD_ROWS,
 ) -> SourceTables:
     """Read a ``.inter`` and a ``.item`` file.
@@ -73,31 +77,34 @@ def read_recbole(
         interactions: The ``.inter`` file.
         items: The ``.item`` file.
         fields: Names of the fields, when they are not the usual ones.
-        clean_title: Makes a title readable.
+        rewrite_title: Makes a title readable that has no HTML any more.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
 
     Returns:
-        The two tables; bad rows are counted and listed, items without a title too.
+        The two tables; bad rows are counted and listed, items without a title too. Texts lose HTML; where an item has
+        several rows, a later one fills the fields that earlier ones left empty.
 
     Raises:
         InputError: When a file is missing, lacks a field, or holds too many bad rows.
     """
     fields = fields or RecboleFields()
     interaction_rows, interaction_checks = _read_interactions(Path(interactions), fields, bad_rows)
-    item_rows, item_checks, untitled = _read_items(Path(items), fields, clean_title, bad_rows)
-    return tables_of(interaction_rows, interaction_checks, item_rows, item_checks, untitled)
+    described = _read_items(Path(items), fields, rewrite_title, bad_rows)
+    return tables_of(interaction_rows, interaction_checks, *described)
 
 
 def _scan_atomic(path: Path) -> tuple[pl.LazyFrame, dict[str, str]]:
     """Return the table with every field as text, and the type of every field."""
     require_file(path, "give the path of a RecBole atomic file")
     table = scan_text_table(path, "\t")
-    columns = table.collect_schema().names()
+    columns = [column for column in table.collect_schema().names() if column != REST]
     types = {}
     for column in columns:
         name, colon, kind = column.rpartition(":")
         if not colon or kind not in TYPES:
             raise InputError(f"{path}: header field {column!r}: expected name:type with a type of {', '.join(TYPES)}")
+        if name in types:
+            raise InputError(f"{path}: header field {name!r} is there twice; rename or remove one of the two")
         types[name] = kind
     if not types:
         raise InputError(f"{path}: is empty; expected a header such as user_id:token")
@@ -124,34 +131,28 @@ def _read_interactions(path: Path, fields: RecboleFields, bad_rows: float) -> tu
 
 
 def _read_items(
-    path: Path, fields: RecboleFields, clean_title: Callable[[str], str], bad_rows: float
-) -> tuple[dict[str, Item], RowChecks, int]:
-    """Return the items, the checks, and how many items had no title: that is dropped, but no fault of the row."""
-    scanned, types = _scan_atomic(path)
+    path: Path, fields: RecboleFields, rewrite_title: Callable[[str], str], bad_rows: float
+) -> tuple[dict[str, Item], RowChecks, dict[str, int]]:
+    table, types = _scan_atomic(path)
     key, title = _required(path, types, fields.item), _required(path, types, fields.title)
     optional = {
         name: _optional(types, getattr(fields, name)) for name in ("categories", "brand", "description", "year")
     }
     kind = types.get(optional["categories"] or "", "")
-    items: dict[str, Item] = {}
-    untitled = 0
-    needed = list(dict.fromkeys([key, title, *filter(None, optional.values())]))
-    with readable(path):
-        table = scanned.select(needed).collect(engine="streaming")
-    checks = RowChecks(str(path), bad_rows, rows=len(table))
-    for row, values in enumerate(table.iter_rows(named=True), start=FIRST_ROW):
-        cells = {name: (values[column] or "").strip() if column else "" for name, column in optional.items()}
-        item, text = (values[key] or "").strip(), clean_title(values[title] or "")
-        if not item or item in items:
-            checks.skip(row, "item listed before" if item else "no item id", "\t".join(map(str, values.values())))
-        elif not text:
-            untitled += 1
-        else:
-            released = f"Released in {cells['year']}." if cells["year"].isdigit() else ""
-            categories = _categories(cells["categories"], kind, fields.separator)
-            items[item] = Item(text, cells["description"] or released, cells["brand"], categories)
-    checks.finish("an item id in every row, each item once")
-    return items, checks, untitled
+
+    def described(row: dict[str, Any]) -> Item:
+        cells = {name: clean_text(row[column] or "") if column else "" for name, column in optional.items()}
+        released = f"Released in {cells['year']}." if cells["year"].isdigit() else ""
+        return Item(
+            rewrite_title(clean_title(row[title] or "")),
+            cells["description"] or released,
+            cells["brand"],
+            _categories(cells["categories"], kind, fields.separator),
+        )
+
+    others = [column for column in dict.fromkeys([title, *optional.values(), REST]) if column and column != key]
+    ids = id_text(table.collect_schema(), key, path)
+    return gather_items(table.select(ids, *others), path, FIRST_ROW, bad_rows, key, described)
 
 
 def _categories(cell: str, kind: str, separator: str) -> tuple[str, ...]:

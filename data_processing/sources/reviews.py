@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from data_processing.sources.amazon import CHUNK, RELEASES, AmazonRelease, Id, clean_text, holds_ratings, renamed
+from data_processing.sources.amazon import CHUNK, RELEASES, AmazonRelease, Id, holds_ratings, renamed
+from data_processing.sources.clean import clean_text, cut_text
 from data_processing.sources.json_lines import read_json_lines
 from data_processing.sources.tables import BAD_ROWS, INTERACTIONS, RowChecks
 from gream_verl.files import InputError
@@ -83,15 +84,6 @@ def read_review_texts(
             waiting = [_best(pl.concat(waiting), per_item)]
     found = _best(pl.concat(waiting), per_item).with_columns(pl.col("item").cast(pl.String))
     return found.sort("item", maintain_order=True).select("item", "text")
-
-
-def cut_text(text: str, letters: int) -> str:
-    """Return the beginning of a text, at most ``letters`` long, up to the end of a word.
-
-    >>> cut_text("one two three", 7), cut_text("one two three", 9), cut_text("onetwothree", 3)
-    ('one two', 'one two', 'one')
-    """
-    return text if len(text) <= letters else text[: letters + 1].rpartition(" ")[0] or text[:letters]
 
 
 def _chunks(path: Path, release: AmazonRelease, bad_rows: float) -> Iterator[list[Written]]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from data_processing.layout import Item
+from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.tables import (
     BAD_ROWS,
+    REST,
     RowChecks,
     SourceTables,
     checked_interactions,
+    gather_items,
     id_text,
     readable,
     require_column,
@@ -47,7 +51,8 @@ def read_table(
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
 
     Returns:
-        The two tables; bad rows are counted and listed, items without a title too.
+        The two tables; bad rows are counted and listed, items without a title too. Texts lose HTML; where an item has
+        several rows, a later one fills the fields that earlier ones left empty.
 
     Raises:
         InputError: When a file or a column is missing, or too many rows are bad.
@@ -57,8 +62,7 @@ def read_table(
     if unknown:
         raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NEEDED, *OPTIONAL))}")
     rows, checks = _interactions(Path(interactions), columns, bad_rows)
-    described, item_checks, untitled = _items(Path(items), columns, bad_rows)
-    return tables_of(rows, checks, described, item_checks, untitled)
+    return tables_of(rows, checks, *_items(Path(items), columns, bad_rows))
 
 
 def _scan(path: Path) -> tuple[pl.LazyFrame, int]:
@@ -80,56 +84,60 @@ def _interactions(path: Path, columns: Mapping[str, str], bad_rows: float) -> tu
     if "rating" not in columns and "rating" not in schema:
         del named["rating"]
     when, kind = pl.col(named["timestamp"]), schema.get(named["timestamp"])
-    moments = None
     if isinstance(kind, pl.Date | pl.Datetime):
-        moments = when.cast(pl.Datetime("us")).dt.epoch("us")
-    elif kind == pl.String:
-        moments = _moments(when.str.strip_chars())
-    return checked_interactions(table, path, named, first, bad_rows, moments)
+        table = table.with_columns(when.dt.epoch(getattr(kind, "time_unit", "us")))
+    dates = _dates(when.str.strip_chars()) if kind == pl.String else None
+    return checked_interactions(table, path, named, first, bad_rows, dates)
 
 
-def _moments(text: pl.Expr) -> pl.Expr:
-    """Return numbers as they are, and ISO 8601 dates as microseconds; null for anything else."""
+def _dates(text: pl.Expr) -> pl.Expr:
+    """Return ISO 8601 dates as microseconds; null for anything else."""
     zoned = text.str.replace(r" ?(Z|UTC)$", "+0000")
     dates = [text.str.to_datetime(form, strict=False, time_unit="us") for form in ISO]
     dates += [zoned.str.to_datetime(form, strict=False, time_unit="us") for form in ISO_ZONE]
-    moments = [date.dt.epoch("us").cast(pl.Float64) for date in dates]
-    return pl.coalesce(text.cast(pl.Float64, strict=False), *moments)
+    return pl.coalesce(date.dt.epoch("us") for date in dates)
 
 
-def _items(path: Path, columns: Mapping[str, str], bad_rows: float) -> tuple[dict[str, Item], RowChecks, int]:
-    scanned, first = _scan(path)
-    schema = scanned.collect_schema()
+def _items(
+    path: Path, columns: Mapping[str, str], bad_rows: float
+) -> tuple[dict[str, Item], RowChecks, dict[str, int]]:
+    table, first = _scan(path)
+    schema = table.collect_schema()
     named = {name: columns.get(name, name) for name in ("item", "title", "description", "brand", "categories")}
     for meaning, column in named.items():
         if meaning in ("item", "title") or meaning in columns:
             require_column(schema, column, meaning, path)
-    needed = [column for column in dict.fromkeys(named.values()) if column in schema and column != named["item"]]
-    with readable(path):
-        table = scanned.select(id_text(schema, named["item"], path), *needed).collect(engine="streaming")
-    checks = RowChecks(str(path), bad_rows, rows=len(table))
-    items: dict[str, Item] = {}
-    untitled = 0
-    for number, values in enumerate(table.iter_rows(named=True), start=first):
-        cells = {meaning: values.get(column) for meaning, column in named.items()}
-        key, title = cells["item"] or "", _text(cells["title"])
-        if not key or key in items:
-            checks.skip(number, "item listed before" if key else "no item id", str(values))
-        elif not title:
-            untitled += 1
-        else:
-            names = tuple(dict.fromkeys(_names(cells["categories"])))
-            items[key] = Item(title, _text(cells["description"]), _text(cells["brand"]), names)
-    checks.finish("an item id in every row, each item once")
-    return items, checks, untitled
+        if column in schema:
+            _require_text(schema[column], column, meaning, path)
+    key = named["item"]
+    others = [column for column in dict.fromkeys([*named.values(), REST]) if column in schema and column != key]
+
+    def described(row: dict[str, Any]) -> Item:
+        title, description, brand = (_text(row.get(named[name])) for name in ("title", "description", "brand"))
+        names = filter(None, map(clean_text, _names(row.get(named["categories"]))))
+        return Item(clean_title(title), clean_text(description), clean_text(brand), tuple(dict.fromkeys(names)))
+
+    return gather_items(table.select(id_text(schema, key, path), *others), path, first, bad_rows, key, described)
+
+
+def _require_text(kind: pl.DataType, column: str, meaning: str, path: Path) -> None:
+    """Raise InputError when a column is of a type that cannot be read as text, or as lists of text."""
+    inner = kind
+    while isinstance(inner, pl.List | pl.Array):
+        inner = inner.inner  # type: ignore[assignment]
+    if isinstance(inner, pl.Struct | pl.Binary | pl.Object):
+        raise InputError(f"{path}: column {column!r} for the {meaning}: expected text, got {kind}; name another column")
 
 
 def _names(cell: object) -> list[str]:
     """Flatten categories: a list, a list of paths, or text with ``|`` between."""
     if isinstance(cell, list):
         return [name for part in cell for name in _names(part)]
-    return [name for name in map(_text, _text(cell).split(SEPARATOR)) if name]
+    return _text(cell).split(SEPARATOR)
 
 
 def _text(cell: object) -> str:
-    return "" if cell is None else " ".join(str(cell).split())
+    """Return a cell as text: "" where there is nothing, the parts of a list one after the other."""
+    if isinstance(cell, list):
+        return " ".join(map(_text, cell))
+    return "" if cell is None or cell != cell else str(cell)  # NaN is not even itself

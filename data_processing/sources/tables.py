@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -32,6 +34,11 @@ CHECK_EVERY = 10_000
 REJECTS_KEPT = 1000
 LATEST_TIMESTAMP = 2**62
 NO_INTERACTION = "no user, item or timestamp"
+TOO_MANY = "too many fields"
+REST = " rest"
+"""Column of a text table for what a row has behind the last field of the header."""
+FRACTION = " fraction"
+"""Column that tells which times have a fraction."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,62 @@ def items_frame(items: Mapping[str, Item]) -> pl.DataFrame:
     )
 
 
+def fill_item(first: Item, later: Item) -> Item:
+    """Return ``first`` with the fields of ``later`` where its own are empty."""
+    return Item(
+        first.title or later.title,
+        first.description or later.description,
+        first.brand or later.brand,
+        first.categories or later.categories,
+    )
+
+
+def gather_items(
+    table: pl.LazyFrame,
+    path: Path,
+    first_row: int,
+    bad_rows: float,
+    key: str,
+    described: Callable[[dict[str, Any]], Item],
+) -> tuple[dict[str, Item], RowChecks, dict[str, int]]:
+    """Return the items of a table that have a title.
+
+    Args:
+        table: One row an item; where an item comes again, the later row fills the fields that are still empty.
+        path: Where it came from, for messages.
+        first_row: Number of the first row in the file.
+        bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
+        key: The column of ids.
+        described: Makes an item of a row.
+
+    Returns:
+        The items, what was found in the file, and counts of what else is no fault of a row.
+
+    Raises:
+        InputError: When the file cannot be read, or too many of its rows are bad.
+    """
+    with readable(path):
+        rows = table.collect(engine="streaming")
+    checks = RowChecks(str(path), bad_rows, rows=len(rows))
+    rows = rows.with_columns(whole_ids(rows[key]))
+    items: dict[str, Item] = {}
+    repeated = set()
+    for number, values in enumerate(rows.iter_rows(named=True), start=first_row):
+        item = values[key]
+        if not item or values.get(REST) is not None:
+            text = "\t".join(str(value) for value in values.values() if value is not None)
+            checks.skip(number, TOO_MANY if item else "no item id", text)
+        elif item in items:
+            repeated.add(item)
+            items[item] = fill_item(items[item], described(values))
+        else:
+            items[item] = described(values)
+    checks.finish("an item id in every row, and no more fields than in the header")
+    titled = {item: fields for item, fields in items.items() if fields.title}
+    counts = {"items without a title": len(items) - len(titled)}
+    return titled, checks, counts | ({"items with several rows": len(repeated)} if repeated else {})
+
+
 def interactions_frame(rows: Iterable[tuple[str, str, int, float | None]]) -> pl.DataFrame:
     """Return the interactions table of ``(user, item, timestamp, rating)`` rows."""
     return pl.DataFrame(list(rows), schema=INTERACTIONS, orient="row")
@@ -150,7 +213,7 @@ def tables_of(
     interaction_checks: RowChecks,
     items: Mapping[str, Item],
     item_checks: RowChecks,
-    untitled: int,
+    counts: Mapping[str, int],
 ) -> SourceTables:
     """Return the tables of a source that has a file of each, with a report of what was skipped.
 
@@ -159,13 +222,9 @@ def tables_of(
         interaction_checks: What was found in its file.
         items: Items with a title.
         item_checks: What was found in their file.
-        untitled: Number of items without a title.
+        counts: What else was counted in their file.
     """
-    report = {
-        "interaction rows": interaction_checks.rows,
-        "item rows": item_checks.rows,
-        "items without a title": untitled,
-    }
+    report = {"interaction rows": interaction_checks.rows, "item rows": item_checks.rows, **counts}
     for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
         report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}
     return SourceTables(interactions, items_frame(items), report, interaction_checks.rejects + item_checks.rejects)
@@ -173,6 +232,8 @@ def tables_of(
 
 def scan_text_table(path: Path, separator: str, columns: Sequence[str] = ()) -> pl.LazyFrame:
     """Return a table with every field as text; rows are read when it is collected, and only the columns needed.
+
+    A last column, :data:`REST`, is null but in rows with more fields than there are columns.
 
     Args:
         path: The file, gzip or plain.
@@ -184,22 +245,25 @@ def scan_text_table(path: Path, separator: str, columns: Sequence[str] = ()) -> 
     """
     require_file(path, "check the path")
     name = {"\t": "tabs", ",": "commas"}.get(separator, separator)
+    scan = partial(
+        pl.scan_csv,
+        path,
+        separator=separator,
+        has_header=not columns,
+        infer_schema=False,
+        quote_char=None if separator == "\t" else '"',
+        truncate_ragged_lines=True,
+        raise_if_empty=False,
+    )
     with readable(path):
-        table = pl.scan_csv(
-            path,
-            separator=separator,
-            has_header=not columns,
-            infer_schema=False,
-            quote_char=None if separator == "\t" else '"',
-            truncate_ragged_lines=True,
-            raise_if_empty=False,
-        )
-        found = table.collect_schema().names()
-    if not columns:
-        return table
-    if len(found) != len(columns):
+        found = scan().collect_schema().names()
+    if any("\ufffd" in field for field in found):
+        raise InputError(f"{path}: its first row is not UTF-8; save the table as UTF-8")
+    if columns and len(found) != len(columns):
         raise InputError(f"{path}: has {len(found)} columns; expected {', '.join(columns)} with {name} between")
-    return table.rename(dict(zip(found, columns, strict=True)))
+    if not found:
+        return scan()
+    return scan(schema=dict.fromkeys([*(columns or found), REST], pl.String), missing_columns="insert")
 
 
 @contextmanager
@@ -208,9 +272,19 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
-        kind = "a Parquet file" if path.suffix == ".parquet" else "a table in UTF-8"
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not {kind} ({reason}); check it, or download it again") from error
+        if path.suffix == ".parquet":
+            problem = f"not a Parquet file ({reason}); check it, or download it again"
+        elif "utf-8" in reason:
+            problem = f"not UTF-8 ({reason}); save the table as UTF-8"
+        elif reason.startswith(("could not parse", "CSV malformed")):
+            problem = (
+                f"a double quote is not closed, or stands inside a field ({reason}); put such a field in double "
+                "quotes and write each quote in it twice, or save the table with tabs (.tsv), where quotes are letters"
+            )
+        else:
+            problem = f"not a table ({reason}); check it, or download it again"
+        raise InputError(f"{path}: {problem}") from error
 
 
 def checked_interactions(
@@ -219,7 +293,7 @@ def checked_interactions(
     columns: Mapping[str, str],
     first_row: int,
     bad_rows: float,
-    timestamp: pl.Expr | None = None,
+    dates: pl.Expr | None = None,
 ) -> tuple[pl.DataFrame, RowChecks]:
     """Return the interactions of a table, without the rows that lack something.
 
@@ -229,7 +303,11 @@ def checked_interactions(
         columns: Name of the column of ``user``, ``item``, ``timestamp`` (a number) and, where there is one, ``rating``.
         first_row: Number of the first row in the file.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
-        timestamp: Makes a number of a timestamp that is none as it stands.
+        dates: Makes a whole number of a timestamp that is no number, or null.
+
+    Returns:
+        The interactions, and what was found in the file. Where a timestamp has a fraction, all are replaced by their
+        ranks, as only their order counts.
 
     Raises:
         InputError: When a column is missing or of no use, or too many rows are bad.
@@ -237,50 +315,88 @@ def checked_interactions(
     schema = table.collect_schema()
     for meaning, name in columns.items():
         require_column(schema, name, meaning, path)
-    if timestamp is None:
-        timestamp = _numbers(schema, columns["timestamp"], "timestamp", path)
-    rating = _numbers(schema, columns["rating"], "rating", path) if "rating" in columns else pl.lit(None, pl.Float64)
-    wanted = {"timestamp": _in_range(timestamp), "rating": _in_range(rating)}
+    dates = pl.lit(None, pl.Int64) if dates is None else dates
+    whole, number = _times(schema, columns["timestamp"], path)
+    fraction = number != number.floor()
+    moment = pl.coalesce(whole, pl.when(~fraction).then(number).cast(pl.Int64), dates)
+    rating = _number(schema, columns["rating"], "rating", path) if "rating" in columns else pl.lit(None, pl.Float64)
+    wanted = {"timestamp": moment, "rating": _in_range(rating)}
     wanted |= {name: id_text(schema, columns[name], path).replace("", None) for name in ("user", "item")}
-    complete = pl.all_horizontal(pl.col("user", "item", "timestamp").is_not_null())
+    rest = pl.col(REST) if REST in schema else pl.lit(None, pl.String)
+    incomplete = pl.any_horizontal(pl.col("user", "item", "timestamp").is_null())
     checks = RowChecks(str(path), bad_rows)
     with readable(path):
-        rows = table.select(wanted[name].cast(kind).alias(name) for name, kind in INTERACTIONS.items())
+        rows = table.select(
+            *(wanted[name].cast(kind).alias(name) for name, kind in INTERACTIONS.items()),
+            rest.is_not_null().alias(REST),
+            fraction.fill_null(False).alias(FRACTION),
+        )
         read = rows.collect(engine="streaming")
+        if read[FRACTION].any():
+            times = table.select(timestamp=pl.coalesce(number, dates.cast(pl.Float64))).collect(engine="streaming")
+            read = read.with_columns(in_order(times["timestamp"]))
         checks.rows = len(read)
-        bad = read.select((~complete).arg_true()).to_series()
+        bad = read.select((incomplete | pl.col(REST)).arg_true()).to_series()
         if len(bad):
             numbered = (
-                table.select(list(dict.fromkeys(columns.values())))
+                table.select(rest.alias(REST), *dict.fromkeys(columns.values()))
                 .with_row_index(" row")
                 .filter(pl.col(" row").is_in(bad.head(REJECTS_KEPT).implode()))
             )
-            for row, *values in numbered.collect(engine="streaming").iter_rows():
-                checks.skip(first_row + row, NO_INTERACTION, "\t".join(map(str, values)))
+            for row, more, *values in numbered.collect(engine="streaming").iter_rows():
+                values += [more] * (more is not None)
+                reason = NO_INTERACTION if more is None else TOO_MANY
+                checks.skip(first_row + row, reason, "\t".join(map(str, values)))
     if len(bad) > REJECTS_KEPT:
-        checks.skip(first_row + bad[REJECTS_KEPT], NO_INTERACTION, "", rows=len(bad) - REJECTS_KEPT)
-    checks.finish("a user, an item and a timestamp in every row")
-    return read.filter(complete), checks
+        too_many = int(read[REST].sum())
+        for reason, count in ((TOO_MANY, too_many), (NO_INTERACTION, len(bad) - too_many)):
+            if more := count - checks.skipped.get(reason, 0):
+                checks.skip(first_row + bad[REJECTS_KEPT], reason, "", rows=more)
+    checks.finish("a user, an item and a timestamp in every row, and no more fields than in the header")
+    good = read.filter(~(incomplete | pl.col(REST))).drop(REST, FRACTION)
+    return good.with_columns(whole_ids(good["user"]), whole_ids(good["item"])), checks
+
+
+def in_order(times: pl.Series) -> pl.Series:
+    """Return times as whole numbers in the same order: as they are or, where one has a fraction, their ranks."""
+    whole = bool((times == times.floor()).all())
+    return (times if whole else times.rank("dense")).cast(pl.Int64)
+
+
+def whole_ids(ids: pl.Series) -> pl.Series:
+    """Return ids as whole numbers if all are such as 12.0, as pandas writes whole numbers with gaps, to text too."""
+    names = ids.unique().drop_nulls().cast(pl.String)
+    if names.is_empty() or not names.str.contains(r"^-?\d+\.0$").all():
+        return ids
+    return ids.cast(pl.String).str.strip_suffix(".0").cast(ids.dtype)
 
 
 def require_column(columns: Iterable[str], name: str, meaning: str, path: Path) -> None:
     """Raise InputError when a table with ``columns`` has none called ``name``, which is to hold the ``meaning``."""
-    columns = list(columns)
+    columns = [column for column in columns if column != REST]
     if name not in columns:
         raise InputError(f"{path}: no column {name!r} for the {meaning} (there are {', '.join(columns)})")
 
 
-def _numbers(schema: pl.Schema, column: str, meaning: str, path: Path) -> pl.Expr:
+def _number(schema: pl.Schema, column: str, meaning: str, path: Path) -> pl.Expr:
     kind = schema[column]
-    if not (kind.is_numeric() or kind == pl.String):
+    if not (kind.is_numeric() or kind in (pl.String, pl.Null)):
         raise InputError(f"{path}: column {column!r} for the {meaning}: expected numbers, got {kind}")
     values = pl.col(column)
     return (values.str.strip_chars() if kind == pl.String else values).cast(pl.Float64, strict=False)
 
 
+def _times(schema: pl.Schema, column: str, path: Path) -> tuple[pl.Expr, pl.Expr]:
+    """Return times that are written as whole numbers, which may be too long for Float64, and any times as Float64."""
+    number = _in_range(_number(schema, column, "timestamp", path))
+    values = pl.col(column).str.strip_chars() if schema[column] == pl.String else pl.col(column)
+    exact = schema[column].is_integer() or schema[column] == pl.String
+    return _in_range(values.cast(pl.Int64, strict=False)) if exact else pl.lit(None, pl.Int64), number
+
+
 def _in_range(numbers: pl.Expr) -> pl.Expr:
     """Return null for what is no number that can be put in order."""
-    return pl.when(numbers.abs() < LATEST_TIMESTAMP).then(numbers)
+    return pl.when(numbers.is_between(-LATEST_TIMESTAMP, LATEST_TIMESTAMP, closed="none")).then(numbers)
 
 
 def id_text(schema: pl.Schema, column: str, path: Path) -> pl.Expr:
@@ -290,8 +406,9 @@ def id_text(schema: pl.Schema, column: str, path: Path) -> pl.Expr:
         InputError: When the column holds something else than text or numbers.
     """
     kind = schema[column]
-    if kind.is_float():  # whole numbers with gaps, as pandas writes them
-        return pl.col(column).cast(pl.Int64, strict=False).cast(pl.String)
+    if kind.is_float():  # whole numbers with gaps, as pandas writes them; any other is no id
+        numbers = pl.col(column)
+        return pl.when(numbers == numbers.floor()).then(numbers).cast(pl.Int64, strict=False).cast(pl.String)
     if kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum):
         return pl.col(column).cast(pl.String).str.strip_chars()
     if kind == pl.Null:

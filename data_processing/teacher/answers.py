@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -78,6 +78,21 @@ class Chain(_Answer):
 
 
 Form = TypeVar("Form", bound=_Answer)
+
+
+def json_schema(form: type[_Answer]) -> dict[str, Any]:
+    """Return the JSON schema of a form as a server is told it: without our docstrings, no part of a request."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, list):
+            return [bare(part) for part in value]
+        if not isinstance(value, dict):
+            return value
+        ours = {key for key in ("title", "description") if isinstance(value.get(key), str)}
+        return {key: bare(part) for key, part in value.items() if key not in ours}
+
+    schema: dict[str, Any] = bare(form.model_json_schema())
+    return schema
 
 
 def read_answer(text: str, finish: str, form: type[Form]) -> Form:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from rich.console import Console
@@ -23,6 +25,8 @@ from gream_verl.files import InputError
 Structure = Literal["json_schema", "json_object", "none"]
 FAILURES_IN_A_ROW = 20
 """So many requests without an answer, and none with one between, end the run."""
+OURS = {"max_completion_tokens", "max_tokens", "messages", "model", "n", "response_format", "stream", "temperature"}
+"""Fields of a request that the store or the budget counts on."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,12 @@ class Result:
         subject: What it was about.
         data: The answer's data, None when no answer could be used.
         faults: Kind of every answer that could not be used, in order.
-        asked: Whether the first round was answered.
         open: Whether a round is still to be answered.
     """
 
     subject: Any
     data: Any = None
     faults: list[str] = field(default_factory=list)
-    asked: bool = False
     open: bool = False
 
 
@@ -109,7 +111,6 @@ async def converse(
         except UnansweredError:
             result.open = True
             return result
-        result.asked = True
         try:
             result.data = question.read(answer.text, answer.finish)
             return result
@@ -179,14 +180,15 @@ def estimate(questions: Questions, settings: Settings, store: Container[str], bu
         if request_key(request) in store:
             answered += 1
         else:
-            prompt += budget.prompt_estimate(message_bytes(question.messages), len(question.messages))
+            prompt += budget.prompt_estimate(request_bytes(request))
     most = (len(questions) - answered) * settings.max_tokens
     return Estimate(len(questions), answered, round(prompt), most, budget.price.of(prompt, most))
 
 
-def message_bytes(messages: Messages) -> int:
-    """Return the bytes of a conversation's texts."""
-    return sum(len(message["content"].encode()) for message in messages)
+def request_bytes(request: Mapping[str, Any]) -> int:
+    """Return the bytes of what a model reads of a request: the conversation and the form of the answer."""
+    form = json.dumps(request.get("response_format", ""))
+    return len(form) + sum(len(message["content"].encode()) for message in request["messages"])
 
 
 @dataclass
@@ -237,6 +239,7 @@ class Asker:
         self._teacher = teacher
         self._under_way: dict[str, asyncio.Task[Answer]] = {}
         self._in_a_row = 0
+        self._known = 0
         self.asked = Asked(retried=teacher.retried)
 
     async def run(self, console: Console) -> Asked:
@@ -270,42 +273,54 @@ class Asker:
 
     async def _answer(self, question: Question) -> None:
         try:
-            await converse(question, self._ask, self._again, self._settings.rounds)
+            ask = partial(self._ask, str(question.subject))
+            await converse(question, ask, self._again, self._settings.rounds)
         except BudgetSpentError:
             self.asked.budget_spent = True
         except RefusedError as error:
-            self.asked.refused[str(error)] += 1
-            self._fail(f"the server refuses them: {error}")
-        except FailedError as error:
+            self._refuse(str(error))
+        except FailedError:
             self.asked.failed += 1
-            self._fail(f"the last reason was {error}")
+
+    def _refuse(self, reason: str) -> None:
+        """Count a refusal; when the server has refused all it was ever asked, the options are at fault."""
+        self.asked.refused[re.sub(r"\d+", "#", reason)] += 1
+        if not self._known and not self.asked.answers and self.asked.refused.total() >= FAILURES_IN_A_ROW:
+            raise InputError(
+                f"the server refused all of the first {FAILURES_IN_A_ROW} requests: {reason}; change the options (a "
+                "server that knows no JSON schemas takes --structure none) and call again"
+            )
 
     def _fail(self, reason: str) -> None:
         self._in_a_row += 1
         if self._in_a_row >= FAILURES_IN_A_ROW:
             raise InputError(
-                f"{self._in_a_row} requests in a row were not answered; {reason}. Check the server and the options, "
-                "and call again: what was answered is kept"
+                f"{self._in_a_row} requests in a row were not answered, the last for this reason: {reason}. Check the "
+                "server and the options, and call again: what was answered is kept"
             )
 
-    async def _ask(self, messages: Messages) -> Answer:
+    async def _ask(self, about: str, messages: Messages) -> Answer:
         request = self._settings.request(messages, self._questions.form)
         key = request_key(request)
         if (answer := self._store.get(key)) is not None:
+            self._known += 1
             return answer
         if key not in self._under_way:  # two questions may be one request
-            self._under_way[key] = asyncio.create_task(self._fetch(key, request))
-        try:
-            return await self._under_way[key]
-        finally:
-            self._under_way.pop(key, None)
+            task = self._under_way[key] = asyncio.create_task(self._fetch(about, key, request))
+            task.add_done_callback(lambda _: self._under_way.pop(key))
+        return await self._under_way[key]
 
-    async def _fetch(self, key: str, request: dict[str, Any]) -> Answer:
-        size = message_bytes(request["messages"])
+    async def _fetch(self, about: str, key: str, request: dict[str, Any]) -> Answer:
+        size = request_bytes(request)
         async with self._budget.reserve(size, self._settings.max_tokens):
-            answer = await self._teacher.ask(request)
+            try:
+                answer = await self._teacher.ask(request)
+            except FailedError as error:
+                self._fail(str(error))
+                raise
             self._budget.add(size, answer.prompt_tokens, answer.completion_tokens)
-        self._store.put(key, self._settings.model, answer)
+            cost = self._budget.price.of(answer.prompt_tokens, answer.completion_tokens)
+            self._store.put(key, self._settings.model, answer, cost, about)
         self.asked.answers += 1
         self._in_a_row = 0
         return answer
@@ -329,4 +344,6 @@ def read_extra(text: str | None) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise InputError(f'--extra {text!r}: expected a JSON object, such as {{"top_p": 0.9}}')
+    if ours := sorted(OURS.intersection(value)):
+        raise InputError(f"--extra: {ours[0]} cannot be set there; use its own option, or leave it out")
     return value

@@ -12,8 +12,6 @@ from gream_verl.files import InputError
 TOKENS_A_BYTE = 0.35
 """Tokens of a byte of prompt before any was counted by the server: a little more than English text has."""
 MARGIN = 1.1
-TURN_TOKENS = 8
-"""Tokens that a chat template puts around a message."""
 
 
 class BudgetSpentError(Exception):
@@ -64,6 +62,7 @@ class Budget:
         price: What tokens cost.
         prompt_tokens: Tokens of the prompts that were answered, in earlier runs too.
         completion_tokens: Tokens of the answers, likewise.
+        cost: What all of it has cost, in money.
     """
 
     tokens: int | None = None
@@ -71,34 +70,27 @@ class Budget:
     price: Price = field(default_factory=Price)
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float = 0.0
     _begun: int = 0
     _begun_prompt: float = 0.0
     _begun_completion: float = 0.0
-    _counted_bytes: int = 0
-    _counted_tokens: int = 0
+    _most_a_byte: float = 0.0
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         if self.money is not None and not (self.price.prompt or self.price.completion):
             raise InputError("a budget in money needs a price: --price PROMPT/COMPLETION for a million tokens of each")
 
-    def prompt_estimate(self, size: int, turns: int = 2) -> float:
-        """Return how many tokens a prompt of ``size`` bytes may have."""
-        if self._counted_bytes:
-            return MARGIN * size * self._counted_tokens / self._counted_bytes
-        return size * TOKENS_A_BYTE + turns * TURN_TOKENS
-
-    @property
-    def cost(self) -> float:
-        """What was spent, in money."""
-        return self.price.of(self.prompt_tokens, self.completion_tokens)
+    def prompt_estimate(self, size: int) -> float:
+        """Return how many tokens a prompt of ``size`` bytes may have, by the prompts that the server has counted."""
+        return size * (MARGIN * self._most_a_byte or TOKENS_A_BYTE)
 
     def add(self, size: int, prompt_tokens: int, completion_tokens: int) -> None:
         """Count an answer to a prompt of ``size`` bytes."""
-        self._counted_bytes += size
-        self._counted_tokens += prompt_tokens
+        self._most_a_byte = max(self._most_a_byte, prompt_tokens / max(size, 1))
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
+        self.cost += self.price.of(prompt_tokens, completion_tokens)
 
     @asynccontextmanager
     async def reserve(self, size: int, most: int) -> AsyncIterator[None]:
@@ -131,8 +123,10 @@ class Budget:
         self._begun_completion += completion
 
     def _affords(self, prompt: float, completion: float) -> bool:
-        prompts = self.prompt_tokens + self._begun_prompt + prompt
-        completions = self.completion_tokens + self._begun_completion + completion
-        return (self.tokens is None or prompts + completions <= self.tokens) and (
-            self.money is None or self.price.of(prompts, completions) <= self.money
+        if self._begun and not self._most_a_byte and not (self.tokens is None and self.money is None):
+            return False  # with a budget, the first prompt is counted by the server before others begin
+        prompts, completions = self._begun_prompt + prompt, self._begun_completion + completion
+        tokens = self.prompt_tokens + self.completion_tokens + prompts + completions
+        return (self.tokens is None or tokens <= self.tokens) and (
+            self.money is None or self.cost + self.price.of(prompts, completions) <= self.money
         )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 from pydantic import BaseModel, Field, ValidationError
@@ -21,7 +23,8 @@ from gream_verl.files import InputError
 
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0
-"""Seconds between two attempts; it doubles from the first to the longest, and each wait is drawn from 0 to that."""
+"""Seconds between two attempts; it doubles from the first to the longest, and each wait is drawn from 0 to that. Longer
+than the longest no server is waited for at once."""
 REST = 5.0
 """Seconds for which an endpoint that failed is passed over while another can answer."""
 FATAL = {
@@ -53,17 +56,17 @@ class _Usage(BaseModel):
 
 
 class _Message(BaseModel):
-    content: str
+    content: str | None = None  # null: the model only thought, or refused
 
 
 class _Choice(BaseModel):
     message: _Message
-    finish_reason: str
+    finish_reason: str | None = None
 
 
 class _Completion(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage
+    usage: _Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,21 @@ class Connection:
     attempts: int = 8
 
     def __post_init__(self) -> None:
+        if not self.api_key.isascii() or not self.api_key.isprintable():
+            raise InputError(f"the API key in {self.key_variable} holds a letter that no key has; set it anew")
         for url in self.endpoints:
-            if not url.startswith(("http://", "https://")):
+            if not _is_url(url):
                 raise InputError(f"--endpoint {url!r}: expected a URL such as http://127.0.0.1:8000/v1")
         if not self.endpoints:
             raise InputError("no endpoint; give --endpoint URL, such as http://127.0.0.1:8000/v1")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # no such port
+        return False
 
 
 @dataclass
@@ -99,6 +112,12 @@ class _Endpoint:
     client: openai.AsyncOpenAI
     busy: int = 0
     rests_until: float = 0.0
+    waits: bool = False
+
+    @property
+    def asked_us_to_wait(self) -> bool:
+        """Whether the server said when it can be asked again, and that is not yet."""
+        return self.waits and self.rests_until > time.monotonic()
 
 
 @dataclass
@@ -150,16 +169,21 @@ class Teacher:
         except openai.APIStatusError as error:
             if error.status_code in FATAL:
                 remedy = FATAL[error.status_code].format(key=self.connection.key_variable)
-                raise InputError(f"{error.request.url}: {error.status_code} {_short(error)}; {remedy}") from error
+                raise InputError(f"{error.request.url}: {_short(error)}; {remedy}") from error
             if _passes(error):
-                raise FailedError(_reason(error)) from error
-            raise RefusedError(f"{error.status_code} {_short(error)}") from error
-        except PASSING as error:
-            raise FailedError(_reason(error)) from error
+                raise FailedError(f"{error.request.url}: {_short(error)}") from error
+            raise RefusedError(_short(error)) from error
+        except openai.APIConnectionError as error:
+            raise FailedError(f"{error.request.url}: {error.__cause__ or error}") from error
+        except (NoAnswerError, TimeoutError) as error:
+            raise FailedError(str(error) or f"no answer within {self.connection.timeout:g} seconds") from error
         raise AssertionError("tenacity ends with an answer or an error")
 
     async def _attempt(self, request: dict[str, Any]) -> Answer:
-        endpoint = min(self._endpoints, key=lambda one: (one.rests_until > time.monotonic(), one.busy))
+        now = time.monotonic()
+        endpoint = min(self._endpoints, key=lambda one: (max(one.rests_until - now, 0), one.busy))
+        if endpoint.asked_us_to_wait:  # and so did all others
+            await asyncio.sleep(endpoint.rests_until - now)
         endpoint.busy += 1
         try:
             async with asyncio.timeout(self.connection.timeout):  # of the whole attempt, however slowly bytes arrive
@@ -167,7 +191,9 @@ class Teacher:
             return _answer(raw.content)
         except PASSING as error:
             if _passes(error):
-                endpoint.rests_until = time.monotonic() + REST
+                asked = _asked_wait(error)
+                endpoint.rests_until = time.monotonic() + (REST if asked is None else asked)
+                endpoint.waits = asked is not None
             raise
         finally:
             endpoint.busy -= 1
@@ -182,13 +208,11 @@ def _answer(body: bytes) -> Answer:
         completion = _Completion.model_validate_json(body)
     except ValidationError as error:
         raise NoAnswerError(f"no answer but {body[:80]!r}") from error
-    choice = completion.choices[0]
-    return Answer(
-        choice.message.content,
-        choice.finish_reason,
-        completion.usage.prompt_tokens,
-        completion.usage.completion_tokens,
-    )
+    if completion.usage is None:
+        raise InputError("the server does not say how many tokens it used (no usage in its answer): no budget can hold")
+    choice, usage = completion.choices[0], completion.usage
+    text, finish = choice.message.content or "", choice.finish_reason or "stop"
+    return Answer(text, finish, usage.prompt_tokens, usage.completion_tokens)
 
 
 def _passes(error: BaseException) -> bool:
@@ -199,14 +223,17 @@ def _passes(error: BaseException) -> bool:
 
 
 def _wait(state: RetryCallState) -> float:
-    """Return seconds to wait: what the server asks for, else more with every attempt, drawn so that clients spread."""
-    longest = min(FIRST_WAIT * 2 ** (state.attempt_number - 1), LONGEST_WAIT)
+    """Return seconds to wait: more with every attempt, drawn so that clients spread."""
     error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, openai.APIStatusError):
-        asked = error.response.headers.get("retry-after", "")
-        if asked.replace(".", "", 1).isdigit():
-            return min(float(asked), LONGEST_WAIT) + random.uniform(0, FIRST_WAIT)
-    return random.uniform(0, longest)
+    if error is not None and _asked_wait(error) is not None:
+        return random.uniform(0, FIRST_WAIT)  # the endpoint itself is passed over for as long as it asked
+    return random.uniform(0, min(FIRST_WAIT * 2 ** (state.attempt_number - 1), LONGEST_WAIT))
+
+
+def _asked_wait(error: BaseException) -> float | None:
+    """Return the seconds that the server asked us to wait, None when it did not say."""
+    asked = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
+    return min(float(asked), LONGEST_WAIT) if re.fullmatch(r"\d+(\.\d+)?", asked) else None
 
 
 def _reason(error: BaseException | None) -> str:
@@ -218,4 +245,7 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _short(error: openai.APIStatusError) -> str:
-    return " ".join(str(error.message).split())[:300]
+    """Return status and message of a server."""
+    body = error.body if isinstance(error.body, dict) else {}
+    message = str(body.get("message") or error.message).removeprefix(f"Error code: {error.status_code}")
+    return " ".join(f"{error.status_code} {message}".split())[:300]

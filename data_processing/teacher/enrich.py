@@ -11,16 +11,16 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from data_processing.layout import CHAINS, USER_TEXTS, DataFolder
+from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS, DataFolder
 from data_processing.teacher.asking import Asked, Asker, Estimate, Result, Settings, estimate, results
 from data_processing.teacher.budget import Budget
 from data_processing.teacher.client import Connection, Teacher
@@ -31,7 +31,6 @@ from gream_verl.files import InputError, atomic_path, read_json, write_json
 from gream_verl.next_item import NO_TARGET, TrainingTargets
 
 What = Literal["items", "users", "chains"]
-CHUNK = 8192
 
 
 @dataclass
@@ -40,16 +39,18 @@ class Enrichment:
 
     Attributes:
         path: The file that was written, None when there was nothing to write.
+        before: Texts in that file before this run.
         usable: Questions with a usable answer.
         open: Questions, or later rounds of them, that are still to be asked.
         dropped: Questions whose every answer was unusable, by the kind of the last.
-        faults: UnusableError answers, by kind.
+        faults: Unusable answers, by kind.
         leaks: Share of well-formed answers that named what they must not, and were asked again or dropped.
         asked: What this run asked.
         seconds: How long it took.
     """
 
     path: Path | None = None
+    before: int = 0
     usable: int = 0
     open: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -69,7 +70,7 @@ class Enrichment:
             if result.data is not None:
                 self.usable += 1
                 yield result
-            elif result.open or not result.asked:
+            elif result.open:
                 self.open += 1
             else:
                 self.dropped[result.faults[-1]] += 1
@@ -102,7 +103,15 @@ class Enricher:
             raise InputError(f"{self.what!r}: cannot be written by a teacher; choose {', '.join(get_args(What))}")
         prompts = read_prompts(self.prompts)
         self._again = prompts["again"]
+        self._items = self.folder.read_items(enriched=self.what != "items")
+        self._training = self.folder.read_training(self._items)
         self._questions = self._ask_about(prompts)
+        self._output = {
+            "items": self.folder.enriched,
+            "users": self.folder.user_texts,
+            "chains": self.folder.chains,
+        }[self.what]
+        self._before = self._count_before()
 
     def estimate(self, budget: Budget) -> Estimate:
         """Return what asking would take, without asking."""
@@ -114,7 +123,8 @@ class Enricher:
     def run(self, connection: Connection, budget: Budget, console: Console) -> Enrichment:
         """Ask what was never answered, then write the file from all that was.
 
-        What has been answered is written also when the budget or the server ends before the questions do.
+        What has been answered is written also when the budget or the server ends before the questions do; when the run
+        is broken off, only if it is as much as the file holds.
 
         Raises:
             InputError: When no request can be answered, or a file cannot be used.
@@ -122,11 +132,17 @@ class Enricher:
         made, began = Enrichment(), time.monotonic()
         with AnswerStore(self.folder.teacher) as store:
             budget.prompt_tokens, budget.completion_tokens = store.prompt_tokens, store.completion_tokens
+            budget.cost = store.cost
+            stopped = True
             try:
                 made.asked = asyncio.run(self._ask(connection, budget, store, console))
+                stopped = False
             finally:
-                found = results(self._questions, self.settings, store, self._again)
-                made.path = self._write(made.count(found))
+                found = list(made.count(results(self._questions, self.settings, store, self._again)))
+                if found and (not stopped or len(found) >= self._before):
+                    self._write(found)
+                    made.path = self._output
+        made.before = self._before
         made.seconds = time.monotonic() - began
         write_json(self.folder.enrichment(self.what), describe(made, budget), indent=1)
         return made
@@ -136,71 +152,61 @@ class Enricher:
             return await Asker(self._questions, self.settings, store, budget, self._again, teacher).run(console)
 
     def _ask_about(self, prompts: Mapping[str, Prompt]) -> Questions:
-        items = self.folder.read_items(enriched=False)
         if self.what == "items":
-            chosen = sample(list(items), self.limit, self.seed)
-            return item_questions(items, _reviews(self.folder), prompts["item"], chosen)
-        items, training = self.folder.read_items(), self.folder.read_training(items)
+            chosen = sample(list(self._items), self.limit, self.seed)
+            return item_questions(self._items, _reviews(self.folder), prompts["item"], chosen)
         if self.what == "users":
-            users = sample([user for user, part in training.items() if len(part) > 1], self.limit, self.seed)
-            return user_questions(items, training, prompts["user"], users, self.history)
-        return chain_questions(items, training, prompts["chain"], self._targets(training), self.history)
+            users = sample([user for user, part in self._training.items() if len(part) > 1], self.limit, self.seed)
+            if not users:
+                raise InputError(
+                    f"{self.folder.inter}: no user has two interactions for training; bring longer histories"
+                )
+            return user_questions(self._items, self._training, prompts["user"], users, self.history)
+        return chain_questions(self._items, self._training, prompts["chain"], self._targets(), self.history)
 
-    def _targets(self, training: Mapping[str, Sequence[str]]) -> list[tuple[str, int]]:
+    def _targets(self) -> list[tuple[str, int]]:
         """Draw the interactions to write chains for, of those that training may ask for."""
-        targets, users = TrainingTargets(map(len, training.values())), list(training)
+        targets, users = TrainingTargets(map(len, self._training.values())), list(self._training)
         if not len(targets):
             raise InputError(f"{self.folder.inter}: {NO_TARGET}")
-        drawn = sample(range(len(targets)), self.limit, self.seed)
-        owners, positions = targets.locate(pl.Series(drawn, dtype=pl.Int64).to_numpy())
+        owners, positions = targets.locate(np.array(sample(range(len(targets)), self.limit, self.seed), np.int64))
         return [(users[owner], position) for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)]
 
-    def _write(self, usable: Iterator[Result]) -> Path | None:
-        first = list(islice(usable, 1))
-        if not first:
-            return None
-        rows = (result for part in (first, usable) for result in part)
-        write = {"items": _write_items, "users": _write_users, "chains": self._write_chains}[self.what]
-        return write(self.folder, rows)
+    def _count_before(self) -> int:
+        if not self._output.is_file():
+            return 0
+        if self.what == "chains":
+            return pq.read_metadata(self._output).num_rows
+        written = read_json(self._output)
+        if self.what == "users" and USER_TEXTS not in written:
+            raise InputError(f"{self._output}: holds something else; move it, and call again")
+        return len(written[USER_TEXTS] if self.what == "users" else written)
 
-    def _write_chains(self, folder: DataFolder, rows: Iterator[Result]) -> Path:
-        sequences = folder.read_inter(folder.read_items())
-        with atomic_path(folder.chains) as path, pq.ParquetWriter(path, CHAINS, compression="zstd") as writer:
-            while chunk := list(islice(rows, CHUNK)):
-                records = [_chain_record(sequences, self.history, result) for result in chunk]
-                writer.write_table(pa.Table.from_pylist(records, CHAINS))
-        return folder.chains
+    def _write(self, found: Sequence[Result]) -> None:
+        if self.what == "items":
+            write_json(self._output, {row.subject: {"description": row.data.description} for row in found}, indent=0)
+        elif self.what == "users":
+            preferences = {row.subject: row.data.preferences for row in found}
+            queries = {row.subject: row.data.queries for row in found}
+            targets = {row.subject: self._training[row.subject][-1] for row in found}
+            written = {USER_TEXTS: preferences, SEARCHES: {"train": queries}, SEARCHED: targets}
+            write_json(self._output, written, indent=0)
+        else:
+            table = pa.Table.from_pylist([self._chain_record(row) for row in found], CHAINS)
+            with atomic_path(self._output) as path:
+                pq.write_table(table, path, compression="zstd")
 
-
-def _chain_record(sequences: Mapping[str, Sequence[str]], history: int, result: Result) -> dict[str, Any]:
-    user, position = result.subject
-    past = sequences[user][max(position - history, 0) : position]
-    fields = {name: getattr(result.data, name) for name in ("evidence", "preference", "intent")}
-    kept = [past[number - 1] for number in sorted(set(result.data.keep))]
-    return {
-        "user": user,
-        "position": position,
-        "item": sequences[user][position],
-        "history": len(past),
-        **fields,
-        "keep": kept,
-    }
-
-
-def _write_items(folder: DataFolder, rows: Iterator[Result]) -> Path:
-    write_json(folder.enriched, {row.subject: {"description": row.data.description} for row in rows}, indent=0)
-    return folder.enriched
-
-
-def _write_users(folder: DataFolder, rows: Iterator[Result]) -> Path:
-    preferences, queries = {}, {}
-    for row in rows:
-        preferences[row.subject], queries[row.subject] = row.data.preferences, row.data.queries
-    written = {USER_TEXTS: preferences, "user_vague_intention": {"train": queries}}
-    if folder.user_texts.is_file() and USER_TEXTS not in read_json(folder.user_texts):
-        raise InputError(f"{folder.user_texts}: holds something else; move it, and call again: the answers are kept")
-    write_json(folder.user_texts, written, indent=0)
-    return folder.user_texts
+    def _chain_record(self, row: Result) -> dict[str, Any]:
+        user, position = row.subject
+        past = self._training[user][max(position - self.history, 0) : position]
+        return {
+            "user": user,
+            "position": position,
+            "item": self._training[user][position],
+            "history": len(past),
+            **{name: getattr(row.data, name) for name in ("evidence", "preference", "intent")},
+            "keep": [past[number - 1] for number in sorted(set(row.data.keep))],
+        }
 
 
 def _reviews(folder: DataFolder) -> dict[str, list[str]]:
@@ -217,6 +223,7 @@ def describe(made: Enrichment, budget: Budget) -> dict[str, Any]:
     asked = made.asked
     return {
         "written": str(made.path or "nothing"),
+        "texts before": made.before,
         "usable": made.usable,
         "still to ask": made.open,
         "dropped": dict(made.dropped),

@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import product
 
+from data_processing.teacher.rules import short_title
 from gream_verl.semantic_ids import SID_TOKEN, SemanticId, find_sids
 
 _ANSWER = re.compile(r"<answer>[^<]*(?:<\|[^<]*)*</answer>\s*$")
@@ -58,20 +59,36 @@ def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
 
     Args:
         text: Where to look.
-        title: What to look for, with and without what it holds in brackets.
-        allowed: Other titles that the text may name; they are taken out first, the longest first.
+        title: What to look for: see :func:`title_forms`. One of a single word, such as "Heat", only counts with a
+            capital: the text may be about heat.
+        allowed: Other titles that the text may name. "Alien 3" may be named when "Alien" is looked for, and "Alien 3"
+            is found although "Alien" may be named.
     """
-    words = f" {normal_words(text)} "
-    for other in sorted({normal_words(other) for other in allowed} - {""}, key=lambda other: (-len(other), other)):
-        words = words.replace(f" {other} ", " | ")
-    return any(
-        f" {form} " in words or (len(form) >= FUZZY_LENGTH and _fuzzy(words, form)) for form in title_forms(title)
-    )
+    words, forms = f" {normal_words(text)} ", title_forms(title)
+    others = sorted({normal_words(other) for other in allowed} - {""}, key=lambda other: (-len(other), other))
+    longer = [other for other in others if any(f" {form} " in f" {other} " for form in forms)]
+    left = _without(words, longer)
+    if any(f" {form} " in left and (" " in form or _with_capital(text, form)) for form in forms):
+        return True
+    left = _without(words, others)
+    return any(len(form) >= FUZZY_LENGTH and _fuzzy(left, form) for form in forms)
 
 
 def title_forms(title: str) -> set[str]:
-    """Return what a title is found by: its words, with and without those in brackets."""
-    return {normal_words(title), normal_words(re.sub(r"\(.*?\)", " ", title))} - {""}
+    """Return what a title is found by: its words, those without brackets, and the first ones of a long title."""
+    return {normal_words(form) for form in (title, re.sub(r"\(.*?\)", " ", title), short_title(title))} - {""}
+
+
+def _without(words: str, titles: Iterable[str]) -> str:
+    for title in titles:
+        words = words.replace(f" {title} ", " | ")
+    return words
+
+
+def _with_capital(text: str, word: str) -> bool:
+    """Whether ``word`` stands in ``text`` with a capital letter, or in letters that have none."""
+    found = (match[0] for match in _WORD.finditer(text) if normal_words(match[0]) == word)
+    return any(as_is != as_is.lower() or as_is == as_is.upper() for as_is in found)
 
 
 def _fuzzy(text: str, form: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_processing.layout import Item
-from data_processing.teacher.answers import Chain, ItemText, UnusableError, UserTexts, read_answer
+from data_processing.teacher.answers import Chain, ItemText, UnusableError, UserTexts, json_schema, read_answer
 from data_processing.teacher.leaks import names_title
 from data_processing.teacher.rules import short_title
 from data_processing.teacher.templates import Messages, Prompt
@@ -81,7 +81,7 @@ def item_questions(
         )
         return Question(key, messages, lambda text, finish: read_answer(text, finish, ItemText))
 
-    return Questions(("item", ItemText.model_json_schema()), chosen, make)
+    return Questions(("item", json_schema(ItemText)), chosen, make)
 
 
 def user_questions(
@@ -106,12 +106,12 @@ def user_questions(
 
         def read(text: str, finish: str) -> UserTexts:
             texts = read_answer(text, finish, UserTexts)
-            _refuse_title(items, target, past[-history:], texts.queries)
+            _refuse_title(items, target, past[-history:], [*texts.preferences, *texts.queries])
             return texts
 
         return Question(user, _next_item(items, past[-history:], target, prompt), read)
 
-    return Questions(("user", UserTexts.model_json_schema()), chosen, make)
+    return Questions(("user", json_schema(UserTexts)), chosen, make)
 
 
 def chain_questions(
@@ -144,7 +144,7 @@ def chain_questions(
 
         return Question(subject, _next_item(items, past, target, prompt), read)
 
-    return Questions(("chain", Chain.model_json_schema()), chosen, make)
+    return Questions(("chain", json_schema(Chain)), chosen, make)
 
 
 def sample(subjects: Sequence[Any], limit: int | None, seed: int) -> list[Any]:

@@ -55,6 +55,7 @@ class AnswerStore:
     Attributes:
         prompt_tokens: Tokens of all requests.
         completion_tokens: Tokens of all answers.
+        cost: What all of them have cost.
 
     Raises:
         InputError: When another process has the file open, or a line of it is damaged.
@@ -64,6 +65,7 @@ class AnswerStore:
         self.path = Path(path)
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.cost = 0.0
         self._offsets: dict[bytes, int] = {}
         self._unsynced = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +101,17 @@ class AnswerStore:
         line = b""
         while b"\n" not in line:
             line += os.pread(self._file, 4096, offset + len(line))
-        fields = json.loads(line[: line.index(b"\n")])
-        del fields["key"], fields["model"]
-        return Answer(**fields)
+        return _answer(json.loads(line[: line.index(b"\n")]))
 
-    def put(self, key: str, model: str, answer: Answer) -> None:
+    def put(self, key: str, model: str, answer: Answer, cost: float = 0.0, about: str = "") -> None:
         """Keep an answer.
+
+        Args:
+            key: That of the request.
+            model: Who answered.
+            answer: What was answered.
+            cost: What it has cost.
+            about: What was asked about, for people who read the file.
 
         Raises:
             ValueError: When that request has one.
@@ -112,7 +119,12 @@ class AnswerStore:
         """
         if key in self:
             raise ValueError(f"{self.path}: request {key} is answered already")
-        line = json.dumps({"key": key, "model": model, **asdict(answer)}, ensure_ascii=False).encode() + b"\n"
+        line = (
+            json.dumps(
+                {"key": key, "about": about, "model": model, **asdict(answer), "cost": cost}, ensure_ascii=False
+            ).encode()
+            + b"\n"
+        )
         try:
             written = os.write(self._file, line)
             if written < len(line):
@@ -127,7 +139,7 @@ class AnswerStore:
                 f"{self.path}: cannot be written ({error.strerror or error}); free some space and call again: what was "
                 "answered before is kept"
             ) from error
-        self._add(key, self._end, answer.prompt_tokens, answer.completion_tokens)
+        self._add(key, self._end, answer, cost)
         self._end += len(line)
 
     def _lock(self) -> None:
@@ -142,7 +154,7 @@ class AnswerStore:
         for number, line in enumerate(self._lines(), start=1):
             try:
                 fields = json.loads(line)
-                self._add(fields["key"], end, fields["prompt_tokens"], fields["completion_tokens"])
+                self._add(fields["key"], end, _answer(fields), fields["cost"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f"{self.path}: line {number} is damaged; remove that line, and its request is asked again"
@@ -158,7 +170,12 @@ class AnswerStore:
             *lines, rest = (rest + block).split(b"\n")
             yield from (line + b"\n" for line in lines)
 
-    def _add(self, key: str, offset: int, prompt_tokens: int, completion_tokens: int) -> None:
+    def _add(self, key: str, offset: int, answer: Answer, cost: float) -> None:
         self._offsets[bytes.fromhex(key)] = offset
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
+        self.prompt_tokens += answer.prompt_tokens
+        self.completion_tokens += answer.completion_tokens
+        self.cost += cost
+
+
+def _answer(fields: dict[str, Any]) -> Answer:
+    return Answer(**{name: fields[name] for name in Answer.__dataclass_fields__})

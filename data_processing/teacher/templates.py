@@ -63,7 +63,7 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, Prom
         return {name: _parse(name, packaged.joinpath(f"{name}.txt").read_text(encoding="utf-8")) for name in FIELDS}
     remedy = "write all of them with `gream data prompts FOLDER` and edit those"
     paths = {name: require_file(Path(folder) / f"{name}.txt", remedy) for name in FIELDS}
-    return {name: _parse(name, path.read_text(encoding="utf-8"), str(path)) for name, path in paths.items()}
+    return {name: _parse(name, _read(path), str(path)) for name, path in paths.items()}
 
 
 def write_prompts(folder: str | os.PathLike[str]) -> list[Path]:
@@ -74,6 +74,15 @@ def write_prompts(folder: str | os.PathLike[str]) -> list[Path]:
         if not path.exists():
             write_text(path, packaged.joinpath(path.name).read_text(encoding="utf-8"))
     return paths
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def _parse(name: str, text: str, source: str = "") -> Prompt:
@@ -87,7 +96,7 @@ def _parse(name: str, text: str, source: str = "") -> Prompt:
     for field in used:
         if field not in FIELDS[name]:
             near = difflib.get_close_matches(field, FIELDS[name], n=1)
-            hint = f"did you mean ${near[0]}?" if near else f"there are ${', $'.join(FIELDS[name])}"
+            hint = f"did you mean ${near[0]}?" if near else f"there are ${', $'.join(FIELDS[name])}."
             raise InputError(f"{place}: field ${field} is not known; {hint} Write $$ for a dollar sign")
     if missing := [field for field in NEEDED[name] if field not in used]:
         raise InputError(f"{place}: field ${missing[0]} is missing; the teacher cannot answer without it")

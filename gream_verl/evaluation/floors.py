@@ -1,7 +1,7 @@
 """Recommenders that need no model: a result below them means that nothing was learnt.
 
-Both see what training sees, all but the last two interactions of each user, recommend to the same users as the models,
-and never recommend an item of the user's history.
+Both see what training sees, recommend to the same users as the models, and never recommend an item of the user's
+history.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data_processing.interactions import prepare
 from data_processing.layout import DataFolder
 from data_processing.sources import amazon
-from data_processing.sources.amazon import clean_text, clean_title, read_amazon
+from data_processing.sources.amazon import read_amazon
+from data_processing.sources.clean import clean_text, clean_title
 from gream_verl.files import InputError
 
 SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -84,6 +85,15 @@ def test_dirty_metadata_is_cleaned(tmp_path: Path) -> None:
         ("var aPageStart = (new Date()).getTime(); var ue", ""),
         ("...", ""),
         ("日本語", "日本語"),
+        ("if a<b then", "if a<b then"),
+        ("Love <Live! The best", "Love <Live! The best"),
+        ('27" > 24" monitor', '27" > 24" monitor'),
+        ('Fine <span class="a-size', "Fine"),
+        ("Fine <IMG", "Fine"),
+        ("Fine <custom data='x", "Fine"),
+        ("Fine</b", "Fine"),
+        ("Fine <!-- more", "Fine"),
+        ('size">Fine', "Fine"),
     ],
 )
 def test_titles_lose_html_and_nothing_else(text: str, clean: str) -> None:
@@ -262,6 +272,11 @@ def test_files_of_ratings_have_the_columns_of_their_release(tmp_path: Path, year
     for name in ("plain.csv", "packed.csv.gz"):
         tables = read_amazon(year, tmp_path / name, items)
         assert tables.interactions.rows() == [("u", "a", 100, 5.0), ("v", "a", 200, None)]
+
+
+def test_times_with_a_fraction_keep_their_order(tmp_path: Path) -> None:
+    tables = read(tmp_path, [review("u", "a", 10.9), review("u", "b", "10.1")], [metadata("a", "A")])
+    assert tables.interactions["timestamp"].to_list() == [2, 1]
 
 
 def test_bad_files_of_ratings_are_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_processing.teacher.answers import Chain, ItemText, UnusableError, UserTexts, read_answer
+from data_processing.teacher.answers import Chain, ItemText, UnusableError, UserTexts, json_schema, read_answer
 
 CHAIN = {"evidence": "Two westerns.", "preference": "Old films.", "intent": "One more of the kind.", "keep": [1, 3]}
 
@@ -57,6 +57,18 @@ def test_what_is_wrong_is_said(text: str, said: str) -> None:
     error = fault(text)
     assert error.kind == "form"
     assert said in str(error)
+
+
+def test_the_schema_of_a_request_is_pinned_for_a_change_of_it_asks_everything_anew() -> None:
+    assert json_schema(ItemText) == {
+        "additionalProperties": False,
+        "properties": {"description": {"maxLength": 1000, "minLength": 3, "type": "string"}},
+        "required": ["description"],
+        "type": "object",
+    }
+    text = {"maxLength": 500, "minLength": 3, "type": "string"}
+    keep = {"items": {"minimum": 1, "type": "integer"}, "maxItems": 50, "minItems": 1, "type": "array"}
+    assert json_schema(Chain)["properties"] == {"evidence": text, "preference": text, "intent": text, "keep": keep}
 
 
 @pytest.mark.parametrize("keep", [[], [0], [-1], ["x"], list(range(1, 100))])

@@ -24,7 +24,8 @@ def test_the_estimate_learns_from_what_the_server_counts() -> None:
     budget = Budget()
     before = budget.prompt_estimate(1000)
     budget.add(2000, 1000, 10)
-    assert before == pytest.approx(366)
+    budget.add(2000, 800, 10)
+    assert before == pytest.approx(350)
     assert budget.prompt_estimate(1000) == pytest.approx(550)
 
 
@@ -50,6 +51,27 @@ def test_requests_under_way_never_exceed_the_budget_and_use_what_there_is(budget
         assert 10_000 - 600 < spent <= 10_000
     else:
         assert 0.02 - 0.001 < budget.cost <= 0.02
+
+
+def test_a_server_with_more_tokens_than_we_thought_does_not_break_the_budget() -> None:
+    budget = Budget(tokens=10_000)
+
+    async def request() -> None:
+        async with budget.reserve(1000, 100):
+            await asyncio.sleep(0.001)
+            budget.add(1000, 1000, 100)
+
+    async def run() -> None:
+        await asyncio.gather(*(request() for _ in range(32)), return_exceptions=True)
+
+    asyncio.run(run())
+    assert 8000 < budget.prompt_tokens + budget.completion_tokens <= 10_000
+
+
+def test_what_was_spent_at_another_price_stays_what_it_was() -> None:
+    budget = Budget(money=1.0, price=Price(10, 10), prompt_tokens=10**6, cost=0.0)
+    budget.add(10, 1000, 0)
+    assert budget.cost == pytest.approx(0.01)
 
 
 def test_no_budget_is_no_bound() -> None:

@@ -70,13 +70,16 @@ def test_an_answer_that_drips_is_given_up() -> None:
         await asyncio.sleep(5)
         return answer("late")
 
-    with Server(drip) as server, pytest.raises(FailedError, match="timeout"):
+    with Server(drip) as server, pytest.raises(FailedError, match=r"no answer within 0\.2 seconds"):
         ask(server.url, timeout=0.2, attempts=2)
     assert len(server.requests) == 2
 
 
 def test_attempts_end() -> None:
-    with scripted(lambda body: web.Response(status=500)) as server, pytest.raises(FailedError, match="status 500"):
+    with (
+        scripted(lambda body: web.Response(status=500)) as server,
+        pytest.raises(FailedError, match=r"/v1/chat/completions: 500$"),
+    ):
         ask(server.url, attempts=3)
     assert len(server.requests) == 3
 
@@ -122,9 +125,41 @@ def test_requests_spread_over_endpoints_and_pass_over_one_that_fails() -> None:
         assert len(well.requests) == 20
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://x", ""])
+def test_an_answer_may_be_empty_but_has_to_count_its_tokens() -> None:
+    def reply(choice: dict[str, Any], **usage: int) -> web.Response:
+        return web.json_response({"choices": [{"index": 0, **choice}], **({"usage": usage} if usage else {})})
+
+    tokens = {"prompt_tokens": 9, "completion_tokens": 5}
+    thought = {"message": {"role": "assistant", "content": None}, "finish_reason": "length"}
+    with scripted(lambda body: reply(thought, **tokens)) as server:
+        assert ask(server.url)[0] == Answer("", "length", 9, 5)
+    with scripted(lambda body: reply({"message": {"content": "hi"}, "finish_reason": None}, **tokens)) as server:
+        assert ask(server.url)[0] == Answer("hi", "stop", 9, 5)
+    with scripted(lambda body: reply({"message": {"content": "hi"}})) as server:
+        with pytest.raises(InputError, match="does not say how many tokens"):
+            ask(server.url)
+        assert len(server.requests) == 1
+
+
+def test_another_endpoint_answers_while_one_asks_to_wait() -> None:
+    busy = web.Response(status=429, headers={"Retry-After": "30"})
+    with scripted(lambda body: busy) as first, scripted(lambda body: answer("fine")) as second:
+        began = asyncio.run(_clock())
+        assert ask(first.url, second.url)[0].text == "fine"
+        assert asyncio.run(_clock()) - began < 10
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+
+
+def test_a_server_that_is_not_there_is_named_with_the_reason() -> None:
+    with pytest.raises(FailedError, match=r"http://127\.0\.0\.1:9/v1/chat/completions: .*"):
+        ask("http://127.0.0.1:9/v1", attempts=1)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "ftp://x", "", "http://127.0.0.1:99999/v1", "http://"])
 def test_an_endpoint_is_a_url(url: str) -> None:
     with pytest.raises(InputError, match="expected a URL"):
         Connection((url,))
     with pytest.raises(InputError, match="--endpoint"):
         Connection(())
+    with pytest.raises(InputError, match="MY_KEY holds a letter"):
+        Connection(("http://x",), "MY_KEY", "schlüssel")

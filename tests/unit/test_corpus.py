@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from data_processing.layout import Item
-from data_processing.sft.corpus import Corpus
+from data_processing.sft.corpus import Corpus, description
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 
@@ -22,6 +22,11 @@ def test_sequences_lie_one_after_another() -> None:
     made = corpus()
     assert made.starts.tolist() == [0, 0, 7]
     assert made.sequence.tolist() == made.positions.tolist() == list(range(7))
+
+
+def test_descriptions_are_cut_with_and_without_spaces() -> None:
+    assert description(Item("T", "word " * 99)) == " ".join(["word"] * 40)
+    assert description(Item("T", "語" * 999)) == "語" * 320
 
 
 def test_chains_are_found_by_target() -> None:

@@ -71,6 +71,8 @@ def test_items_get_the_description_the_teacher_wrote_and_are_asked_about_once(fo
     made, requests = run(folder, "items", describe_item)
     assert (made.usable, made.open, len(requests)) == (60, 0, 60)
     assert made.path == folder.enriched
+    answers = [json.loads(line) for line in folder.teacher.read_text().splitlines()]
+    assert sorted(answer["about"] for answer in answers) == sorted(items)
     enriched = folder.read_items()
     assert enriched["7"].description == f"A film called {items['7'].title}."
     assert folder.read_items(enriched=False) == items
@@ -137,7 +139,7 @@ def test_failed_and_refused_calls_are_counted_and_asked_in_the_next_run(folder: 
 
 def test_a_server_that_answers_nothing_ends_the_run_and_what_was_answered_is_written(folder: DataFolder) -> None:
     run(folder, "items", describe_item, limit=10)
-    with pytest.raises(InputError, match="20 requests in a row were not answered; the last reason was status 500"):
+    with pytest.raises(InputError, match=r"20 requests in a row were not answered.*/v1/chat/completions: 500\."):
         run(folder, "items", lambda body: web.Response(status=500))
     assert len(json.loads(folder.enriched.read_text())) == 10
 
@@ -182,7 +184,7 @@ def test_two_equal_requests_are_one(folder: DataFolder) -> None:
 
 def test_chains_are_made_of_what_the_teacher_wrote_and_name_no_target(folder: DataFolder) -> None:
     items = folder.read_items()
-    sequences, index = folder.read_inter(items), folder.read_index(items)
+    sequences, index = folder.read_training(items), folder.read_index(items)
 
     def leaky(body: dict[str, Any]) -> Reply:
         """Name the target in the first round; of three items, always."""
@@ -193,13 +195,13 @@ def test_chains_are_made_of_what_the_teacher_wrote_and_name_no_target(folder: Da
         return think(body)
 
     made, _ = run(folder, "chains", leaky, history=6)
-    chains = folder.read_chains(sequences, index)
+    chains = folder.read_chains(sequences, index, 6)
     assert made.usable == len(chains) > 20
     assert 0 < made.dropped["leak"] < 20
     assert made.leaks > 0.4
     for (user, position), response in chains.items():
         history = sequences[user][max(position - 6, 0) : position]
-        assert 4 <= position < len(sequences[user]) - 2
+        assert 4 <= position < len(sequences[user])
         target = sequences[user][position]
         assert response == (
             "<think>Films of one kind. Old stories. One more of them.</think>"
@@ -238,14 +240,14 @@ def test_users_get_preferences_and_searches_that_do_not_name_the_item(folder: Da
         return answer(json.dumps({"preferences": ["Likes films."], "queries": [query]}))
 
     made, _ = run(folder, "users", shop)
-    preferences, queries = folder.read_user_texts()
+    preferences, queries = folder.read_user_texts(folder.read_training())
     assert made.usable == len(preferences) == made.faults["leak"] > 5
     assert set(map(tuple, queries.values())) == {("a film of that kind",)}
 
 
 def test_a_file_of_users_that_is_something_else_is_not_overwritten(folder: DataFolder) -> None:
     write_json(folder.user_texts, {"0": "A1YJEY40YUW4SE"})
-    assert folder.read_user_texts() == ({}, {})
+    assert folder.read_user_texts({}) == ({}, {})
     texts = '{"preferences": ["Likes films."], "queries": ["a film"]}'
     with pytest.raises(InputError, match="holds something else"):
         run(folder, "users", lambda body: answer(texts), limit=2)
@@ -253,16 +255,16 @@ def test_a_file_of_users_that_is_something_else_is_not_overwritten(folder: DataF
 
 def test_chains_of_other_data_are_refused(folder: DataFolder) -> None:
     run(folder, "chains", think)
-    sequences = folder.read_inter()
+    sequences = folder.read_training()
     index = folder.read_index(folder.read_items())
     changed = {user: sequence[1:] for user, sequence in sequences.items()}
     with pytest.raises(
         InputError, match=r"small-chains\.parquet: row 1: user .* has no item .* with `gream data enrich chains"
     ):
-        folder.read_chains(changed, index)
+        folder.read_chains(changed, index, 20)
     folder.chains.write_text("no parquet")
     with pytest.raises(InputError, match="not a file of chains"):
-        folder.read_chains(sequences, index)
+        folder.read_chains(sequences, index, 20)
 
 
 def test_a_limit_keeps_the_questions_of_a_lower_one(folder: DataFolder) -> None:
@@ -291,3 +293,82 @@ def test_reviews_are_shown_to_the_teacher(folder: DataFolder) -> None:
     shown = {last_user_turn(body).splitlines()[0]: last_user_turn(body) for body in requests}
     title = folder.read_items()["7"].title
     assert shown[f"Title: {title}"].endswith("Buyers say:\n- Great war film\n- Too long")
+
+
+def test_equal_questions_after_a_failure_are_still_one_request_at_a_time(folder: DataFolder) -> None:
+    write_json(folder.item, {key: {"title": "The same"} for key in map(str, range(60))})
+    left = iter(range(2))
+
+    def fails_twice(body: dict[str, Any]) -> Reply:
+        return web.Response(status=500) if next(left, None) is not None else describe_item(body)
+
+    made, requests = run(folder, "items", fails_twice)
+    assert made.asked.answers == 1
+    assert len(requests) == 3
+    assert (made.usable, made.asked.failed) == (60, 4)  # the four that waited for the request that failed
+    again, requests = run(folder, "items", describe_item)
+    assert (again.usable, requests) == (60, [])
+
+
+def test_one_request_that_fails_for_many_questions_is_one_failure(folder: DataFolder) -> None:
+    write_json(folder.item, {key: {"title": "The same"} for key in map(str, range(60))})
+    with scripted(lambda body: web.Response(status=500)) as server:
+        enricher = Enricher(folder, "items", SETTINGS)
+        made = enricher.run(Connection((server.url,), concurrency=60, attempts=1), Budget(), QUIET)
+    assert (made.asked.failed, len(server.requests)) == (60, 1)
+
+
+def test_refusals_that_are_left_do_not_end_a_later_run(folder: DataFolder) -> None:
+    def picky(body: dict[str, Any]) -> Reply:
+        title = last_user_turn(body).splitlines()[0]
+        if any(f" {word} Story" in title for word in ("Alpha", "Bravo", "Charlie", "Delta", "Echo")):
+            reason = f"this has {len(title)} tokens [too many/1]"
+            return web.json_response({"error": {"message": reason}}, status=400)
+        return describe_item(body)
+
+    for _ in range(2):
+        made, _ = run(folder, "items", picky)
+        assert (made.usable, made.open) == (30, 30)
+        assert made.asked.refused == {"# this has # tokens [too many/#]": 30}
+
+
+def test_a_server_that_refuses_everything_ends_the_run(folder: DataFolder) -> None:
+    reply = {"error": {"message": "response_format is not known"}}
+    with pytest.raises(InputError, match=r"all of the first 20 requests: 400 response_format .*--structure none"):
+        run(folder, "items", lambda body: web.json_response(reply, status=400))
+
+
+def test_a_run_that_is_broken_off_replaces_no_larger_file(folder: DataFolder) -> None:
+    run(folder, "items", describe_item)
+    whole = folder.enriched.read_bytes()
+    left = iter(range(5))
+
+    def dies(body: dict[str, Any]) -> Reply:
+        return describe_item(body) if next(left, None) is not None else web.Response(status=500)
+
+    with pytest.raises(InputError, match="in a row"):
+        run(folder, "items", dies, settings=Settings("another"))
+    assert folder.enriched.read_bytes() == whole
+    made, _ = run(folder, "items", describe_item, settings=Settings("another"))
+    assert (made.before, made.usable) == (60, 60)
+
+
+def test_texts_of_another_split_or_history_are_refused(folder: DataFolder) -> None:
+    texts = '{"preferences": ["Likes films."], "queries": ["a film"]}'
+    run(folder, "users", lambda body: answer(texts))
+    run(folder, "chains", think, history=20)
+    training, index = folder.read_training(), folder.read_index(folder.read_items())
+    assert folder.read_user_texts(training)[0]
+    shorter = {user: part[:-1] for user, part in training.items()}
+    with pytest.raises(InputError, match="was written when the last item for training was"):
+        folder.read_user_texts(shorter)
+    assert folder.read_chains(training, index, 20)
+    with pytest.raises(InputError, match="row 1: was written for 4 items, not for 3; use the --history"):
+        folder.read_chains(training, index, 3)
+
+
+def test_nobody_to_ask_is_one_sentence(folder: DataFolder) -> None:
+    write_json(folder.inter, {"0": ["1", "2", "3"]})
+    for what, said in (("users", "no user has two interactions for training"), ("chains", "no user has 5")):
+        with pytest.raises(InputError, match=said):
+            Enricher(folder, what, SETTINGS)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from data_processing import interactions
 from data_processing.interactions import (
     TimeSplit,
     deduplicate,
@@ -23,7 +24,7 @@ from data_processing.interactions import (
 )
 from data_processing.layout import DataFolder, Item
 from data_processing.sources.tables import SourceTables, interactions_frame, items_frame
-from gream_verl.files import InputError, read_json
+from gream_verl.files import InputError, read_json, write_json
 from gream_verl.split import read_splits
 
 Rows = list[tuple[str, str, int, float | None]]
@@ -97,7 +98,7 @@ def test_prepare_writes_filtered_ordered_files_and_counts_what_it_dropped(tmp_pa
         "interactions with an item that has no title": 1,
         "repeated interactions": 1,
         "interactions outside the core": 2,
-        "users with too few interactions": 1,
+        "users outside the core": 1,
         "items outside the core": 2,
     }
     assert report["statistics"] == {
@@ -130,7 +131,7 @@ def test_a_low_core_still_leaves_three_interactions_a_user(tmp_path: Path) -> No
     folder = DataFolder(tmp_path, "D")
     report = prepare(tables(rows), folder, core=1)
     assert folder.read_inter() == {"u": ["a", "b", "c"]}
-    assert report["dropped"]["users with too few interactions"] == 1
+    assert report["dropped"]["users outside the core"] == 1
 
 
 def test_nothing_left_is_one_sentence_and_leaves_earlier_files(tmp_path: Path) -> None:
@@ -245,3 +246,37 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     report = prepare(source, folder, core=2, dry_run=True)
     assert not folder.root.exists()
     assert report == prepare(source, folder, core=2)
+
+
+@given(rows=interaction_rows, core=st.integers(1, 3), shortest=st.integers(1, 4))
+def test_a_core_with_longer_users_still_is_a_core(rows: Rows, core: int, shortest: int) -> None:
+    kept = k_core(interactions_frame(rows), core, shortest)
+    for column, least in (("user", max(core, shortest)), ("item", core)):
+        assert all(count >= least for count in kept[column].value_counts()["count"])
+
+
+def test_prepared_anew_no_review_and_no_split_of_before_is_left(tmp_path: Path) -> None:
+    rows: Rows = [(user, item, number, None) for user in "uvw" for number, item in enumerate("abcdefgh")]
+    folder = DataFolder(tmp_path, "D")
+    prepare(tables(rows, "abcdefgh"), folder, core=1)
+    folder.reviews.touch()
+    prepare(tables(rows, "abcdefgh"), folder, core=1, split=TimeSplit(0.25, 0.25))
+    assert not folder.reviews.exists()
+
+
+def test_a_kill_between_the_files_of_a_temporal_split_is_not_taken_for_leave_one_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: Rows = [(user, item, number, None) for user in "uvw" for number, item in enumerate("abcdefgh")]
+    folder = DataFolder(tmp_path, "D")
+
+    def stop(path: Path, *_: object, **__: object) -> None:
+        if path == folder.inter:
+            raise KeyboardInterrupt
+        write_json(path, *_, **__)
+
+    monkeypatch.setattr(interactions, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tables(rows, "abcdefgh"), folder, core=1, split=TimeSplit(0.25, 0.25))
+    assert folder.split.exists()
+    assert not folder.inter.exists()

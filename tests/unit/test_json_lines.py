@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -76,7 +77,7 @@ def slowly(content: bytes) -> tuple[list[tuple[Any, ...]], list[tuple[int, str, 
         user, item = value.get("reviewerID"), value.get("asin")
         time, rating = number_of(value.get("unixReviewTime")), number_of(value.get("overall"))
         if isinstance(user, str) and user and isinstance(item, str) and item and time is not None:
-            rows.append((user, item, int(time), rating))
+            rows.append((user, item, time, rating))
         else:
             rejects.append((number, "no user, item or time", str(value)[:200]))
     return rows, rejects
@@ -96,7 +97,7 @@ def read(content: bytes, block: int, bad_rows: float = 1.0) -> tuple[list[tuple[
         (path := Path(folder) / "R.json.gz").write_bytes(content)
         checks = RowChecks(path.name, bad_rows)
         frames = list(_reviews(path, RELEASES[2018], checks))
-    assert all(frame.schema == INTERACTIONS for frame in frames)
+    assert all(frame.schema == pl.Schema({**INTERACTIONS, "timestamp": pl.Float64()}) for frame in frames)
     return [row for frame in frames for row in frame.iter_rows()], checks
 
 

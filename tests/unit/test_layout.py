@@ -8,7 +8,7 @@ import pytest
 from small_data import make_data
 
 from data_processing.interactions import statistics
-from data_processing.layout import DataFolder, Item, training_part
+from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, read_json, write_json
 
 SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -110,9 +110,3 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="not usable in file names"):
         DataFolder(tmp_path, name)
-
-
-def test_training_sees_all_but_the_last_two() -> None:
-    assert list(training_part("abcde")) == list("abc")
-    assert list(training_part("ab")) == []
-    assert list(training_part("a")) == []

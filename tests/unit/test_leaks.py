@@ -110,3 +110,23 @@ def test_the_quick_test_before_the_fuzzy_one_loses_nothing(
 @given(st.text(max_size=80), st.text(max_size=20))
 def test_any_text_and_title_can_be_checked(text: str, title: str) -> None:
     find_leak(text, title=title, sid=SID)
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "allowed", "named"),
+    [
+        ("The user wants Alien 3 now.", "Alien 3", ["Alien"], True),
+        ("Wants Harry Potter and the Goblet of Fire.", "Harry Potter and the Goblet of Fire", ["Harry Potter"], True),
+        ("Liked Alien 3.", "Alien", ["Alien 3"], False),
+        ("Liked Harry Potter.", "Harry Potter 2", ["Harry Potter"], False),
+        ("Next comes Great Lash Very Long Washable Mascara By Maybelline", "Great Lash Very Long Washable Mascara By "
+         "Maybelline, Very Black 201, .43 oz", [], True),
+        ("Likes the heat of summer.", "Heat", [], False),
+        ("Wants Heat.", "Heat (1995)", [], True),
+        ("Wants HEAT.", "Heat", [], True),
+        ("Read 1984 before.", "1984", [], True),
+        ("Wants 熱.", "熱", [], True),
+    ],
+)  # fmt: skip
+def test_sequels_long_titles_and_titles_of_one_word(text: str, title: str, allowed: list[str], named: bool) -> None:
+    assert names_title(text, title, allowed) == named

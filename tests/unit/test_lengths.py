@@ -76,7 +76,16 @@ def test_a_slow_tokenizer_is_one_sentence() -> None:
         token_counter(SimpleNamespace(name_or_path="models/slow"))
 
 
+def test_a_tokenizer_without_a_chat_template_is_one_sentence(corpus: Corpus, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path, corpus.index))
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="has no chat template; give a tokenizer that has one"):
+        token_counter(tokenizer)
+
+
 def test_the_table_is_about_the_rows_that_fit() -> None:
-    table = length_table(np.array([1, 2, 3, 9]), np.array([True, False, False, True]), 5)
-    assert table == {"median": 2.0, "95%": 2.9, "longest": 3.0, "shortened": 1, "left out": 1}
-    assert length_table(np.array([9]), np.array([False]), 5)["longest"] == 0
+    table = length_table(np.array([1, 2, 3]), 1, 2)
+    assert table == {"median": 2.0, "95%": 2.9, "longest": 3.0, "shortened": 1, "left out": 2}
+    assert length_table(np.zeros(0, np.int32), 0, 1)["longest"] == 0

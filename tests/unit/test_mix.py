@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_data import make_data
 
-from data_processing.layout import CHAINS, DataFolder
+from data_processing.layout import CHAINS, DataFolder, Item
 from data_processing.sft import mix
+from data_processing.sft.chain_leaks import ChainLeaks
+from data_processing.sft.corpus import Corpus
 from data_processing.sft.curriculum import curriculum_order
 from data_processing.sft.lengths import LengthLimit
-from data_processing.sft.mix import SCHEMA, asked_rows, write_mix
+from data_processing.sft.mix import SCHEMA, asked_rows, plan_mix, write_mix
 from data_processing.sft.tasks import REASONING, TASKS, Row
 from gream_verl.files import InputError, read_json, write_json
+from gream_verl.next_item import SYSTEM
+from gream_verl.semantic_ids import ItemIndex
 from gream_verl.split import split_file
 
 ROWS = dict.fromkeys(TASKS, 40)
@@ -204,30 +208,56 @@ def test_a_temporal_split_decides_what_training_sees(tmp_path: Path) -> None:
     assert counts["made"] == sum(max(training - 1, 0) for training, _, _ in splits.values())
 
 
-def test_rows_that_do_not_fit_are_shortened_or_left_out(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_are_shortened_or_replaced(tmp_path: Path) -> None:
     folder = make_data(tmp_path)
     free = write_mix(folder, rows=ROWS, seed=0, limit=LengthLimit(words, 10**6))["tasks"]
     assert all(counts["shortened"] == counts["left out"] == 0 for counts in free.values())
     limit = int(free["seqrec"]["median"])
-    tight = write_mix(folder, rows=ROWS, seed=0, limit=LengthLimit(words, limit))["tasks"]
+    tight = write_mix(folder, rows=ROWS, seed=0, limit=LengthLimit(words, limit), dry_run=True)["tasks"]
+    assert write_mix(folder, rows=ROWS, seed=0, limit=LengthLimit(words, limit))["tasks"] == tight
     assert tight["seqrec"]["longest"] <= limit < free["seqrec"]["longest"]
     assert tight["seqrec"]["shortened"] > 0
-    assert all(counts["made"] + counts["left out"] == free[task]["made"] for task, counts in tight.items())
-    assert tight[REASONING]["left out"] > 0
+    assert tight["index2item"]["left out"] > 0
+    assert tight["index2item"]["made"] == tight["seqrec"]["made"] == 40
+    short = [counts for counts in tight.values() if counts["made"] < 40]
+    assert short
+    assert all(counts["made"] + counts["left out"] == counts["exist"] for counts in short)
     table = pl.read_parquet(folder.mix)
     assert len(table) == sum(counts["made"] for counts in tight.values())
     for system, turns in table.select("system", "conversations").iter_rows():
         assert words([Row(turns[0]["value"], turns[1]["value"], "", system)])[0] <= limit
 
 
+def test_rows_of_a_block_are_of_one_task_when_long_rows_are_left_out(tmp_path: Path) -> None:
+    folder = make_data(tmp_path, users=60)
+    rows = {"fusionseqrec": 60, "seqrec": 100, "itemsearch": 60}
+    report = write_mix(folder, rows=rows, seed=0, block=8, limit=LengthLimit(words, 10))
+    assert report["tasks"]["fusionseqrec"]["left out"] > 0
+    tasks = pl.read_parquet(folder.mix)["task"].to_list()
+    whole = sum(size // 8 for size in made(report).values())
+    assert all(len(set(tasks[start : start + 8])) == 1 for start in range(0, 8 * whole, 8))
+
+
+def test_chains_that_leak_once_their_history_is_shortened_are_dropped() -> None:
+    items = {f"d{number}": Item(f"Story number {number}", categories=("Drama",)) for number in range(6)}
+    items |= {f"w{number}": Item(f"Battle {number}", categories=("War",)) for number in range(4)}
+    items |= {f"c{number}": Item(f"Case {number}", categories=("Crime",)) for number in range(4)}
+    items |= {f"o{number}": Item(f"Other {number}", categories=("Opera",)) for number in range(3)}
+    items["t"] = Item("War", categories=("Opera",))  # "War" is a leading trait of the end of the history alone
+    history = [*("d0", "d1", "d2", "d3", "c0", "c1", "c2", "c3"), *("o0", "o1", "o2", "w0", "w1")]
+    index = ItemIndex.from_codes(list(items), [(number,) for number in range(len(items))])
+    corpus = Corpus({"u": [*history, "t"], "v": ["d5"] * 3}, items, index)
+    assert not plan_mix(corpus, {REASONING: 99}, seed=0).chosen[0].leaks
+    limit = LengthLimit(words, 32 + len(SYSTEM["reasoning"].split()))
+    plan = plan_mix(corpus, {REASONING: 99}, seed=0, limit=limit)
+    assert plan.chosen[0].leaks == {"title": 1}
+    assert not any(ChainLeaks(corpus).find(plan.chosen[0].specs))
+
+
 def test_rows_of_which_none_fits_leave_the_earlier_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_data(tmp_path)
     monkeypatch.setattr(mix, "CHUNK", 1)
-    all_rows, few_rows = (
-        write_mix(folder, rows={"index2item": 60}, seed=0, limit=LengthLimit(words, longest))["tasks"]["index2item"]
-        for longest in (10**6, 9)
-    )
-    assert 0 < few_rows["made"] == len(pl.read_parquet(folder.mix)) < all_rows["made"] == 60
+    write_mix(folder, rows=ROWS, seed=0)
     before = folder.mix.read_bytes()
     with pytest.raises(InputError, match="no row has at most 1 tokens"):
         write_mix(folder, rows=ROWS, seed=0, limit=LengthLimit(words, 1))
@@ -243,6 +273,8 @@ def test_rows_of_which_none_fits_leave_the_earlier_mix(tmp_path: Path, monkeypat
         ({"seqrec": 0}, "no rows to write"),
         ({"seqrec": 1.5}, "rows of seqrec: 1.5 cannot be; give a count, or a share of what exists up to 100%"),
         ({"seqrec": -1}, "rows of seqrec: -1 cannot be"),
+        ({"seqrec": math.nan}, "rows of seqrec: nan cannot be"),
+        ({"seqrec": math.inf}, "rows of seqrec: inf cannot be"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(tmp_path: Path, rows: dict[str, float], message: str) -> None:
@@ -269,10 +301,10 @@ def test_a_failure_half_way_leaves_the_earlier_mix_and_no_piece(
     write_mix(folder, rows=ROWS, seed=0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(mix, "CHUNK", 10)
-    limit = LengthLimit(words, 100)
-    calls = iter([words] * 5)
+    calls = iter([pq.ParquetWriter.write_table] * 5)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", lambda *arguments: next(calls)(*arguments))
     with pytest.raises(StopIteration):
-        write_mix(folder, rows=ROWS, seed=1, limit=replace(limit, count_tokens=lambda rows: next(calls)(rows)))
+        write_mix(folder, rows=ROWS, seed=1)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

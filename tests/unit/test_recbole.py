@@ -60,9 +60,9 @@ def test_single_bad_rows_are_counted_and_sampled(tmp_path: Path) -> None:
         "item rows": 102,
         "items without a title": 1,
         "interactions: no user, item or timestamp": 5,
-        "items: item listed before": 1,
+        "items with several rows": 1,
     }
-    assert [reject["row"] for reject in tables.rejects] == [102, 103, 104, 105, 106, 102]
+    assert [reject["row"] for reject in tables.rejects] == [102, 103, 104, 105, 106]
     assert tables.items.filter(item="i5")["title"].to_list() == ["Title 5"]
     with pytest.raises(InputError, match=r"d\.inter: 5 of 105 rows .* \(no user, item or timestamp: 'u.*yesterday"):
         read_recbole(*paths, bad_rows=0.04)
@@ -76,6 +76,8 @@ def test_single_bad_rows_are_counted_and_sampled(tmp_path: Path) -> None:
         (INTER + "u\ti\t1\t1\n", ITEM, "holds no rows"),
         ("user_id\titem_id\nu\ti\n", ITEM, "header field 'user_id': expected name:type"),
         ("", ITEM, "is empty"),
+        (INTER + "u\ti\t1\t1\n", ITEM + "i\tT\t1\tD\tmore\n", r"row 2 \(too many fields: 'i.*more'"),
+        (INTER + "u\ti\t1\t1\n", "title:token\ttitle:token_seq\n", "header field 'title' is there twice"),
         (INTER.replace("timestamp", "time"), ITEM, "no field timestamp in the header"),
         (INTER + "u\ti\t1\t1\n", ITEM.replace("movie_title", "words"), "no field title or movie_title or name"),
     ],
@@ -84,6 +86,17 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, inter: str, item: s
     with pytest.raises(InputError, match=message) as caught:
         read_recbole(*write(tmp_path, inter, item))
     assert str(tmp_path) in str(caught.value)
+
+
+def test_texts_are_cleaned_and_a_later_row_fills_what_is_empty(tmp_path: Path) -> None:
+    header = "item_id:token\ttitle:token_seq\tdescription:token_seq\tbrand:token\tclass:token_seq\n"
+    rows = ["i\t...\tA <b>film</b>\t\t", "i\tHeat &amp; dust\tNo\tFox &amp; co\tR&amp;B <i>Drama</i>", "j\t...\t\t\t"]
+    paths = write(tmp_path, INTER + "u\ti\t1\t1\n", header + "\n".join(rows) + "\n")
+    tables = read_recbole(*paths)
+    assert tables.items.rows() == [("i", "Heat & dust", "A film", "Fox & co", ["R&B", "Drama"])]
+    assert tables.report == {
+        "interaction rows": 1, "item rows": 3, "items without a title": 1, "items with several rows": 1
+    }  # fmt: skip
 
 
 def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from data_processing.interactions import deduplicate
 from data_processing.sources import reviews as module
 from data_processing.sources.amazon import read_amazon
-from data_processing.sources.reviews import cut_text, read_review_texts
+from data_processing.sources.clean import cut_text
+from data_processing.sources.reviews import read_review_texts
 from gream_verl.files import InputError
 
 SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -70,9 +70,16 @@ def test_a_torn_last_line_is_removed_and_the_rest_kept(tmp_path: Path, torn: byt
 
 def test_a_damaged_line_elsewhere_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_text('{"key": "00", "text": "a", "prompt_tokens": 1, "completion_tokens": 1}\n{"key": \n')
-    with pytest.raises(InputError, match=r"x\.jsonl: line 2 is damaged; remove that line"):
-        AnswerStore(path)
+    with AnswerStore(path) as store:
+        store.put(key(0), "m", Answer("a", "stop", 1, 1), cost=0.5)
+    whole = path.read_text()
+    for damaged in ('{"key": \n', whole.replace('"text": "a", ', "")):
+        path.write_text(whole + damaged)
+        with pytest.raises(InputError, match=r"x\.jsonl: line 2 is damaged; remove that line"):
+            AnswerStore(path)
+    path.write_text(whole)
+    with AnswerStore(path) as store:
+        assert store.cost == 0.5
 
 
 def test_two_runs_cannot_write_at_once(tmp_path: Path) -> None:

@@ -54,17 +54,17 @@ def test_single_bad_rows_are_counted_and_sampled(tmp_path: Path) -> None:
     tables = read_table(tmp_path / "i.csv", tmp_path / "m.csv")
     assert tables.report == {
         "interaction rows": 62, "item rows": 62, "items without a title": 1,
-        "interactions: no user, item or timestamp": 2, "items: item listed before": 1,
+        "interactions: no user, item or timestamp": 2, "items with several rows": 1,
     }  # fmt: skip
     assert [(reject["file"], reject["row"]) for reject in tables.rejects] == [
-        (str(tmp_path / "i.csv"), 62), (str(tmp_path / "i.csv"), 63), (str(tmp_path / "m.csv"), 62),
+        (str(tmp_path / "i.csv"), 62), (str(tmp_path / "i.csv"), 63),
     ]  # fmt: skip
     assert [reject["text"] for reject in tables.rejects[:2]] == ["None\t1\t5", "u\t1\tsoon"]
 
 
 def test_the_share_of_bad_rows_that_stops_the_run_can_be_chosen(tmp_path: Path) -> None:
     (tmp_path / "i.csv").write_text("user,item,timestamp\n" + "u,1,5\n" * 2 + "u,1,soon\n" * 2000)
-    (tmp_path / "m.csv").write_text("item,title\n1,T\n1,Again\n")
+    (tmp_path / "m.csv").write_text("item,title\n1,T\n,None\n")
     paths = tmp_path / "i.csv", tmp_path / "m.csv"
     with pytest.raises(InputError, match=r"i\.csv: 2000 of 2002 .* row 4 .*soon'\); .* a larger share .* than 0\.9$"):
         read_table(*paths, bad_rows=0.9)
@@ -112,6 +112,8 @@ def test_many_rows_keep_their_order_and_bad_ones_their_number(tmp_path: Path) ->
         ("user,item,timestamp\nu,1,1\n", "item,title\n1,T\n", {"usr": "u"}, "column 'usr': unknown; known are user"),
         ("user,item,timestamp\nu,1,soon\n", "item,title\n1,T\n", {}, r"i\.csv: 1 of 1 rows cannot be used"),
         ("", "item,title\n1,T\n", {}, r"i\.csv: no column 'user'"),
+        ("user,item,timestamp\nu,1,1\n", 'item,title\n1,"T\n2,U\n', {}, r"m\.csv: a double quote is not closed"),
+        ("user,item,timestamp\nu,1,1\n", 'item,title\n1,12" rule\n2,T\n', {}, r"m\.csv: a double quote is not closed"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, inter: str, items: str, columns: dict, message: str) -> None:
@@ -119,6 +121,92 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, inter: str, items: str, co
     (tmp_path / "m.csv").write_text(items)
     with pytest.raises(InputError, match=message):
         read_table(tmp_path / "i.csv", tmp_path / "m.csv", columns)
+
+
+def test_rows_with_too_many_fields_are_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("user,item,timestamp\nSmith, John,1,10\n,1,4\nu,1,11\nv,1,12,\n")
+    (tmp_path / "m.csv").write_text("item,title,brand\n1,Alien, the film,Fox\n1,Alien,Fox\n2\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.csv", bad_rows=0.5)
+    assert tables.interactions.rows() == [("u", "1", 11, None), ("v", "1", 12, None)]
+    assert tables.items.rows() == [("1", "Alien", "", "Fox", [])]
+    assert [(reject["row"], reject["reason"], reject["text"]) for reject in tables.rejects] == [
+        (2, "too many fields", "Smith\t John\t1\t10"),
+        (3, "no user, item or timestamp", "None\t1\t4"),
+        (2, "too many fields", "1\tAlien\t the film\tFox"),
+    ]
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n" + "u,1,2,3\n" * 1100 + "u,,2\n" * 5 + "u,1,2\n")
+    report = read_table(tmp_path / "i.csv", tmp_path / "m.csv", bad_rows=1.0).report
+    assert report["interactions: too many fields"] == 1100
+    assert report["interactions: no user, item or timestamp"] == 5
+
+
+@pytest.mark.parametrize(
+    "content", ["user,item,timestamp\nu,1,1\n".encode("utf-16"), b"user,item,timestamp\n\xe9,1,1\n"]
+)
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "i.csv").write_bytes(content)
+    with pytest.raises(InputError, match=r"i\.csv: .*not UTF-8.*save the table as UTF-8"):
+        read_table(tmp_path / "i.csv", tmp_path / "i.csv")
+
+
+@pytest.mark.parametrize(
+    ("times", "places"),
+    [
+        (["10.9", "10.1", "12"], [2, 1, 3]),
+        (["0.9", "0.1", "0.1"], [2, 1, 1]),
+        (["12.0", "1e3", "11"], [12, 1000, 11]),
+        (["1588687728923000002", "1588687728923000001", "1588687728923000003.0"], None),
+        ([10.9, 10.1, 12.0], [2, 1, 3]),
+        ([3.0, 1.0, 2.0], [3, 1, 2]),
+        ([1588687728923000002, 1588687728923000001, 0], [1588687728923000002, 1588687728923000001, 0]),
+    ],
+)
+def test_times_keep_their_order(tmp_path: Path, times: list, places: list[int] | None) -> None:
+    pl.DataFrame({"user": ["u"] * 3, "item": ["1"] * 3, "timestamp": times}).write_parquet(tmp_path / "i.parquet")
+    (tmp_path / "m.csv").write_text("item,title\n1,T\n")
+    read = read_table(tmp_path / "i.parquet", tmp_path / "m.csv").interactions["timestamp"].to_list()
+    if places is None:
+        assert read[0] == read[1] + 1
+    else:
+        assert read == places
+
+
+def test_whole_numbers_as_pandas_writes_them_are_ids_others_are_not(tmp_path: Path) -> None:
+    items = pl.DataFrame({"item": [1.0, 2.0, 2.5, None], "title": ["A", "B", "C", "D"]})
+    items.write_parquet(tmp_path / "m.parquet")
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n7.0,1.0,1\n8.0,2.0,2\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.parquet", bad_rows=0.5)
+    assert tables.interactions.select("user", "item").rows() == [("7", "1"), ("8", "2")]
+    assert tables.items["item"].to_list() == ["1", "2"]
+    (tmp_path / "i.csv").write_text("user,item,timestamp\n7.0,1.0,1\n8.1,A,2\n")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.parquet", bad_rows=0.5)
+    assert tables.interactions.select("user", "item").rows() == [("7.0", "1.0"), ("8.1", "A")]
+
+
+def test_texts_are_cleaned_and_a_later_row_fills_what_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("user,item,timestamp\nu,1,5\n")
+    items = {
+        "item": ["1", "1", "2", "3"],
+        "title": ["...", "Heat &amp; dust", "...", "T"],
+        "description": [["A <b>film</b>", "of"], ["No"], [], None],
+        "categories": ["", "R&amp;B|Drama", "", "x|"],
+        "brand": [None, 1.5, None, float("nan")],
+    }
+    pl.DataFrame(items).write_parquet(tmp_path / "m.parquet")
+    tables = read_table(tmp_path / "i.csv", tmp_path / "m.parquet")
+    assert tables.items.rows() == [
+        ("1", "Heat & dust", "A film of", "1.5", ["R&B", "Drama"]),
+        ("3", "T", "", "", ["x"]),
+    ]
+    assert tables.report["items without a title"] == tables.report["items with several rows"] == 1
+
+
+@pytest.mark.parametrize(("values", "kind"), [([{"en": "x"}], "Struct"), ([[b"x"]], "List")])
+def test_texts_of_a_type_of_no_use_are_named(tmp_path: Path, values: list, kind: str) -> None:
+    (tmp_path / "i.csv").write_text("user,item,timestamp\nu,1,5\n")
+    pl.DataFrame({"item": ["1"], "title": values}).write_parquet(tmp_path / "m.parquet")
+    with pytest.raises(InputError, match=rf"column 'title' for the title: expected text, got {kind}"):
+        read_table(tmp_path / "i.csv", tmp_path / "m.parquet")
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:

@@ -44,6 +44,13 @@ def test_a_prompt_that_cannot_be_filled_in_is_named(tmp_path: Path, name: str, t
         read_prompts(tmp_path)
 
 
+def test_a_prompt_in_another_encoding_is_named(tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    (tmp_path / "item.txt").write_bytes("Größe $title".encode("latin-1"))
+    with pytest.raises(InputError, match="not text in UTF-8"):
+        read_prompts(tmp_path)
+
+
 def test_a_missing_prompt_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gream data prompts"):
         read_prompts(tmp_path)

@@ -1,0 +1,48 @@
+"""Text as sources give it, made readable."""
+
+from __future__ import annotations
+
+import html
+import re
+
+_TAG = re.compile(r"</?[A-Za-z!][^>]*>")
+_TAG_TAIL = re.compile(r'^[^<>]*"(?:\s*/)?>')
+_NAMES = (
+    "body|br|center|div|em|embed|font|form|h[1-6]|head|hr|html|iframe|img|input|li|link|meta|object|ol|option|param"
+    "|script|select|span|strong|style|sub|sup|table|tbody|td|th|tr|ul"
+)
+_TAG_HEAD = re.compile(
+    rf"""<(?:/[a-z]\w*\s*|!--.*|!doctype.*|/?(?:{_NAMES})\b.*|a\s+href\b.*|[a-z][^<>]*=\s*["'].*)$""", re.I | re.S
+)
+"""A tag that ends nowhere; other words behind a "<" are none: "if a<b then"."""
+_WORD = re.compile(r"[^\W_]")
+_SCRIPT = re.compile(r"getTime\(\)|function\s*\(|\bvar\s+\w+\s*=")
+
+
+def clean_text(text: str) -> str:
+    """Return ``text`` without HTML: entities decoded, tags and pieces of tags removed, blanks collapsed.
+
+    >>> clean_text("Home &amp; <b>Garden</b>"), clean_text('<span class="a-size-medium"'), clean_text('" Books" />')
+    ('Home & Garden', '', '')
+    """
+    text = html.unescape(html.unescape(text))
+    if "<" in text or ">" in text:
+        text = _TAG_HEAD.sub(" ", _TAG.sub(" ", _TAG_TAIL.sub(" ", text)))
+    if text.isprintable() and "  " not in text:  # the only blanks are single spaces: the same, faster
+        return text.strip(" ")
+    return " ".join(text.split())
+
+
+def clean_title(title: str) -> str:
+    """Return a title without HTML, "" when it holds no word or is a piece of a script."""
+    text = "" if _SCRIPT.search(title) else clean_text(title)
+    return text if _WORD.search(text) else ""
+
+
+def cut_text(text: str, letters: int) -> str:
+    """Return the beginning of a text, at most ``letters`` long, up to the end of a word.
+
+    >>> cut_text("one two three", 7), cut_text("one two three", 9), cut_text("onetwothree", 3)
+    ('one two', 'one two', 'one')
+    """
+    return text if len(text) <= letters else text[: letters + 1].rpartition(" ")[0] or text[:letters]
