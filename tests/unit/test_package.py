@@ -20,6 +20,7 @@ def test_the_wheel_carries_the_recipes_the_sft_configs_and_the_template(wheel):
     for path in [*ROOT.glob("recipes/recipe/*.yaml"), *ROOT.glob("sft_configs/*.[yj]*")]:
         assert f"gream_verl/{path.relative_to(ROOT)}" in names
     assert "gream_verl/evaluation/report.html" in names
+    assert "data_processing/teacher/prompts/chain.txt" in names
     assert "hydra_plugins/gream/__init__.py" in names
     assert "hydra_plugins/__init__.py" not in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
