@@ -39,7 +39,7 @@ from gream_verl.next_item import SYSTEM, TEMPLATES
 from gream_verl.semantic_ids import ItemIndex
 
 INTERACTIONS, QUICK = 5_000_000, 200_000
-PLAIN_ROWS = 300_000
+PLAIN_ROWS = 1_000_000
 """Rows that the plain pass makes: it keeps them all in memory."""
 ITEM_TASKS = ("item2index", "index2item", "itemfeatureobtain")
 GROUPS: dict[str, Mapping[str, Sequence[str]]] = {
