@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_processing.teacher.answers import UnusableError
-from data_processing.teacher.budget import Budget, BudgetSpentError
+from data_processing.teacher.budget import Budget, BudgetSpentError, Price
 from data_processing.teacher.client import FailedError, RefusedError, Teacher
 from data_processing.teacher.questions import Question, Questions
 from data_processing.teacher.store import Answer, AnswerStore, request_key
@@ -318,8 +318,7 @@ class Asker:
             except FailedError as error:
                 self._fail(str(error))
                 raise
-            self._budget.add(size, answer.prompt_tokens, answer.completion_tokens)
-            cost = self._budget.price.of(answer.prompt_tokens, answer.completion_tokens)
+            cost = self._budget.add(size, answer.prompt_tokens, answer.completion_tokens)
             self._store.put(key, self._settings.model, answer, cost, about)
         self.asked.answers += 1
         self._in_a_row = 0
@@ -327,7 +326,7 @@ class Asker:
 
     def _spent(self) -> str:
         tokens = self._budget.prompt_tokens + self._budget.completion_tokens
-        money = f", {self._budget.cost:.2f} of money" if self._budget.price != type(self._budget.price)() else ""
+        money = f", {self._budget.cost:.2f} of money" if self._budget.price != Price() else ""
         retries = sum(self.asked.retried.values())
         return f"{tokens:,} tokens{money}, {retries} retries"
 

@@ -85,12 +85,14 @@ class Budget:
         """Return how many tokens a prompt of ``size`` bytes may have, by the prompts that the server has counted."""
         return size * (MARGIN * self._most_a_byte or TOKENS_A_BYTE)
 
-    def add(self, size: int, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count an answer to a prompt of ``size`` bytes."""
+    def add(self, size: int, prompt_tokens: int, completion_tokens: int) -> float:
+        """Count an answer to a prompt of ``size`` bytes; return what it has cost."""
+        cost = self.price.of(prompt_tokens, completion_tokens)
         self._most_a_byte = max(self._most_a_byte, prompt_tokens / max(size, 1))
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
-        self.cost += self.price.of(prompt_tokens, completion_tokens)
+        self.cost += cost
+        return cost
 
     @asynccontextmanager
     async def reserve(self, size: int, most: int) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +25,7 @@ from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS, DataF
 from data_processing.teacher.asking import Asked, Asker, Estimate, Result, Settings, estimate, results
 from data_processing.teacher.budget import Budget
 from data_processing.teacher.client import Connection, Teacher
-from data_processing.teacher.questions import Questions, chain_questions, item_questions, sample, user_questions
+from data_processing.teacher.questions import Questions, chain_questions, item_questions, sample, user_questions, window
 from data_processing.teacher.store import AnswerStore
 from data_processing.teacher.templates import Prompt, read_prompts
 from gream_verl.files import InputError, atomic_path, read_json, write_json
@@ -104,7 +105,6 @@ class Enricher:
         prompts = read_prompts(self.prompts)
         self._again = prompts["again"]
         self._items = self.folder.read_items(enriched=self.what != "items")
-        self._training = self.folder.read_training(self._items)
         self._questions = self._ask_about(prompts)
         self._output = {
             "items": self.folder.enriched,
@@ -112,6 +112,10 @@ class Enricher:
             "chains": self.folder.chains,
         }[self.what]
         self._before = self._count_before()
+
+    @cached_property
+    def _training(self) -> dict[str, Sequence[str]]:
+        return self.folder.read_training(self._items)
 
     def estimate(self, budget: Budget) -> Estimate:
         """Return what asking would take, without asking."""
@@ -129,7 +133,7 @@ class Enricher:
         Raises:
             InputError: When no request can be answered, or a file cannot be used.
         """
-        made, began = Enrichment(), time.monotonic()
+        made, began = Enrichment(before=self._before), time.monotonic()
         with AnswerStore(self.folder.teacher) as store:
             budget.prompt_tokens, budget.completion_tokens = store.prompt_tokens, store.completion_tokens
             budget.cost = store.cost
@@ -142,7 +146,6 @@ class Enricher:
                 if found and (not stopped or len(found) >= self._before):
                     self._write(found)
                     made.path = self._output
-        made.before = self._before
         made.seconds = time.monotonic() - began
         write_json(self.folder.enrichment(self.what), describe(made, budget), indent=1)
         return made
@@ -198,11 +201,11 @@ class Enricher:
 
     def _chain_record(self, row: Result) -> dict[str, Any]:
         user, position = row.subject
-        past = self._training[user][max(position - self.history, 0) : position]
+        past, target = window(self._training, row.subject, self.history)
         return {
             "user": user,
             "position": position,
-            "item": self._training[user][position],
+            "item": target,
             "history": len(past),
             **{name: getattr(row.data, name) for name in ("evidence", "preference", "intent")},
             "keep": [past[number - 1] for number in sorted(set(row.data.keep))],

@@ -132,8 +132,7 @@ def chain_questions(
     """
 
     def make(subject: tuple[str, int]) -> Question:
-        user, position = subject
-        past, target = training[user][max(position - history, 0) : position], training[user][position]
+        past, target = window(training, subject, history)
 
         def read(text: str, finish: str) -> Chain:
             chain = read_answer(text, finish, Chain)
@@ -145,6 +144,12 @@ def chain_questions(
         return Question(subject, _next_item(items, past, target, prompt), read)
 
     return Questions(("chain", json_schema(Chain)), chosen, make)
+
+
+def window(training: Mapping[str, Sequence[str]], subject: tuple[str, int], history: int) -> tuple[Sequence[str], str]:
+    """Return the last ``history`` items before a user's position, and the item at it."""
+    user, position = subject
+    return training[user][max(position - history, 0) : position], training[user][position]
 
 
 def sample(subjects: Sequence[Any], limit: int | None, seed: int) -> list[Any]:

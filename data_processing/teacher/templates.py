@@ -59,8 +59,7 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, Prom
         InputError: When a file is missing, or has a field that is not known or lacks one that is needed.
     """
     if folder is None:
-        packaged = files("data_processing.teacher").joinpath("prompts")
-        return {name: _parse(name, packaged.joinpath(f"{name}.txt").read_text(encoding="utf-8")) for name in FIELDS}
+        return {name: _parse(name, _packaged(name)) for name in FIELDS}
     remedy = "write all of them with `gream data prompts FOLDER` and edit those"
     paths = {name: require_file(Path(folder) / f"{name}.txt", remedy) for name in FIELDS}
     return {name: _parse(name, _read(path), str(path)) for name, path in paths.items()}
@@ -68,12 +67,15 @@ def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, Prom
 
 def write_prompts(folder: str | os.PathLike[str]) -> list[Path]:
     """Write the package's prompts to a folder, to be edited; files that are there stay as they are."""
-    packaged = files("data_processing.teacher").joinpath("prompts")
     paths = [Path(folder) / f"{name}.txt" for name in FIELDS]
-    for path in paths:
+    for name, path in zip(FIELDS, paths, strict=True):
         if not path.exists():
-            write_text(path, packaged.joinpath(path.name).read_text(encoding="utf-8"))
+            write_text(path, _packaged(name))
     return paths
+
+
+def _packaged(name: str) -> str:
+    return files("data_processing.teacher").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _read(path: Path) -> str:
