@@ -12,13 +12,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
+from gream_verl.cli_common import DEFAULT_DATA, DataOption, DatasetOption, SeedOption, console, print_dict
+from gream_verl.cli_index import index_app
 from gream_verl.files import InputError
 from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
 
-console = Console()
 STOPPED = 130
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT)
 app = typer.Typer(
@@ -29,16 +29,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 data_app = typer.Typer(help="Raw data to training text.", no_args_is_help=True)
-index_app = typer.Typer(help="The item index: which semantic ID every item has.", no_args_is_help=True)
 model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 app.add_typer(model_app, name="model")
 
-DEFAULT_DATA = Path("runs") / DEFAULT_RUN / "data"
-DataOption = Annotated[Path, typer.Option("--data", help="Folder of the data set's files.")]
-DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of the data set, D in file names.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
 HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
 
 
@@ -238,7 +233,7 @@ def prepare(
     if parts and source is Source.layout:
         raise InputError("--split temporal does not go with --source layout, whose files hold no times")
     tables = _read_source(source, reviews, metadata, inter, item, column, data, bad_rows)
-    _print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
+    print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
     if review_texts and reviews and not dry_run:
         _keep_reviews(source, reviews, folder, review_texts, bad_rows)
 
@@ -310,7 +305,7 @@ def stats(data: DataOption = DEFAULT_DATA, dataset: DatasetOption = DEFAULT_DATA
     from data_processing.layout import DataFolder
 
     folder = DataFolder(data, dataset)
-    _print_dict(dataset, statistics(folder.read_inter(folder.read_items())))
+    print_dict(dataset, statistics(folder.read_inter(folder.read_items())))
 
 
 @data_app.command()
@@ -378,11 +373,11 @@ def enrich(
     connection = Connection(tuple(endpoint), key_variable, key, concurrency, timeout, attempts)
     budget = Budget(budget_tokens, budget_money, Price.parse(price))
     enricher = Enricher(DataFolder(data, dataset), what.value, settings, prompts, limit, history, seed)
-    _print_dict("To ask, before any answer has to be asked again", vars(enricher.estimate(budget)))
+    print_dict("To ask, before any answer has to be asked again", vars(enricher.estimate(budget)))
     if dry_run:
         return
     made = enricher.run(connection, budget, console)
-    _print_dict(f"The teacher's {what.value}", describe(made, budget))
+    print_dict(f"The teacher's {what.value}", describe(made, budget))
     if made.asked.budget_spent:
         console.print("The budget is spent; call it again with a larger one, and it goes on.", style="yellow")
 
@@ -541,32 +536,7 @@ def rl(
     from data_processing.rl import write_prompts
 
     made = write_prompts(DataFolder(data, dataset), seed=seed, mode=mode.value, history=history, rl_rows=rl_rows)
-    _print_dict("Prompts", made)
-
-
-@index_app.command()
-def build(
-    data: DataOption = DEFAULT_DATA,
-    dataset: DatasetOption = DEFAULT_DATASET,
-    levels: Annotated[int | None, typer.Option(min=1, help="Levels of a SID. Default: by catalogue size.")] = None,
-    codes: Annotated[int | None, typer.Option(min=2, help="Codes a level. Default: by catalogue size.")] = None,
-    collaborative_weight: Annotated[
-        float, typer.Option(min=0.0, help="Weight of co-occurrence beside the text; 0 is text alone.")
-    ] = 1.0,
-    model: Annotated[str | None, typer.Option(help="Embedding model, a name or folder. Default: MiniLM.")] = None,
-    seed: SeedOption = 0,
-) -> None:
-    """Embed the items and give each a semantic ID by residual balanced k-means: D.index.json."""
-    # One thread, before any library starts more: the order of summation would change the bytes of the index.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from data_processing.indexing.residual_index import build_index
-    from data_processing.layout import DataFolder
-
-    report = build_index(
-        DataFolder(data, dataset), levels=levels, codes=codes, seed=seed,
-        collaborative_weight=collaborative_weight, model=model,
-    )  # fmt: skip
-    _print_dict("Item index", {key: value for key, value in report.items() if key != "balance"})
+    print_dict("Prompts", made)
 
 
 @model_app.command()
@@ -585,7 +555,7 @@ def tiny(
     texts = read_sft_texts(data / f"{dataset}-mix.parquet")
     index = ItemIndex.load(data / f"{dataset}.index.json")
     made = make_tiny_model(texts, index, output, hidden_size=hidden_size, layers=layers, seed=seed)
-    _print_dict("Tiny model", made)
+    print_dict("Tiny model", made)
 
 
 @model_app.command()
@@ -696,21 +666,6 @@ def _print_result(folder: Path) -> None:
     from gream_verl.files import read_json
 
     console.print(render_table(read_json(folder / "metrics.json")))
-
-
-def _print_dict(title: str, values: dict[str, Any]) -> None:
-    """Print a dictionary as a table; nested ones with their keys joined."""
-    table = Table(title=title, show_header=False, title_justify="left")
-    for key, value in _flat(values):
-        table.add_row(escape(key), f"{value:,.4g}" if isinstance(value, float) else escape(str(value)))
-    console.print(table)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        rows += _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return rows
 
 
 if __name__ == "__main__":
