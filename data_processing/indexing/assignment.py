@@ -17,6 +17,7 @@ import numpy as np
 from data_processing.compiled import compiled
 
 FAR = np.inf
+APART_ROUNDS = 200
 
 
 class _Flow(NamedTuple):
@@ -71,6 +72,42 @@ def assign_balanced(
     _settle(flow, costs, lower, upper)
     potentials = flow.prices[:clusters]
     return flow.labels, (potentials - potentials.mean()).astype(np.float32)
+
+
+def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) -> np.ndarray:
+    """Assign rows as ``assign_balanced`` does, no two rows of one group to the same cluster.
+
+    Where rows of a group meet in a cluster, it is closed to all but the cheapest of them, and the whole assignment is
+    solved again, exactly, until none meet. What is closed stays closed, so that the cost is near the least, not proved
+    to be it.
+
+    Args:
+        costs: Finite float32 [rows, clusters]; overwritten.
+        groups: int [rows], the group of each row.
+        lower: Smallest size of a cluster.
+        upper: Largest size of a cluster.
+
+    Returns:
+        int32 [rows], the cluster of each row.
+
+    Raises:
+        ValueError: When the bounds cannot be met, or a group does not fit into the clusters.
+    """
+    rows, clusters = costs.shape
+    largest = int(np.unique(groups, return_counts=True)[1].max())
+    if largest > clusters:
+        raise ValueError(f"{largest} rows of one group cannot have {clusters} clusters to themselves")
+    closed = np.float32(1e6 * max(float(costs.max() - costs.min()), 1.0))
+    prices = None
+    for _ in range(APART_ROUNDS):
+        labels, prices = assign_balanced(costs, lower, upper, prices)
+        places = groups.astype(np.int64) * clusters + labels
+        order = np.lexsort((costs[np.arange(rows), labels], places))
+        meets = order[1:][places[order[1:]] == places[order[:-1]]]
+        if not len(meets):
+            return labels
+        costs[meets, labels[meets]] = closed
+    raise ValueError(f"found no assignment that keeps the {largest} rows of the largest group apart")
 
 
 @compiled
@@ -192,22 +229,48 @@ def _push(flow, costs, end, parents):  # type: ignore[no-untyped-def]
     """Move one unit along the path that ends in ``end``: a row between clusters, a unit of flow at the sink."""
     sink = len(parents) - 1
     flow.excess[end] += 1
-    node = end
-    while parents[node] >= 0:
+    node, lost = end, -1  # the row that node has just passed on
+    while node >= 0:
         source = parents[node]
-        if node == sink:
+        gained = -1
+        if source < 0:
+            flow.excess[node] -= 1
+        elif node == sink:
             flow.sent[source] += 1
         elif source == sink:
             flow.sent[node] -= 1
         else:
-            _move_row(flow, flow.movers[source, node], source, node)
-        node = source
-    flow.excess[node] -= 1
-    node = end
-    while node >= 0:
+            gained = flow.movers[source, node]
+            _move_row(flow, gained, source, node)
         if node != sink:
-            _find_movers(flow, costs, node)
-        node = parents[node]
+            _update_movers(flow, costs, node, lost, gained)
+        node, lost = source, gained
+
+
+@compiled
+def _update_movers(flow, costs, cluster, lost, gained):  # type: ignore[no-untyped-def]
+    """Bring the cheapest rows of ``cluster`` up to date after it has lost and gained a row (-1: none)."""
+    move_costs, movers = flow.move_costs[cluster], flow.movers[cluster]
+    if lost >= 0:
+        stale = np.flatnonzero(movers == lost)
+        if len(stale) * 8 > len(movers):
+            _find_movers(flow, costs, cluster)
+            return
+        move_costs[stale] = FAR
+        movers[stale] = -1
+        for place in range(flow.sizes[cluster]):
+            row = flow.members[cluster, place]
+            here = np.float64(costs[row, cluster])
+            for k in stale:
+                loss = costs[row, k] - here
+                if loss < move_costs[k]:
+                    move_costs[k], movers[k] = loss, row
+    if gained >= 0:
+        here = np.float64(costs[gained, cluster])
+        for k in range(len(movers)):
+            loss = costs[gained, k] - here
+            if loss < move_costs[k]:
+                move_costs[k], movers[k] = loss, gained
 
 
 @compiled

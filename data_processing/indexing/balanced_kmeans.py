@@ -13,11 +13,15 @@ which ends in lower distortion.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import faiss
 import numpy as np
 from scipy import sparse
+from threadpoolctl import ThreadpoolController
 
 from data_processing.indexing.assignment import assign_balanced
 
@@ -27,7 +31,14 @@ MAX_ROUNDS = 100
 STALE = 0.05
 """Prices that misplace a larger share of the rows than this are compared with prices found from nothing."""
 FRESH_STEPS = np.geomspace(2.0, 0.1, 20)
+FINE_STEPS = np.geomspace(0.1, 0.005, 8)
 LOOSE_STEP = 0.3
+PRICE_ROWS = 256
+"""Rows a cluster from which prices are searched; the exact assignment sees all rows."""
+BLOCK_ROWS = 4096
+"""Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
+
+_LIBRARIES = ThreadpoolController()
 
 
 class Clustering(NamedTuple):
@@ -72,21 +83,26 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
     """
     vectors = _checked(vectors)
     lower, upper = size_bounds(len(vectors), clusters)
-    middle = vectors.mean(axis=0)
-    centred = np.ascontiguousarray(vectors - middle)  # expanded squared distances lose digits far from the origin
+    # Expanded squared distances lose digits far from the origin. Residuals lie around it already.
+    middle = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = np.ascontiguousarray(vectors - middle if middle.any() else vectors)
     total = float(np.einsum("ij,ij->", centred, centred, dtype=np.float64))
     centroids = _first_centroids(centred, clusters, seed)
+    costs = np.empty((len(vectors), clusters), np.float32)
     prices, unit, inertia = np.zeros(clusters, np.float32), 1.0, np.inf
     for turn in range(MAX_ROUNDS):
-        costs = assignment_costs(centred, centroids)
+        assignment_costs(centred, centroids, costs)
+        sample = np.ascontiguousarray(costs[:: max(1, len(costs) // (PRICE_ROWS * clusters))])
         if turn < 2:  # the first centroids are few rows' means, and their distances not yet typical
-            unit = _price_unit(costs)
-        prices = _fresh_if_stale(costs, prices, unit)
+            unit = _price_unit(sample)
+        prices = _fresh_if_stale(sample, prices, unit)
         if turn < LOOSE_ROUNDS:
-            labels = (costs + prices).argmin(axis=1)
+            labels = cheapest(costs, prices)
             prices = raise_crowded(prices, np.bincount(labels, minlength=clusters), LOOSE_STEP * unit)
             centroids = _means(centred, labels, centroids)
             continue
+        if len(sample) < len(costs):
+            prices = _refined(costs, prices, unit)
         labels, prices = assign_balanced(costs, lower, upper, prices)
         centroids = _means(centred, labels, centroids)
         squared_lengths = (centroids.astype(np.float64) ** 2).sum(axis=1)
@@ -96,19 +112,55 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
     return Clustering(labels, (centroids + middle).astype(np.float32), inertia)
 
 
-def assignment_costs(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Return squared distances less the squared length of each vector, which changes no assignment.
+def assignment_costs(vectors: np.ndarray, centroids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return squared distances, on a CPU less the squared length of each vector, which changes no assignment.
 
     Args:
         vectors: float32 [rows, dimensions].
         centroids: float32 [clusters, dimensions].
+        out: float32 [rows, clusters] to write to.
 
     Returns:
         float32 [rows, clusters].
     """
-    costs = vectors @ (-2.0 * centroids.T)
-    costs += (centroids**2).sum(axis=1)
+    costs = np.empty((len(vectors), len(centroids)), np.float32) if out is None else out
+    if faiss.get_num_gpus():  # untested on GPU
+        resources = faiss.StandardGpuResources()
+        for start in range(0, len(vectors), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            costs[block] = faiss.pairwise_distance_gpu(resources, vectors[block], centroids)
+        return costs
+    factors, squared_lengths = np.ascontiguousarray(-2.0 * centroids.T), (centroids**2).sum(axis=1)
+
+    def fill(block: slice) -> None:
+        np.matmul(vectors[block], factors, out=costs[block])
+        costs[block] += squared_lengths
+
+    _by_block(fill, len(vectors))
     return costs
+
+
+def cheapest(costs: np.ndarray, prices: np.ndarray) -> np.ndarray:
+    """Return the cluster of least cost plus price of each row, int64 [rows]."""
+    labels = np.empty(len(costs), np.int64)
+
+    def fill(block: slice) -> None:
+        np.argmin(costs[block] + prices, axis=1, out=labels[block])
+
+    _by_block(fill, len(costs))
+    return labels
+
+
+def _by_block(work: Callable[[slice], None], rows: int) -> None:
+    """Do ``work`` on every block of rows, on all processors that this process may use."""
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, rows, BLOCK_ROWS)]
+    with _LIBRARIES.limit(limits=1, user_api="blas"):
+        if len(blocks) <= 1:
+            for block in blocks:
+                work(block)
+            return
+        with ThreadPoolExecutor(min(len(blocks), len(os.sched_getaffinity(0)))) as threads:
+            list(threads.map(work, blocks))
 
 
 def _checked(vectors: np.ndarray) -> np.ndarray:
@@ -159,7 +211,7 @@ def _price_unit(costs: np.ndarray) -> float:
 
 
 def _sizes(costs: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    return np.bincount((costs + prices).argmin(axis=1), minlength=len(prices))
+    return np.bincount(cheapest(costs, prices), minlength=len(prices))
 
 
 def _misplaced(sizes: np.ndarray) -> float:
@@ -176,6 +228,18 @@ def _fresh_if_stale(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.nd
     for step in FRESH_STEPS:
         fresh = raise_crowded(fresh, _sizes(costs, fresh), step * unit)
     return fresh if _misplaced(_sizes(costs, fresh)) < misplaced else prices
+
+
+def _refined(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.ndarray:
+    """Return the best of ``prices`` and those that a few small steps on all rows lead to."""
+    best, least = prices, np.inf
+    for step in FINE_STEPS:
+        sizes = _sizes(costs, prices)
+        misplaced = _misplaced(sizes)
+        if misplaced < least:
+            best, least = prices, misplaced
+        prices = raise_crowded(prices, sizes, step * unit)
+    return best
 
 
 def _means(vectors: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from data_processing.indexing.assignment import assign_balanced
+import data_processing.indexing.balanced_kmeans as module
+from data_processing.indexing.assignment import assign_apart, assign_balanced
 from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, raise_crowded, size_bounds
 
 COSTS = st.tuples(st.integers(1, 24), st.integers(1, 6)).flatmap(
@@ -159,3 +161,70 @@ def test_crowded_clusters_get_dearer_and_empty_ones_cheaper() -> None:
 def test_vectors_that_cannot_be_clustered_are_refused(vectors: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         balanced_kmeans(vectors, 2)
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda clusters: st.tuples(
+            arrays(
+                np.float32,
+                st.tuples(st.integers(clusters, 24), st.just(clusters)),
+                elements=st.integers(-9, 9).map(float),
+            ),
+            st.integers(0, 2**32 - 1),
+        )
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_rows_of_a_group_are_kept_apart_within_the_bounds(problem: tuple[np.ndarray, int]) -> None:
+    costs, seed = problem
+    rows, clusters = costs.shape
+    bounds = size_bounds(rows, clusters)
+    # Groups of rows that some balanced assignment keeps apart: each takes at most one row of a cluster.
+    groups = np.random.default_rng(seed).permutation(np.arange(rows) // max(1, clusters // 2))
+    labels = assign_apart(costs.copy(), groups, *bounds)
+    sizes = np.bincount(labels, minlength=clusters)
+    assert bounds[0] <= sizes.min() <= sizes.max() <= bounds[1]
+    assert len({*zip(groups.tolist(), labels.tolist(), strict=True)}) == rows
+    assert total_cost(costs, labels) >= total_cost(costs, assign_balanced(costs, *bounds)[0]) - 1e-3
+
+
+def test_keeping_apart_costs_nothing_where_no_rows_meet() -> None:
+    costs = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    labels, _ = assign_balanced(costs, 9, 11)
+    np.testing.assert_array_equal(assign_apart(costs.copy(), np.arange(60), 9, 11), labels)
+
+
+def test_a_group_larger_than_the_clusters_is_refused() -> None:
+    with pytest.raises(ValueError, match="5 rows of one group cannot have 4 clusters"):
+        assign_apart(np.zeros((8, 4), np.float32), np.array([0, 0, 0, 0, 0, 1, 1, 1]), 1, 3)
+
+
+def test_the_number_of_processors_changes_no_byte() -> None:
+    vectors = np.random.default_rng(0).normal(size=(9_000, 12)).astype(np.float32)
+    processors = os.sched_getaffinity(0)
+    found = balanced_kmeans(vectors, 16)
+    try:
+        os.sched_setaffinity(0, {min(processors)})
+        alone = balanced_kmeans(vectors, 16)
+    finally:
+        os.sched_setaffinity(0, processors)
+    assert found.centroids.tobytes() == alone.centroids.tobytes()
+    assert found.labels.tobytes() == alone.labels.tobytes()
+
+
+def test_prices_from_a_sample_lead_to_as_good_clusters_within_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    vectors = (random.normal(size=(40, 8))[random.choice(40, 3_000)] * 2 + random.normal(size=(3_000, 8))).astype("f4")
+    whole = balanced_kmeans(vectors, 20)
+    monkeypatch.setattr(module, "PRICE_ROWS", 20)
+    sampled = balanced_kmeans(vectors, 20)
+    sizes = np.bincount(sampled.labels, minlength=20)
+    assert size_bounds(3_000, 20) <= (sizes.min(), sizes.max())
+    assert sizes.max() <= size_bounds(3_000, 20)[1]
+    assert sampled.inertia == pytest.approx(whole.inertia, rel=0.05)
+
+
+def test_vectors_far_from_the_origin_are_clustered_as_well() -> None:
+    vectors = np.random.default_rng(0).normal(size=(400, 6)).astype(np.float32)
+    assert balanced_kmeans(vectors + 1_000, 8).inertia == pytest.approx(balanced_kmeans(vectors, 8).inertia, rel=0.02)
