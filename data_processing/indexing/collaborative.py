@@ -83,6 +83,25 @@ def collaborative_vectors(
     return vectors
 
 
+def fold_in(sequences: Iterable[Sequence[int]], vectors: np.ndarray, added: int, *, window: int = 5) -> np.ndarray:
+    """Place new items among those that have vectors: the PPMI-weighted mean of what they co-occur with.
+
+    Args:
+        sequences: Train sequences of item positions; known items first, the new ones after them.
+        vectors: [known, dimensions], the collaborative vectors of known items.
+        added: Number of new items.
+        window: Largest distance in steps at which two items co-occur.
+
+    Returns:
+        float32 [added, dimensions], rows of length 1; zeros for an item that co-occurs with no known one.
+    """
+    known = len(vectors)
+    matrix = positive_pmi(cooccurrence(sequences, known + added, window))[known:, :known]
+    placed = np.asarray(matrix @ vectors, dtype=np.float64)
+    lengths = np.linalg.norm(placed, axis=1, keepdims=True)
+    return np.divide(placed, lengths, out=np.zeros_like(placed), where=lengths > 1e-6).astype(np.float32)
+
+
 def _scaled_left_factors(matrix: sparse.csr_matrix, rank: int) -> np.ndarray:
     """Return U sqrt(S) of the truncated SVD, largest first, the sign of each column fixed by its largest entry.
 

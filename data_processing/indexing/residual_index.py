@@ -7,22 +7,23 @@ the next level. Items that share a whole path get a collision token each.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
 
-from data_processing.indexing.balanced_kmeans import balanced_kmeans
+from data_processing.indexing.assignment import assign_apart
+from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, size_bounds
 from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import diagnose
-from data_processing.indexing.embed import cached_embeddings, item_text
+from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
+from data_processing.indexing.saved_index import SavedIndex, retired_file
 from data_processing.layout import DataFolder
-from gream_verl.files import InputError, atomic_path, write_json
+from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex
 
+BLOCK_ROWS = 65_536
 PAPER_SHAPE = (4, 256)
 PAPER_ITEMS = 10_000
 
@@ -41,7 +42,21 @@ def default_shape(items: int) -> tuple[int, int]:
     return 3, min(items, 2 ** max(1, round(np.log2(items) / 2)))
 
 
-def residual_codes(vectors: np.ndarray, levels: int, codes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+class Quantisation(NamedTuple):
+    """Vectors as paths of codes.
+
+    Attributes:
+        codes: int32 [items, levels], codes from 0.
+        codebooks: float32 [levels, codes, dimensions].
+    """
+
+    codes: np.ndarray
+    codebooks: np.ndarray
+
+
+def residual_codes(
+    vectors: np.ndarray, levels: int, codes: int, seed: int = 0, *, unique: bool = False
+) -> Quantisation:
     """Quantise ``vectors`` level by level; each code of a level is used equally often, give or take one item.
 
     Args:
@@ -49,43 +64,104 @@ def residual_codes(vectors: np.ndarray, levels: int, codes: int, seed: int = 0) 
         levels: Number of levels.
         codes: Codes a level, at most the number of items.
         seed: Seed of all levels.
+        unique: Whether no two items may have the same path: the last level is then solved again with that condition,
+            its sizes within the same bounds.
 
     Returns:
-        int32 [items, levels], codes from 0, and the codebooks, float32 [levels, codes, dimensions].
+        The codes of every item and the codebooks.
 
     Raises:
-        ValueError: When ``vectors`` is not a finite matrix, or has fewer rows than codes.
+        ValueError: When ``vectors`` is not a finite matrix, has fewer rows than codes, or more items share all codes
+            but the last than there are codes.
     """
     residual = np.array(vectors, dtype=np.float32)
-    paths, codebooks = [], []
+    paths, codebooks = np.empty((levels, len(residual)), np.int32), []
     for level in track(range(levels), description="Clustering residuals"):
         clustering = balanced_kmeans(residual, codes, seed=seed + level)
-        residual = residual - clustering.centroids[clustering.labels]
-        paths.append(clustering.labels)
-        codebooks.append(clustering.centroids)
-    return np.stack(paths, axis=1), np.stack(codebooks)
+        paths[level], centroids = clustering.labels, clustering.centroids
+        if unique and level == levels - 1:
+            costs = assignment_costs(residual, centroids)
+            paths[level] = assign_apart(costs, group_rows(paths[:level].T), *size_bounds(len(residual), codes))
+            centroids = _means(residual, paths[level], codes)
+        _subtract(residual, centroids, paths[level])
+        codebooks.append(centroids)
+    return Quantisation(np.ascontiguousarray(paths.T), np.stack(codebooks))
 
 
-def resolve_collisions(codes: np.ndarray) -> list[tuple[int, ...]]:
+def _means(vectors: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarray:
+    order, sizes = np.argsort(labels, kind="stable"), np.bincount(labels, minlength=clusters)
+    groups = np.split(order, np.cumsum(sizes)[:-1])
+    return np.stack([vectors[group].mean(axis=0, dtype=np.float64) for group in groups]).astype(np.float32)
+
+
+def _subtract(residual: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> None:
+    """Take each row's centroid away, in place and block by block."""
+    for start in range(0, len(residual), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        residual[block] -= centroids[labels[block]]
+
+
+def group_rows(codes: np.ndarray) -> np.ndarray:
+    """Return int64 [items]: the same number for items with equal rows of ``codes`` [items, levels], from 0."""
+    groups = np.zeros(len(codes), np.int64)
+    for column in codes.T:
+        groups = np.unique(groups * (int(column.max(initial=0)) + 1) + column, return_inverse=True)[1]
+    return groups
+
+
+def resolve_collisions(codes: np.ndarray, tokens: int | None = None) -> list[tuple[int, ...]]:
     """Return each item's path; items that share one all get one code more, in the order of the items.
+
+    Args:
+        codes: int [items, levels], codes from 0.
+        tokens: How many collision tokens there are; None for as many as needed.
+
+    Raises:
+        InputError: When more items share a path than there are collision tokens.
 
     >>> resolve_collisions(np.array([[1, 2], [0, 0], [1, 2]]))
     [(1, 2, 0), (0, 0), (1, 2, 1)]
     """
-    owners: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    paths = [tuple(path) for path in codes.tolist()]
-    for item, path in enumerate(paths):
-        owners[path].append(item)
-    return [(*path, owners[path].index(item)) if len(owners[path]) > 1 else path for item, path in enumerate(paths)]
+    groups = group_rows(codes)
+    sizes = np.bincount(groups)
+    if tokens is not None and sizes.max() > max(tokens, 1):
+        raise InputError(
+            f"{sizes.max()} items share one path of {codes.shape[1]} codes, and there are {tokens} collision tokens; "
+            "raise --collision-tokens, or --levels or --codes so that fewer items meet, or ask for --unique"
+        )
+    order = np.argsort(groups, kind="stable")
+    rank = np.empty(len(codes), np.int64)
+    rank[order] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shared = (sizes > 1)[groups]
+    return [
+        (*path, token) if meets else tuple(path)
+        for path, token, meets in zip(codes.tolist(), rank.tolist(), shared.tolist(), strict=True)
+    ]
 
 
-def index_vectors(text: np.ndarray, collaborative: np.ndarray, collaborative_weight: float = 1.0) -> np.ndarray:
-    """Join what is clustered: centred text vectors with rows of root mean square length 1, and collaborative vectors.
+class TextFrame(NamedTuple):
+    """How text embeddings become a part of what is clustered: less ``mean`` [dimensions], divided by ``scale``."""
+
+    mean: np.ndarray
+    scale: float
+
+
+def text_frame(text: np.ndarray) -> TextFrame:
+    """Return the frame in which ``text`` [items, dimensions] is centred and has rows of root mean square length 1."""
+    mean = text.mean(axis=0)
+    return TextFrame(mean, float(np.sqrt(((text - mean) ** 2).sum(axis=1).mean())) or 1.0)
+
+
+def index_vectors(
+    text: np.ndarray, collaborative: np.ndarray, collaborative_weight: float = 1.0, frame: TextFrame | None = None
+) -> np.ndarray:
+    """Join what is clustered: text vectors in their frame, and collaborative vectors.
 
     Args:
         text: [items, text dimensions].
         collaborative: [items, collaborative dimensions], rows of length 1 or 0.
         collaborative_weight: Factor of the collaborative part; 0 leaves it out.
+        frame: Of the items the codebooks were made from; None for that of ``text`` itself.
 
     Returns:
         float32 [items, dimensions].
@@ -97,9 +173,8 @@ def index_vectors(text: np.ndarray, collaborative: np.ndarray, collaborative_wei
         raise ValueError(
             f"expected [items, dimensions] twice, got text {text.shape} and collaborative {collaborative.shape}"
         )
-    centred = text - text.mean(axis=0)
-    length = float(np.sqrt((centred**2).sum(axis=1).mean()))
-    parts = [centred / (length or 1.0)]
+    mean, scale = text_frame(text) if frame is None else frame
+    parts = [(text - mean) / scale]
     if collaborative_weight:
         parts.append(collaborative_weight * collaborative)
     return np.concatenate(parts, axis=1).astype(np.float32)
@@ -112,12 +187,16 @@ def build_index(
     codes: int | None = None,
     seed: int = 0,
     collaborative_weight: float = 1.0,
-    model: str | os.PathLike[str] | None = None,
+    embedding: EmbeddingSettings | None = None,
+    engine: Engine = "local",
+    unique: bool = False,
+    collision_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Give every item of ``folder`` a semantic ID.
 
     Writes ``<D>.emb.npy`` (what was clustered), ``<D>.codebooks.npz``, ``<D>.index-report.json`` (what is returned) and
-    ``<D>.index.json``, that one last. Text embeddings are kept in ``<D>.text-emb.npz`` for the next call.
+    ``<D>.index.json``, that one last. Text embeddings are kept in ``<D>.text-emb.npz`` for the next call. Semantic IDs
+    that an earlier index retired go with it.
 
     Args:
         folder: Holds ``<D>.item.json`` and ``<D>.inter.json``.
@@ -125,32 +204,56 @@ def build_index(
         codes: Codes a level; None means that of ``default_shape``.
         seed: Seed of the clustering.
         collaborative_weight: Weight of train co-occurrence beside text; 0 means text alone.
-        model: Sentence-transformers model, a folder or a hub name; None means the one that needs no network.
+        embedding: How texts become vectors; None means the model that needs no network.
+        engine: What runs the embedding model.
+        unique: Whether the last level keeps all items apart, so that no collision token is needed.
+        collision_tokens: Most items on one path; None means as many as there are codes.
 
     Returns:
         ``diagnose`` of the index, and the settings it was built with.
 
     Raises:
-        InputError: When a file is missing or malformed, the model cannot be loaded, or levels and codes do not fit.
+        InputError: When a file is missing or malformed, the model cannot be loaded, levels and codes do not fit, or too
+            many items meet on one path.
     """
     items = folder.read_items()
     default_levels, default_codes = default_shape(len(items))
     levels = default_levels if levels is None else levels
     codes = default_codes if codes is None else codes
     _check_shape(folder, len(items), levels, codes)
+    embedding = embedding or EmbeddingSettings()
     training = folder.read_training(items)
-    text = cached_embeddings([item_text(item) for item in items.values()], _beside(folder, "text-emb.npz"), model)
+    text = cached_embeddings(list(items.values()), cache_path(folder), embedding, engine)
     row = {item: position for position, item in enumerate(items)}
-    collaborative = collaborative_vectors([[row[item] for item in taken] for taken in training.values()], len(items))
-    vectors = index_vectors(text, collaborative, collaborative_weight)
-    paths, codebooks = residual_codes(vectors, levels, codes, seed)
-    report = diagnose(vectors, paths, codebooks, [item.categories for item in items.values()])
-    report["settings"] = {
+    frame = text_frame(text)
+    collaborative = np.zeros((len(items), 0), np.float32)
+    if collaborative_weight:
+        taken = [[row[item] for item in sequence] for sequence in training.values()]
+        collaborative = collaborative_vectors(taken, len(items))
+    vectors = index_vectors(text, collaborative, collaborative_weight, frame)
+    del text, collaborative
+    try:
+        paths, codebooks = residual_codes(vectors, levels, codes, seed, unique=unique)
+    except ValueError as error:
+        raise InputError(f"{folder.item}: {error}; raise --levels or --codes, or do without --unique") from error
+    tokens = codes if collision_tokens is None else collision_tokens
+    index = ItemIndex.from_codes(list(items), resolve_collisions(paths, tokens))
+    settings: dict[str, Any] = {
+        "built": len(items),
+        "levels": levels,
+        "codes": codes,
         "seed": seed,
+        "unique": unique,
+        "collision_tokens": tokens,
         "collaborative_weight": collaborative_weight,
-        "model": "all-MiniLM-L6-v2 (package)" if model is None else os.fspath(model),
+        "embedding": {**asdict(embedding), "model": None if embedding.model is None else os.fspath(embedding.model)},
     }
-    _save(folder, list(items), vectors, paths, codebooks, report)
+    report = diagnose(vectors, paths, codebooks, [item.categories for item in items.values()])
+    report["settings"] = settings
+    retired_file(folder).unlink(missing_ok=True)
+    SavedIndex(list(items), vectors, paths, codebooks, frame.mean, frame.scale, settings).save(folder)
+    write_json(folder.root / f"{folder.name}.index-report.json", report, indent=1)
+    index.save(folder.index)
     return report
 
 
@@ -161,23 +264,3 @@ def _check_shape(folder: DataFolder, items: int, levels: int, codes: int) -> Non
         raise InputError(
             f"{folder.item}: {items} items cannot use {codes} codes a level; ask for between 1 and {items} codes"
         )
-
-
-def _beside(folder: DataFolder, suffix: str) -> Path:
-    return folder.root / f"{folder.name}.{suffix}"
-
-
-def _save(
-    folder: DataFolder,
-    items: Sequence[str],
-    vectors: np.ndarray,
-    codes: np.ndarray,
-    codebooks: np.ndarray,
-    report: dict[str, Any],
-) -> None:
-    with atomic_path(folder.embeddings) as temporary:
-        np.save(temporary, vectors)
-    with atomic_path(_beside(folder, "codebooks.npz")) as temporary:
-        np.savez(temporary, codebooks=codebooks, codes=codes)
-    write_json(_beside(folder, "index-report.json"), report, indent=1)
-    ItemIndex.from_codes(items, resolve_collisions(codes)).save(folder.index)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from hypothesis.extra.numpy import arrays
 
 import data_processing.indexing.residual_index as residual_index
 from data_processing.indexing.balanced_kmeans import size_bounds
+from data_processing.indexing.embed import EmbeddingSettings, item_text
 from data_processing.indexing.residual_index import (
     build_index,
     default_shape,
+    group_rows,
     index_vectors,
     residual_codes,
     resolve_collisions,
 )
-from data_processing.layout import DataFolder
+from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 
@@ -35,8 +38,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataFolder:
     return data
 
 
-def fake_embeddings(texts: list[str], cache: Path, model: object = None) -> np.ndarray:
-    rows = [np.random.default_rng(list(text.encode())).normal(size=6) for text in texts]
+def fake_embeddings(items: list[Item], cache: Path, settings: EmbeddingSettings, engine: str) -> np.ndarray:
+    rows = [np.random.default_rng(list(item_text(item).encode())).normal(size=6) for item in items]
     return np.stack(rows).astype(np.float32)
 
 
@@ -64,6 +67,37 @@ def test_residuals_shrink_level_by_level_and_every_level_is_balanced() -> None:
         residual = residual - codebooks[level][codes[:, level]]
         lengths.append(float((residual**2).sum()))
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_unique_last_level_leaves_no_collision_and_keeps_the_bounds() -> None:
+    vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    met, _ = residual_codes(vectors, 2, 24)
+    codes, codebooks = residual_codes(vectors, 2, 24, unique=True)
+    assert len({*map(tuple, met.tolist())}) < 300
+    assert len({*map(tuple, codes.tolist())}) == 300
+    np.testing.assert_array_equal(codes[:, 0], met[:, 0])
+    lower, upper = size_bounds(300, 24)
+    sizes = np.bincount(codes[:, 1], minlength=24)
+    assert lower <= sizes.min() <= sizes.max() <= upper
+    residual = vectors - codebooks[0][codes[:, 0]]
+    for code in range(24):
+        np.testing.assert_allclose(codebooks[1][code], residual[codes[:, 1] == code].mean(axis=0), atol=1e-5)
+
+
+def test_too_many_items_on_one_path_are_refused_with_the_setting_to_raise() -> None:
+    codes = np.array([[0, 1], [0, 1], [0, 1], [1, 1]])
+    assert resolve_collisions(codes, 3)[2] == (0, 1, 2)
+    with pytest.raises(InputError, match=r"3 items share one path .* 2 collision tokens; raise --collision-tokens"):
+        resolve_collisions(codes, 2)
+
+
+@given(arrays(np.int64, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=st.integers(0, 3)))
+@settings(deadline=None)
+def test_rows_are_in_one_group_exactly_when_their_codes_are_equal(codes: np.ndarray) -> None:
+    groups = group_rows(codes)
+    assert sorted(set(groups.tolist())) == list(range(groups.max() + 1))
+    for row, other in itertools.combinations(range(len(codes)), 2):
+        assert (groups[row] == groups[other]) == (codes[row] == codes[other]).all()
 
 
 def test_the_shape_follows_the_catalogue() -> None:
@@ -113,6 +147,19 @@ def test_saved_codebooks_lead_to_the_saved_index(folder: DataFolder) -> None:
         paths = resolve_collisions(stored["codes"])
     assert ItemIndex.from_codes(list(folder.read_items()), paths).sids == ItemIndex.load(folder.index).sids
     assert (residual**2).sum() < (np.load(folder.embeddings) ** 2).sum()
+
+
+def test_a_unique_index_has_no_collision_token_and_says_so(folder: DataFolder) -> None:
+    report = build_index(folder, levels=2, codes=7, unique=True)
+    assert report["settings"]["unique"]
+    assert report["collisions"]["items"] == 0
+    assert {len(sid) for sid in ItemIndex.load(folder.index).sids.values()} == {2}
+
+
+def test_an_index_that_cannot_be_unique_is_refused_with_the_setting_to_raise(folder: DataFolder) -> None:
+    with pytest.raises(InputError, match="raise --levels or --codes, or do without --unique"):
+        build_index(folder, levels=1, codes=5, unique=True)
+    assert not folder.index.exists()
 
 
 def test_held_out_interactions_do_not_reach_the_index(folder: DataFolder) -> None:

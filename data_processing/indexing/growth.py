@@ -1,0 +1,261 @@
+"""New items in an index that a model has learnt: frozen codebooks, no semantic ID changed, no token added.
+
+A new item takes the path of its nearest codes. Where that path belongs to an item alone, it takes the best free one
+near by: to give both a collision token would change a semantic ID that the model knows.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_processing.indexing.balanced_kmeans import assignment_costs
+from data_processing.indexing.collaborative import fold_in
+from data_processing.indexing.diagnostics import level_balance
+from data_processing.indexing.embed import EmbeddingSettings, Engine, cached_embeddings
+from data_processing.indexing.residual_index import TextFrame, index_vectors
+from data_processing.indexing.saved_index import SavedIndex, load_saved, read_retired, retired_file
+from data_processing.layout import DataFolder, Item
+from gream_verl.files import InputError, write_json
+from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_token
+
+BEAMS = 8
+REBUILD_RATIO = 1.5
+REBUILD_SHARE = 0.25
+REBUILD_FULLEST = 3.0
+"""Limits of :func:`drift` beyond which the index should be built anew."""
+
+Codes = tuple[int, ...]
+
+
+class Paths:
+    """Which paths are taken, and which a new item may still have.
+
+    Attributes:
+        levels: Codes of a path, without a collision token.
+        tokens: Collision tokens that the index uses; a new item can have no other.
+    """
+
+    def __init__(self, sids: Iterable[SemanticId], levels: int) -> None:
+        self.levels = levels
+        self._taken: dict[Codes, int] = {}  # to the next collision token; 0 where the path is an item's whole SID
+        self.tokens = 0
+        for sid in sids:
+            codes = [parsed[1] for token in sid if (parsed := parse_token(token))]
+            path = tuple(code - 1 for code in codes[:levels])
+            token = codes[levels] if len(codes) > levels else 0
+            self.tokens = max(self.tokens, token)
+            self._taken[path] = max(self._taken.get(path, 0), token)
+
+    def take(self, path: Codes) -> Codes | None:
+        """Take ``path`` for a new item; return it, with a collision token where needed, or None when it is full."""
+        token = self._taken.get(path)
+        if token is None:
+            self._taken[path] = 0
+            return path
+        if 0 < token < self.tokens:
+            self._taken[path] = token + 1
+            return (*path, token)
+        return None
+
+
+def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """Quantise with frozen codebooks, the nearest code of each level in turn.
+
+    Args:
+        vectors: float32 [items, dimensions].
+        codebooks: float32 [levels, codes, dimensions].
+
+    Returns:
+        int32 [items, levels].
+    """
+    residual = np.array(vectors, dtype=np.float32)
+    codes = np.empty((len(vectors), len(codebooks)), np.int32)
+    for level, codebook in enumerate(codebooks):
+        codes[:, level] = assignment_costs(residual, codebook).argmin(axis=1)
+        residual -= codebook[codes[:, level]]
+    return codes
+
+
+def nearby_paths(vector: np.ndarray, codebooks: np.ndarray, beams: int = BEAMS) -> list[Codes]:
+    """Return paths for one vector [dimensions], nearest first, found by a beam search over the levels.
+
+    All codes of the last level follow each of the ``beams`` best beginnings.
+    """
+    paths: list[Codes] = [()]
+    residuals = np.asarray(vector, dtype=np.float32)[None]
+    for level, codebook in enumerate(codebooks):
+        last = level == len(codebooks) - 1
+        costs = assignment_costs(residuals, codebook) + (residuals**2).sum(axis=1, keepdims=True)
+        order = np.argsort(costs, axis=None, kind="stable")[: None if last else beams]
+        begins, codes = np.unravel_index(order, costs.shape)
+        paths = [(*paths[begin], int(code)) for begin, code in zip(begins, codes, strict=True)]
+        if not last:
+            residuals = residuals[begins] - codebook[codes]
+    return paths
+
+
+def place(vectors: np.ndarray, codebooks: np.ndarray, paths: Paths) -> tuple[list[Codes], int]:
+    """Give each vector a path that is not taken, in order; placing in two calls gives the same as in one.
+
+    Args:
+        vectors: float32 [items, dimensions].
+        codebooks: float32 [levels, codes, dimensions].
+        paths: What is taken; what is given is added to it.
+
+    Returns:
+        Codes of every item, from 0, a collision token among them; and how many did not get their nearest codes.
+
+    Raises:
+        InputError: When there is no free path near an item.
+    """
+    placed, moved = [], 0
+    for vector, nearest in zip(vectors, nearest_codes(vectors, codebooks).tolist(), strict=True):
+        path = paths.take(tuple(nearest))
+        beams = BEAMS
+        while path is None:
+            candidates = nearby_paths(vector, codebooks, beams)
+            path = next(filter(None, map(paths.take, candidates)), None)
+            if path is None and len(candidates) == np.prod([len(codebook) for codebook in codebooks]):
+                raise InputError("every path of the index is taken; build it anew with more levels or codes")
+            beams *= 4
+        moved += path[: len(nearest)] != tuple(nearest)
+        placed.append(path)
+    return placed, moved
+
+
+def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]:
+    """Give every item of ``<D>.item.json`` that has none a semantic ID; what is there does not change.
+
+    Args:
+        folder: Holds an index that ``build_index`` made, and the new items among the others.
+        engine: What runs the embedding model.
+
+    Returns:
+        ``new`` items, how many of them were ``moved`` to a path that is not their nearest, and ``drift``.
+
+    Raises:
+        InputError: When what the index was built from is missing or does not fit it, the embedding model gives vectors
+            of another length, or no path is free.
+    """
+    items = folder.read_items()
+    saved, index, retired = load_saved(folder), ItemIndex.load(folder.index), read_retired(folder)
+    new = [item for item in items if item not in index.sids and item not in retired]
+    if not new:
+        return {"new": 0, "moved": 0, "drift": drift(saved)}
+    vectors = _new_vectors(folder, saved, new, [items[item] for item in new], engine)
+    levels = saved.codes.shape[1]
+    paths, moved = place(vectors, saved.codebooks, Paths([*index.sids.values(), *retired.values()], levels))
+    grown = replace(
+        saved,
+        items=[*saved.items, *new],
+        vectors=np.concatenate([saved.vectors, vectors]),
+        codes=np.concatenate([saved.codes, np.array([path[:levels] for path in paths], np.int32)]),
+    )
+    added = ItemIndex.from_codes(new, paths)
+    grown.save(folder)
+    ItemIndex({**index.sids, **added.sids}).save(folder.index)
+    _new_text_cache(folder).unlink(missing_ok=True)
+    return {"new": len(new), "moved": moved, "drift": drift(grown)}
+
+
+def _new_vectors(
+    folder: DataFolder, saved: SavedIndex, new: Sequence[str], items: Sequence[Item], engine: Engine
+) -> np.ndarray:
+    """Return the vectors of new items, in the frame of the old ones."""
+    settings = saved.settings["embedding"]
+    settings = EmbeddingSettings(**{**settings, "fields": tuple(settings["fields"])})
+    text = cached_embeddings(items, _new_text_cache(folder), settings, engine)
+    width = saved.vectors.shape[1] - len(saved.text_mean)
+    if text.shape[1] != len(saved.text_mean):
+        raise InputError(
+            f"{settings.model or 'the embedding model'}: gives vectors of {text.shape[1]} numbers, the index was built "
+            f"from {len(saved.text_mean)}; build it anew, or use the model it was built with"
+        )
+    collaborative = np.zeros((len(new), width), np.float32)
+    weight = saved.settings["collaborative_weight"]
+    if width:
+        row = {item: position for position, item in enumerate([*saved.items, *new])}
+        taken = [[row[item] for item in sequence] for sequence in folder.read_training().values()]
+        collaborative = fold_in(taken, saved.vectors[:, -width:], len(new))
+    return index_vectors(text, collaborative, weight, TextFrame(saved.text_mean, saved.text_scale))
+
+
+def _new_text_cache(folder: DataFolder) -> Path:
+    return folder.root / f"{folder.name}.new-text-emb.npz"
+
+
+def remove_items(folder: DataFolder, items: Sequence[str]) -> None:
+    """Take ``items`` out of the index; their semantic IDs are retired to ``<D>.retired.json``, for no other item.
+
+    Raises:
+        InputError: When an item is not in the index, or none would be left.
+    """
+    index, retired = ItemIndex.load(folder.index), read_retired(folder)
+    _check_known(folder.index, items, index.sids)
+    if len(set(items)) == len(index):
+        raise InputError(f"{folder.index}: no item would be left; remove the file instead")
+    write_json(retired_file(folder), {**retired, **{item: index.sids[item] for item in items}})
+    ItemIndex({item: sid for item, sid in index.sids.items() if item not in set(items)}).save(folder.index)
+
+
+def restore_items(folder: DataFolder, items: Sequence[str]) -> None:
+    """Put retired ``items`` back into the index, each with the semantic ID that it had.
+
+    Raises:
+        InputError: When an item is not retired.
+    """
+    index, retired = ItemIndex.load(folder.index), read_retired(folder)
+    _check_known(retired_file(folder), items, retired)
+    ItemIndex({**index.sids, **{item: retired[item] for item in items}}).save(folder.index)
+    write_json(retired_file(folder), {item: sid for item, sid in retired.items() if item not in set(items)})
+
+
+def _check_known(file: Path, items: Sequence[str], known: Mapping[str, SemanticId]) -> None:
+    for item in items:
+        if item not in known:
+            near = difflib.get_close_matches(item, known, n=1)
+            raise InputError(f"{file}: no item {item!r}; " + (f"did you mean {near[0]!r}?" if near else "check the id"))
+
+
+def drift(saved: SavedIndex) -> dict[str, Any]:
+    """Say how far an index has grown away from the items it was built from.
+
+    Args:
+        saved: The index, with the items that were added.
+
+    Returns:
+        ``added`` and ``built`` items; ``distortion_built`` and ``distortion_added``: mean squared residual of each;
+        ``distortion_ratio`` of the two; ``fullest``: items of the most used code as a multiple of an even share;
+        ``entropy`` of the least evenly used level, 1 being perfectly even; ``rebuild``: reasons to build anew, if any.
+    """
+    left = np.array(saved.vectors)
+    for codebook, codes in zip(saved.codebooks, saved.codes.T, strict=True):
+        left -= codebook[codes]
+    residual = np.einsum("ij,ij->i", left, left, dtype=np.float64)
+    built, added = np.split(residual, [saved.settings["built"]])
+    size = saved.codebooks.shape[1]
+    balance = [level_balance(codes, size) for codes in saved.codes.T]
+    ratio = float(added.mean() / max(built.mean(), np.finfo(float).tiny)) if len(added) else 1.0
+    fullest = max(level["max"] for level in balance) * size / len(saved.items)
+    share = len(added) / len(built)
+    reasons = {
+        f"added items lie {ratio:.2f} times as far from their codes": ratio > REBUILD_RATIO,
+        f"{share:.0%} as many items were added as it was built from": share > REBUILD_SHARE,
+        f"a code has {fullest:.1f} times its even share of items": fullest > REBUILD_FULLEST,
+    }
+    return {
+        "built": len(built),
+        "added": len(added),
+        "distortion_built": float(built.mean()),
+        "distortion_added": float(added.mean()) if len(added) else 0.0,
+        "distortion_ratio": ratio,
+        "fullest": fullest,
+        "entropy": min(level["entropy"] for level in balance),
+        "rebuild": [reason for reason, holds in reasons.items() if holds],
+    }

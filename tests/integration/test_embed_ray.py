@@ -1,0 +1,59 @@
+"""Embeddings by vLLM in Ray Data, against those of this process: the same texts, models and poolings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from assets import make_index, make_tiny_model
+from typer.testing import CliRunner
+
+from data_processing.indexing.embed import EmbeddingSettings, cached_embeddings, default_model, fingerprint
+from data_processing.layout import DataFolder, Item
+from gream_verl.cli_index import index_app
+from gream_verl.files import InputError
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+ITEMS = [
+    Item(f"Film {'of the great old sea ' * (row % 20)}{row}", brand="Fox" * (row % 2), categories=("Drama",))
+    for row in range(48)
+]
+TOLERANCE = 1e-5
+"""In float32, of components of vectors whose components are of the order of 1."""
+
+
+def test_the_command_with_ray_gives_the_vectors_of_the_default_model(tmp_path: Path) -> None:
+    try:
+        default_model()
+    except InputError as missing:
+        pytest.skip(str(missing))
+    folder = DataFolder(tmp_path, "toy")
+    folder.item.write_text(json.dumps({str(row): item.to_json() for row, item in enumerate(ITEMS)}))
+    command = ["embed", "--data", str(tmp_path), "--dataset", "toy", "--engine", "ray"]
+    assert "items a second" in CliRunner().invoke(index_app, command, catch_exceptions=False).output
+    with np.load(tmp_path / "toy.text-emb.npz") as made:
+        vectors = made["vectors"]
+    expected = cached_embeddings(ITEMS, tmp_path / "local.npz")
+    np.testing.assert_allclose(vectors, expected, atol=TOLERANCE)
+    assert vectors.dtype == np.float32
+
+
+def test_ray_pools_a_plain_decoder_and_does_only_the_shards_that_are_missing(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", make_index(), texts=[item.title for item in ITEMS])
+    settings = EmbeddingSettings(
+        model=model, pooling="last", fields=("title", "brand"), combine="averaged", normalize=False, max_tokens=32
+    )
+    expected = cached_embeddings(ITEMS, tmp_path / "local.npz", settings, shard_items=10)
+    plan = {"fingerprint": fingerprint(ITEMS, settings), "items": len(ITEMS), "shard_items": 10}
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/plan.json").write_text(json.dumps(plan))
+    np.save(tmp_path / "ray/00002.npy", np.full((10, 64), 7, np.float32))
+    vectors = cached_embeddings(ITEMS, tmp_path / "ray.npz", settings, engine="ray", shard_items=10)
+    assert (vectors[20:30] == 7).all()
+    done = np.r_[0:20, 30:48]
+    np.testing.assert_allclose(vectors[done], expected[done], atol=TOLERANCE)
+    assert not (tmp_path / "ray").exists()
