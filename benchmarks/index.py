@@ -49,15 +49,21 @@ print(json.dumps({"seconds": time.perf_counter() - begin}))
 DIMENSIONS = 384
 
 
-def synthetic_vectors(rows: int, dimensions: int = DIMENSIONS, groups: int = 2_000) -> np.ndarray:
-    """Return unit rows, float32, in groups of uneven sizes; made in place, so that they are all the memory needed."""
-    random = np.random.default_rng(0)
+def synthetic_vectors(rows: int, dimensions: int = DIMENSIONS) -> np.ndarray:
+    """Return unit rows, float32, made in place.
+
+    They lie in groups of uneven sizes, 50 on average, within which the variance of a dimension falls as 1 / its number.
+    """
+    random, groups = np.random.default_rng(0), max(rows // 50, 4)
     group = random.choice(groups, rows, p=random.dirichlet(np.full(groups, 0.5)))
     middles = random.standard_normal((groups, dimensions), np.float32)
+    spread = np.arange(1, dimensions + 1, dtype=np.float32) ** -0.5
+    spread *= np.sqrt(dimensions / (spread**2).sum())
     vectors = np.empty((rows, dimensions), np.float32)
     for start in range(0, rows, 65_536):
         block = vectors[start : start + 65_536]
         random.standard_normal(out=block, dtype=np.float32)
+        block *= spread
         block += middles[group[start : start + len(block)]]
         block /= np.linalg.norm(block, axis=1, keepdims=True)
     return vectors
@@ -101,7 +107,7 @@ def movielens_vectors(folder: Path) -> np.ndarray:
 
 def child(vectors: np.ndarray, levels: int, codes: int, seed: int, unique: bool, codes_file: str) -> None:
     """Cluster, and print what it took as JSON."""
-    balanced_kmeans(synthetic_vectors(100, 8, 4), 4)  # compile
+    balanced_kmeans(synthetic_vectors(100, 8), 4)  # compile
     before = resource.getrusage(resource.RUSAGE_SELF)
     begin = time.perf_counter()
     found = residual_codes(vectors, levels, codes, seed, unique=unique)
@@ -216,7 +222,7 @@ def main() -> None:
         child(vectors, int(levels), int(codes), int(seed), options.unique, found)
         return
     console = Console()
-    balanced_kmeans(synthetic_vectors(100, 8, 4), 4)  # compile
+    balanced_kmeans(synthetic_vectors(100, 8), 4)  # compile
     for rows, clusters in ((500, 16), (1_000, 32), (2_000, 32)):
         compare_assignments(console, rows, clusters)
     files = {file.stem: np.load(file).astype(np.float32) for file in options.embeddings or []}

@@ -311,7 +311,7 @@ class DataFolder:
             InputError: When the file is missing or malformed, or lacks an item.
         """
         index = ItemIndex.load(self.index)
-        missing = [item for item in items if item not in index.sids]
+        missing = [item for item in items if item not in index.readable]
         if missing:
             raise InputError(
                 f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} items lack one); build the index anew "

@@ -215,11 +215,13 @@ def import_index(
     """
     from data_processing.indexing.foreign import read_foreign
     from data_processing.layout import DataFolder
+    from gream_verl.semantic_ids import retired_file
 
     folder, foreign = DataFolder(data, dataset), read_foreign(file)
     if folder.item.is_file():
         foreign = foreign.for_items(folder.read_items(), folder.item)
     index = foreign.index(resolve=resolve)
+    retired_file(folder.index).unlink(missing_ok=True)
     index.save(folder.index)
     checked = folder.item if folder.item.is_file() else f"nothing, {folder.item} is not there"
     rows = {"checked against": checked, "resolved now": resolve, "written": folder.index}

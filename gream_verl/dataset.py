@@ -207,7 +207,7 @@ def _read_sequences(path: Path, index: ItemIndex) -> dict[str, list[str]]:
         raise InputError(f"{path}: expected {{user: [item, ...]}}; make it with `gream data prepare`")
     sequences = {user: list(map(str, items)) for user, items in sequences.items()}
     for user, items in sequences.items():
-        if (missing := next((item for item in items if item not in index.sids), None)) is not None:
+        if (missing := next((item for item in items if item not in index.readable), None)) is not None:
             raise InputError(f"{path}: user {user!r}: item {missing!r} is not in {index.source}; build the index anew")
     return sequences
 

@@ -166,7 +166,7 @@ def cached_embeddings(
     call takes them when items and settings are the same, else throws them away.
 
     The engine and the batch size are no part of what is compared: whoever changes them on the way keeps what is done.
-    In float32 the vectors then differ by rounding, about 1e-7; measured in tests/integration/test_embed_ray.py.
+    In float32 the vectors then differ by rounding, less than 1e-6; measured in tests/integration/test_embed_ray.py.
 
     Args:
         items: Items, at least one.

@@ -1,7 +1,8 @@
 """Texts to vectors by vLLM on the nodes of a Ray cluster, for catalogues that outgrow one machine.
 
-Ray Data's processor for vLLM's embedding task does the work: one engine a GPU, or one on a CPU where the cluster has no
-GPU. The address of a running cluster is taken from ``RAY_ADDRESS``; without it, Ray is started on this machine.
+Ray Data feeds actors that hold a vLLM engine for its embedding task: one a GPU, or a single one where the cluster has
+no GPU. The address of a running cluster is taken from ``RAY_ADDRESS``; without it, Ray is started on this machine.
+``ray.data.llm`` would do the same, but ray 2.60 restarts an engine that dies on its first batch for ever.
 
 Tested on a CPU, with local Ray. **It has not been run on GPUs yet.** A model has to fit into one GPU.
 """
@@ -9,6 +10,9 @@ Tested on a CPU, with local Ray. **It has not been run on GPUs yet.** A model ha
 from __future__ import annotations
 
 import logging
+import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +23,19 @@ from gream_verl.files import InputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerFast
 
+ERROR = re.compile(r"^\s*([\w.]+(?:Error|Exception): .+)", re.MULTILINE)
 BATCH_TEXTS = 512
 POOLING = {"mean": "MEAN", "lasttoken": "LAST", "cls": "CLS"}
 """Poolings that sentence-transformers and vLLM both have."""
+RESTARTS = 3
+"""Of an actor that was killed from outside; an error of its own ends the call at once."""
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; a text is read once, so that little is kept
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 
 
@@ -44,59 +53,81 @@ def encode_with_ray(
         Number and float32 [texts, dimensions], rows in the order of the texts; shards come in any order.
 
     Raises:
-        InputError: When the model cannot be loaded, or does after its transformer what vLLM does not.
+        InputError: When the model cannot be loaded, does after its transformer what vLLM does not, or Ray or vLLM fails.
     """
     import pyarrow as pa
     import ray
-    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+    from ray.util.annotations import RayDeprecationWarning
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # ours is enough
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     model = str(default_model() if settings.model is None else settings.model)
     encoder = load_encoder(settings, weights=False)
-    pooler, length = pooler_config(encoder, model), encoder.max_seq_length
+    arguments = {"model": model, "tokenizer": encoder.tokenizer, "pooler": pooler_config(encoder, model)}
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        config = vLLMEngineProcessorConfig(
-            model_source=model,
-            task_type="embed",
-            engine_kwargs={
-                "dtype": "bfloat16" if gpus else "float32",
-                "enforce_eager": not gpus,
-                "max_model_len": length,
-                "pooler_config": pooler,
-                "trust_remote_code": False,
-            },
-            placement_group_config={"bundles": [{"CPU": 1, "GPU": 1 if gpus else 0}]},
-            runtime_env={} if gpus else {"env_vars": CPU_ENVIRONMENT},
-            concurrency=gpus or 1,
-            batch_size=BATCH_TEXTS,
-            chat_template_stage=False,
-            tokenize_stage=False,
-            detokenize_stage=False,
-            log_engine_metrics=False,
-        )
-        processor = build_processor(
-            config,
-            preprocess=lambda row: {
-                "shard": row["shard"],
-                "row": row["row"],
-                "prompt": row["text"],
-                "tokenization_kwargs": {"truncation": True, "max_length": length},
-            },
-            postprocess=lambda row: {"shard": row["shard"], "row": row["row"], "vector": row["embeddings"]},
-        )
         blocks = [
             pa.table({"shard": [shard] * len(texts), "row": range(len(texts)), "text": texts})
             for shard, texts in shards.items()
         ]
-        yield from _collect(processor(ray.data.from_arrow(blocks)), shards, advance)
+        with warnings.catch_warnings():
+            # The bound of restarts: Ray Data's own is none, and it says that this way to set one will go in 2.64.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            rows = ray.data.from_arrow(blocks).map_batches(
+                VllmEncoder,
+                fn_constructor_kwargs=arguments,
+                batch_size=BATCH_TEXTS,
+                compute=ray.data.ActorPoolStrategy(size=gpus or 1),
+                num_gpus=1 if gpus else 0,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
+        yield from _collect(rows, shards, advance)
+    except ray.exceptions.RayError as error:
+        reason = (ERROR.findall(str(error)) or [type(error).__name__])[0]  # the first is what the others followed from
+        raise InputError(
+            f"{model}: Ray and vLLM could not embed with it ({reason}); call again, or use the engine 'local'"
+        ) from error
     finally:
         if started_here:
             ray.shutdown()
+
+
+class VllmEncoder:
+    """A vLLM engine in a process of Ray's."""
+
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerFast, pooler: dict[str, Any]) -> None:
+        import torch
+
+        gpu = torch.cuda.is_available()
+        for name, value in ({} if gpu else CPU_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no second process that could hang
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        self.tokenizer = tokenizer
+        self.engine = LLM(
+            model=model,
+            runner="pooling",
+            convert="embed",
+            dtype="bfloat16" if gpu else "float32",
+            max_model_len=tokenizer.model_max_length,
+            pooler_config=PoolerConfig(**pooler),
+            enforce_eager=not gpu,
+            disable_log_stats=True,
+            trust_remote_code=False,
+        )
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Put the vectors of ``batch["text"]`` in its place, float32 [texts, dimensions]."""
+        # Our own tokenizer: it cuts, lowers and marks texts as in this process.
+        tokens = self.tokenizer(batch.pop("text").tolist(), truncation=True).input_ids
+        outputs = self.engine.embed([{"prompt_token_ids": ids} for ids in tokens], use_tqdm=False)
+        return batch | {"vector": np.array([output.outputs.embedding for output in outputs], np.float32)}
 
 
 def pooler_config(encoder: SentenceTransformer, model: str) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_
 from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import diagnose
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
-from data_processing.indexing.saved_index import SavedIndex, retired_file
+from data_processing.indexing.saved_index import SavedIndex
 from data_processing.layout import DataFolder
 from gream_verl.files import InputError, write_json
-from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex
+from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex, retired_file
 
 BLOCK_ROWS = 65_536
 PAPER_SHAPE = (4, 256)
@@ -250,7 +250,7 @@ def build_index(
     }
     report = diagnose(vectors, paths, codebooks, [item.categories for item in items.values()])
     report["settings"] = settings
-    retired_file(folder).unlink(missing_ok=True)
+    retired_file(folder.index).unlink(missing_ok=True)
     SavedIndex(list(items), vectors, paths, codebooks, frame.mean, frame.scale, settings).save(folder)
     write_json(folder.root / f"{folder.name}.index-report.json", report, indent=1)
     index.save(folder.index)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from data_processing.layout import DataFolder
-from gream_verl.files import InputError, atomic_path, read_json, require_file
+from gream_verl.files import InputError, atomic_path, require_file
 from gream_verl.semantic_ids import ItemIndex, SemanticId, format_token
 
 REMEDY = "build the index anew with `gream index build`"
@@ -67,22 +68,11 @@ def codebooks_file(folder: DataFolder) -> Path:
     return folder.root / f"{folder.name}.codebooks.npz"
 
 
-def retired_file(folder: DataFolder) -> Path:
-    """Return ``<D>.retired.json``: ``{item: [token, ...]}`` of items that were taken out of the index."""
-    return folder.root / f"{folder.name}.retired.json"
-
-
 def fingerprint(vectors: np.ndarray) -> str:
     """Return a hash of the shape and bytes of ``vectors``."""
     digest = hashlib.sha256(f"{vectors.dtype}{vectors.shape}".encode())
     digest.update(np.ascontiguousarray(vectors).data)
     return digest.hexdigest()
-
-
-def read_retired(folder: DataFolder) -> dict[str, SemanticId]:
-    """Return the semantic IDs that were retired, none without a file."""
-    file = retired_file(folder)
-    return dict(ItemIndex.load(file).sids) if file.is_file() and read_json(file) else {}
 
 
 def load_saved(folder: DataFolder) -> SavedIndex:
@@ -107,12 +97,11 @@ def load_saved(folder: DataFolder) -> SavedIndex:
     if fingerprint(vectors) != expected:
         raise InputError(f"{folder.embeddings}: not the vectors that {file.name} was made from; {REMEDY}")
     saved = SavedIndex(items, vectors, codes, codebooks, text_mean, text_scale, settings)
-    return _matched(saved, ItemIndex.load(folder.index), read_retired(folder), folder)
+    return _matched(saved, ItemIndex.load(folder.index).readable, folder)
 
 
-def _matched(saved: SavedIndex, index: ItemIndex, retired: dict[str, SemanticId], folder: DataFolder) -> SavedIndex:
+def _matched(saved: SavedIndex, given: Mapping[str, SemanticId], folder: DataFolder) -> SavedIndex:
     """Return ``saved`` without the rows of a stopped call, each of the others proved to be that of its semantic ID."""
-    given = {**retired, **index.sids}
     rows = [row for row, item in enumerate(saved.items) if item in given]
     for row in rows:
         item, codes = saved.items[row], saved.codes[row]

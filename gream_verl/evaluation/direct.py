@@ -69,7 +69,9 @@ def evaluate_direct(
             "target": target,
             "recommended": recommended,
             "scores": [round(score, 5) for score in ranking.values()],
-            "rsvr": match_score(index.sids[recommended[0]], index.sids[target], index.base_levels) if ranking else 0.0,
+            "rsvr": match_score(index.sids[recommended[0]], index.readable[target], index.base_levels)
+            if ranking
+            else 0.0,
         }
     settings = {
         "mode": "direct",

@@ -173,7 +173,7 @@ def _recommend(
             text = tokenizer.decode(ids, skip_special_tokens=False)
             kept, reached = up_to_answer(text)
             second_stage.append([*sequence, *tokenizer(kept, add_special_tokens=False)["input_ids"]])
-            reward = score_response(reader.read(ids), index.sids[prompt.target], index=index)
+            reward = score_response(reader.read(ids), index.readable[prompt.target], index=index)
             chains.append(
                 {
                     "text": text,

@@ -24,6 +24,8 @@ def run(monkeypatch, capsys, *arguments):
     "command",
     [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "enrich"], ["data", "prompts"],
      ["data", "tasks"], ["data", "mix"], ["data", "rl"], ["data", "stats"], ["index", "build"],
+     ["index", "embed"], ["index", "report"], ["index", "add"], ["index", "remove"], ["index", "check"],
+     ["index", "import"],
      ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):

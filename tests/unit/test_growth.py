@@ -24,12 +24,10 @@ from data_processing.indexing.residual_index import build_index, residual_codes,
 from data_processing.indexing.saved_index import (
     codebooks_file,
     load_saved,
-    read_retired,
-    retired_file,
 )
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.semantic_ids import ItemIndex, retired_file
 
 OLD, NEW = [f"i{item}" for item in range(40)], [f"n{item}" for item in range(6)]
 
@@ -168,7 +166,7 @@ def test_a_removed_item_keeps_its_semantic_id_for_its_return(folder: DataFolder)
     sids = dict(ItemIndex.load(folder.index).sids)
     remove_items(folder, ["i3", "i5"])
     assert list(ItemIndex.load(folder.index).sids) == [item for item in OLD if item not in ("i3", "i5")]
-    assert read_retired(folder) == {item: sids[item] for item in ("i3", "i5")}
+    assert ItemIndex.load(folder.index).retired == {item: sids[item] for item in ("i3", "i5")}
     write_data(folder, [*OLD, *NEW])
     add_items(folder)
     grown = ItemIndex.load(folder.index).sids
@@ -177,9 +175,9 @@ def test_a_removed_item_keeps_its_semantic_id_for_its_return(folder: DataFolder)
     load_saved(folder)
     restore_items(folder, ["i5"])
     assert ItemIndex.load(folder.index).sids["i5"] == sids["i5"]
-    assert list(read_retired(folder)) == ["i3"]
+    assert list(ItemIndex.load(folder.index).retired) == ["i3"]
     restore_items(folder, ["i3"])
-    assert read_retired(folder) == {}
+    assert ItemIndex.load(folder.index).retired == {}
 
 
 def test_only_what_is_there_can_be_removed_or_restored(folder: DataFolder) -> None:
@@ -189,14 +187,14 @@ def test_only_what_is_there_can_be_removed_or_restored(folder: DataFolder) -> No
         remove_items(folder, OLD)
     with pytest.raises(InputError, match="no item 'i4'"):
         restore_items(folder, ["i4"])
-    assert not retired_file(folder).exists()
+    assert not retired_file(folder.index).exists()
 
 
 def test_a_new_build_forgets_what_was_retired(folder: DataFolder) -> None:
     remove_items(folder, ["i3"])
     build_index(folder, levels=2, codes=8)
     assert "i3" in ItemIndex.load(folder.index).sids
-    assert not retired_file(folder).exists()
+    assert not retired_file(folder.index).exists()
 
 
 def test_items_unlike_those_it_was_built_from_call_for_a_new_index(

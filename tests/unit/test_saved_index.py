@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_processing.indexing.saved_index import SavedIndex, codebooks_file, load_saved, retired_file
+from data_processing.indexing.saved_index import SavedIndex, codebooks_file, load_saved
 from data_processing.layout import DataFolder
 from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.semantic_ids import ItemIndex, retired_file
 
 CODES = np.array([[0, 1], [1, 0], [0, 1]], np.int32)
 
@@ -91,5 +91,5 @@ def test_a_built_item_may_be_retired_but_not_vanish(folder: DataFolder) -> None:
         InputError, match=r"item 'b' of toy\.codebooks\.npz is missing; take items out by `gream index remove`"
     ):
         load_saved(folder)
-    retired_file(folder).write_text(json.dumps(gone))
+    retired_file(folder.index).write_text(json.dumps(gone))
     assert load_saved(folder).items == ["a", "b", "c"]
