@@ -57,8 +57,8 @@ class EmbeddingSettings:
             leave out what a model does after its pooling, and take texts as they are, without a chat template.
         fields: Fields of ``Item`` to embed, in this order. Of an item where all are empty, the title is embedded.
         combine: ``joined``: one text of all fields. ``averaged``: each field is a text of its own, and the vector is
-            the mean of the texts' vectors, taken before any ``normalize``. GREAM's authors average so, too; but a
-            field that an item lacks counts with them as the text ".", and is left out here.
+            the mean of the texts' vectors, taken before any ``normalize``. GREAM's authors average so, too. A field
+            that an item lacks is left out.
         max_tokens: Longest text in tokens, the model's special ones included; never more than the model allows.
         description_characters: How much of a description is read, in characters.
         normalize: Whether each vector is scaled to length 1, last of all.

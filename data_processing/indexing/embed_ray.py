@@ -53,7 +53,7 @@ def encode_with_ray(
         Number and float32 [texts, dimensions], rows in the order of the texts; shards come in any order.
 
     Raises:
-        InputError: When the model cannot be loaded, does after its transformer what vLLM does not, or Ray or vLLM fails.
+        InputError: When the model cannot be loaded or does what vLLM does not, or when Ray or vLLM fails.
     """
     import pyarrow as pa
     import ray
