@@ -16,7 +16,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -38,6 +39,7 @@ PRICE_ROWS = 256
 BLOCK_ROWS = 4096
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
 
+GPU_ROWS = 262_144
 _LIBRARIES = ThreadpoolController()
 
 
@@ -125,10 +127,9 @@ def assignment_costs(vectors: np.ndarray, centroids: np.ndarray, out: np.ndarray
     """
     costs = np.empty((len(vectors), len(centroids)), np.float32) if out is None else out
     if faiss.get_num_gpus():  # untested on GPU
-        resources = faiss.StandardGpuResources()
-        for start in range(0, len(vectors), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            costs[block] = faiss.pairwise_distance_gpu(resources, vectors[block], centroids)
+        for start in range(0, len(vectors), GPU_ROWS):
+            block = slice(start, start + GPU_ROWS)
+            costs[block] = faiss.pairwise_distance_gpu(_gpu(), vectors[block], centroids)
         return costs
     factors, squared_lengths = np.ascontiguousarray(-2.0 * centroids.T), (centroids**2).sum(axis=1)
 
@@ -138,6 +139,12 @@ def assignment_costs(vectors: np.ndarray, centroids: np.ndarray, out: np.ndarray
 
     _by_block(fill, len(vectors))
     return costs
+
+
+@cache
+def _gpu() -> Any:
+    """Return faiss' memory on the GPU, allocated once."""
+    return faiss.StandardGpuResources()
 
 
 def cheapest(costs: np.ndarray, prices: np.ndarray) -> np.ndarray:
@@ -179,7 +186,12 @@ def _first_centroids(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarra
     faiss.omp_set_num_threads(1)
     try:
         kmeans = faiss.Kmeans(
-            vectors.shape[1], clusters, niter=SEEDING_ROUNDS, seed=seed % 2**31, min_points_per_centroid=1
+            vectors.shape[1],
+            clusters,
+            niter=SEEDING_ROUNDS,
+            seed=seed % 2**31,
+            min_points_per_centroid=1,
+            gpu=faiss.get_num_gpus() > 0,
         )
         kmeans.train(vectors)
     finally:
