@@ -57,8 +57,16 @@ FieldOption = Annotated[
 CombineOption = Annotated[
     Combine, typer.Option("--combine", help="Fields as one text, or the mean of a vector for each field.")
 ]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", help="Longest text in tokens; the rest is cut off.")]
-BatchSizeOption = Annotated[int, typer.Option("--batch-size", help="Texts computed at once by the engine local.")]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", min=8, help="Longest text in tokens; the rest is cut off.")
+]
+DescriptionOption = Annotated[
+    int, typer.Option("--description-characters", min=0, help="How much of a description is read.")
+]
+NormalizeOption = Annotated[bool, typer.Option("--normalize/--no-normalize", help="Scale each vector to length 1.")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Texts computed at once by the engine local.")
+]
 EmbeddingEngineOption = Annotated[
     EmbeddingEngine, typer.Option("--engine", help="This process, or vLLM on a Ray cluster (RAY_ADDRESS).")
 ]
@@ -86,6 +94,8 @@ def build(
     field: FieldOption = None,
     combine: CombineOption = Combine.joined,
     max_tokens: MaxTokensOption = 64,
+    description_characters: DescriptionOption = 200,
+    normalize: NormalizeOption = True,
     batch_size: BatchSizeOption = 64,
     engine: EmbeddingEngineOption = EmbeddingEngine.local,
     seed: SeedOption = 0,
@@ -100,9 +110,12 @@ def build(
     from data_processing.indexing.residual_index import build_index
     from data_processing.layout import DataFolder
 
+    embedding = _embedding_settings(
+        model, pooling, field, combine, max_tokens, description_characters, normalize, batch_size
+    )
     report = build_index(
         DataFolder(data, dataset), levels=levels, codes=codes, seed=seed, collaborative_weight=collaborative_weight,
-        embedding=_embedding_settings(model, pooling, field, combine, max_tokens, batch_size), engine=engine.value,
+        embedding=embedding, engine=engine.value,
         unique=unique, collision_tokens=collision_tokens,
     )  # fmt: skip
     console.print(render_table({"name": dataset, **report}))
@@ -117,17 +130,24 @@ def embed(
     field: FieldOption = None,
     combine: CombineOption = Combine.joined,
     max_tokens: MaxTokensOption = 64,
+    description_characters: DescriptionOption = 200,
+    normalize: NormalizeOption = True,
     batch_size: BatchSizeOption = 64,
     engine: EmbeddingEngineOption = EmbeddingEngine.local,
 ) -> None:
-    """Embed the items' texts, for `gream index build` to find: D.text-emb.npz. A call after a stop goes on."""
+    """Embed the items' texts: D.text-emb.npz, or with other settings than the default D.text-emb-HASH.npz.
+
+    `gream index build` finds them when it is given the same options. A call after a stop goes on where that one was.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in build
     from data_processing.indexing.embed import cache_path, cached_embeddings, stored_embeddings
     from data_processing.layout import DataFolder
 
-    settings = _embedding_settings(model, pooling, field, combine, max_tokens, batch_size)
+    settings = _embedding_settings(
+        model, pooling, field, combine, max_tokens, description_characters, normalize, batch_size
+    )
     folder = DataFolder(data, dataset)
-    items, cache, begin = list(folder.read_items().values()), cache_path(folder), time.perf_counter()
+    items, cache, begin = list(folder.read_items().values()), cache_path(folder, settings), time.perf_counter()
     kept = stored_embeddings(items, cache, settings)
     vectors = cached_embeddings(items, cache, settings, engine.value) if kept is None else kept
     seconds = time.perf_counter() - begin
@@ -137,13 +157,15 @@ def embed(
 
 
 def _embedding_settings(
-    model: str | None, pooling: Pooling, fields: list[str] | None, combine: Combine, max_tokens: int, batch_size: int
+    model: str | None, pooling: Pooling, fields: list[str] | None, combine: Combine, max_tokens: int,
+    description_characters: int, normalize: bool, batch_size: int,
 ) -> EmbeddingSettings:
     from data_processing.indexing.embed import DEFAULT_SETTINGS, EmbeddingSettings
 
     return EmbeddingSettings(
         model=model, pooling=pooling.value, fields=tuple(fields or DEFAULT_SETTINGS.fields), combine=combine.value,
-        max_tokens=max_tokens, batch_size=batch_size,
+        max_tokens=max_tokens, description_characters=description_characters, normalize=normalize,
+        batch_size=batch_size,
     )  # fmt: skip
 
 
@@ -154,7 +176,7 @@ def report(
     other: Annotated[Path | None, typer.Option(help="Folder of another index. Default: that of --data.")] = None,
     other_dataset: Annotated[str | None, typer.Option(help="Its data set. Default: that of --dataset.")] = None,
     other_index: Annotated[
-        Path | None, typer.Option(help="Another index as a file alone: any D.index.json, also of another project.")
+        Path | None, typer.Option(help="Another index as a file alone, in any form that `gream index check` reads.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write to. Default: that of --data.")] = None,
     seed: SeedOption = 0,
@@ -174,6 +196,8 @@ def report(
     found = index_report.make_report(first, second, seed=seed)
     index_report.write_report(output or data, found)
     console.print(index_report.render_table(found))
+    for notice in found["notices"]:
+        console.print(notice, style="yellow", markup=False, highlight=False)
     console.print(f"{(output or data) / dataset}.index-report.html", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -214,6 +238,7 @@ def import_index(
     The order is that of D.item.json; without that file, that of FILE.
     """
     from data_processing.indexing.foreign import read_foreign
+    from data_processing.indexing.saved_index import codebooks_file, report_files
     from data_processing.layout import DataFolder
     from gream_verl.semantic_ids import retired_file
 
@@ -221,14 +246,15 @@ def import_index(
     if folder.item.is_file():
         foreign = foreign.for_items(folder.read_items(), folder.item)
     index = foreign.index(resolve=resolve)
-    retired_file(folder.index).unlink(missing_ok=True)
+    for stale in (retired_file(folder.index), codebooks_file(folder), *report_files(folder)):
+        stale.unlink(missing_ok=True)
     index.save(folder.index)
     checked = folder.item if folder.item.is_file() else f"nothing, {folder.item} is not there"
     rows = {"checked against": checked, "resolved now": resolve, "written": folder.index}
     print_dict(str(file), foreign.describe() | rows)
     console.print(
-        f"Training files and models made with another index must be made anew. `gream index add` needs an index that "
-        f"`gream index build` made: what it has kept beside {folder.index.name} is not of this one."
+        "Training files and models made with another index must be made anew. `gream index add` needs an index that "
+        "`gream index build` made."
     )
 
 
@@ -248,6 +274,9 @@ def add(
     from data_processing.layout import DataFolder
 
     made = add_items(DataFolder(data, dataset), engine=engine.value)
+    if not made["new"]:
+        console.print("every item has a semantic ID already")
+        return
     reasons = made["drift"].pop("rebuild")
     print_dict("Items added", made)
     for reason in reasons:
@@ -269,4 +298,5 @@ def remove(
     from data_processing.layout import DataFolder
 
     (restore_items if undo else remove_items)(DataFolder(data, dataset), items)
-    console.print(f"{len(set(items)):,} items {'brought back' if undo else 'retired'}")
+    count = len(set(items))
+    console.print(f"{count:,} item{'s' * (count > 1)} {'brought back' if undo else 'retired'}")

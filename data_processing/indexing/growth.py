@@ -6,7 +6,6 @@ near by: to give both a collision token would change a semantic ID that the mode
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +18,15 @@ from data_processing.indexing.collaborative import fold_in
 from data_processing.indexing.diagnostics import level_balance
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cached_embeddings
 from data_processing.indexing.residual_index import TextFrame, index_vectors
-from data_processing.indexing.saved_index import SavedIndex, load_saved
+from data_processing.indexing.saved_index import SavedIndex, codebooks_file, load_saved, report_files
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_token, retired_file
 
 BEAMS = 8
+PROBES = 8
+SAME_MODEL = 0.1
+"""How far, as a share of its length, a vector may be from what it was for the model to count as the same."""
 REBUILD_RATIO = 1.5
 REBUILD_SHARE = 0.25
 REBUILD_FULLEST = 5.0
@@ -139,18 +141,19 @@ def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]
         engine: What runs the embedding model.
 
     Returns:
-        ``new`` items, how many of them were ``moved`` to a path that is not their nearest, and ``drift``.
+        ``new`` items; where there are any, how many of them were ``moved`` to a path that is not their nearest, and
+        ``drift``.
 
     Raises:
-        InputError: When what the index was built from is missing or does not fit it, the embedding model gives vectors
-            of another length, or no path is free.
+        InputError: When what the index was built from is missing or does not fit it, the embedding model no longer
+            gives the vectors it gave, or no path is free.
     """
     items = folder.read_items()
     saved, index = load_saved(folder), ItemIndex.load(folder.index)
     new = [item for item in items if item not in index.readable]
     if not new:
-        return {"new": 0, "moved": 0, "drift": drift(saved)}
-    vectors = _new_vectors(folder, saved, new, [items[item] for item in new], engine)
+        return {"new": 0}
+    vectors = _new_vectors(folder, saved, new, items, engine)
     levels = saved.codes.shape[1]
     paths, moved = place(vectors, saved.codebooks, Paths(index.readable.values(), levels))
     grown = replace(
@@ -161,31 +164,41 @@ def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]
     )
     added = ItemIndex.from_codes(new, paths)
     grown.save(folder)
+    _forget_report(folder)
     replace(index, sids={**index.sids, **added.sids}).save(folder.index)
     _new_text_cache(folder).unlink(missing_ok=True)
     return {"new": len(new), "moved": moved, "drift": drift(grown)}
 
 
 def _new_vectors(
-    folder: DataFolder, saved: SavedIndex, new: Sequence[str], items: Sequence[Item], engine: Engine
+    folder: DataFolder, saved: SavedIndex, new: Sequence[str], items: Mapping[str, Item], engine: Engine
 ) -> np.ndarray:
-    """Return the vectors of new items, in the frame of the old ones."""
-    settings = saved.settings["embedding"]
-    settings = EmbeddingSettings(**{**settings, "fields": tuple(settings["fields"])})
-    text = cached_embeddings(items, _new_text_cache(folder), settings, engine)
-    width = saved.vectors.shape[1] - len(saved.text_mean)
-    if text.shape[1] != len(saved.text_mean):
+    """Return the vectors of new items, in the frame of the old ones, of which a few are embedded again as a check."""
+    settings = EmbeddingSettings(
+        **{**saved.settings["embedding"], "fields": tuple(saved.settings["embedding"]["fields"])}
+    )
+    probes = [row for row, item in enumerate(saved.items) if item in items][:PROBES]
+    embedded = [items[item] for item in (*(saved.items[row] for row in probes), *new)]
+    text = cached_embeddings(embedded, _new_text_cache(folder), settings, engine)
+    known, width = len(saved.text_mean), saved.vectors.shape[1] - len(saved.text_mean)
+    changed = text.shape[1] != known
+    if not changed:
+        text = index_vectors(text, np.zeros((len(text), 0)), 0.0, TextFrame(saved.text_mean, saved.text_scale))
+        was = saved.vectors[probes, :known]
+        apart = np.linalg.norm(text[: len(probes)] - was, axis=1) > SAME_MODEL * np.linalg.norm(was, axis=1)
+        changed = apart.mean() > 0.5 if len(probes) else False  # the texts of a few may be new
+    if changed:
         raise InputError(
-            f"{settings.model or 'the embedding model'}: gives vectors of {text.shape[1]} numbers, the index was built "
-            f"from {len(saved.text_mean)}; build it anew, or use the model it was built with"
+            f"{settings.model or 'the embedding model'}: no longer gives the vectors that "
+            f"{codebooks_file(folder).name} was built from; add items with the model as it was, or build the index anew"
         )
     collaborative = np.zeros((len(new), width), np.float32)
-    weight = saved.settings["collaborative_weight"]
     if width:
         row = {item: position for position, item in enumerate([*saved.items, *new])}
         taken = [[row[item] for item in sequence] for sequence in folder.read_training().values()]
-        collaborative = fold_in(taken, saved.vectors[:, -width:], len(new))
-    return index_vectors(text, collaborative, weight, TextFrame(saved.text_mean, saved.text_scale))
+        weight = saved.settings["collaborative_weight"]
+        collaborative = weight * fold_in(taken, saved.vectors[:, known:], len(new))
+    return np.concatenate([text[len(probes) :], collaborative], axis=1, dtype=np.float32)
 
 
 def _new_text_cache(folder: DataFolder) -> Path:
@@ -199,9 +212,10 @@ def remove_items(folder: DataFolder, items: Sequence[str]) -> None:
         InputError: When an item is not in the index, or none would be left.
     """
     index, gone = ItemIndex.load(folder.index), dict.fromkeys(items)
-    _check_known(folder.index, items, index.sids)
+    _check_known(folder.index, items, index.sids, "retired already")
     if len(gone) == len(index):
         raise InputError(f"{folder.index}: no item would be left; remove the file instead")
+    _forget_report(folder)
     write_json(retired_file(folder.index), {**index.retired, **{item: index.sids[item] for item in gone}})
     ItemIndex({item: sid for item, sid in index.sids.items() if item not in gone}).save(folder.index)
 
@@ -213,16 +227,22 @@ def restore_items(folder: DataFolder, items: Sequence[str]) -> None:
         InputError: When an item is not retired.
     """
     index, file = ItemIndex.load(folder.index), retired_file(folder.index)
-    _check_known(file, items, index.retired)
+    _check_known(file, items, index.retired, "in the index")
+    _forget_report(folder)
     ItemIndex({**index.sids, **{item: index.retired[item] for item in items}}).save(folder.index)
     write_json(file, {item: sid for item, sid in index.retired.items() if item not in items})
 
 
-def _check_known(file: Path, items: Sequence[str], known: Mapping[str, SemanticId]) -> None:
+def _forget_report(folder: DataFolder) -> None:
+    """Remove what ``gream index report`` said of the index before it changed."""
+    for file in report_files(folder):
+        file.unlink(missing_ok=True)
+
+
+def _check_known(file: Path, items: Sequence[str], known: Mapping[str, SemanticId], elsewhere: str) -> None:
     for item in items:
         if item not in known:
-            near = difflib.get_close_matches(item, known, n=1)
-            raise InputError(f"{file}: no item {item!r}; " + (f"did you mean {near[0]!r}?" if near else "check the id"))
+            raise InputError(f"{file}: no item {item!r}; check the id, and whether it is {elsewhere}")
 
 
 def drift(saved: SavedIndex) -> dict[str, Any]:

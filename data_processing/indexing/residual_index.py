@@ -18,7 +18,7 @@ from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_
 from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import diagnose
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
-from data_processing.indexing.saved_index import SavedIndex
+from data_processing.indexing.saved_index import SavedIndex, report_files
 from data_processing.layout import DataFolder
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex, retired_file
@@ -177,7 +177,7 @@ def index_vectors(
     parts = [(text - mean) / scale]
     if collaborative_weight:
         parts.append(collaborative_weight * collaborative)
-    return np.concatenate(parts, axis=1).astype(np.float32)
+    return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def build_index(
@@ -223,7 +223,7 @@ def build_index(
     _check_shape(folder, len(items), levels, codes)
     embedding = embedding or EmbeddingSettings()
     training = folder.read_training(items)
-    text = cached_embeddings(list(items.values()), cache_path(folder), embedding, engine)
+    text = cached_embeddings(list(items.values()), cache_path(folder, embedding), embedding, engine)
     row = {item: position for position, item in enumerate(items)}
     frame = text_frame(text)
     collaborative = np.zeros((len(items), 0), np.float32)
@@ -252,7 +252,9 @@ def build_index(
     report["settings"] = settings
     retired_file(folder.index).unlink(missing_ok=True)
     SavedIndex(list(items), vectors, paths, codebooks, frame.mean, frame.scale, settings).save(folder)
-    write_json(folder.root / f"{folder.name}.index-report.json", report, indent=1)
+    report_json, page = report_files(folder)
+    page.unlink(missing_ok=True)
+    write_json(report_json, report, indent=1)
     index.save(folder.index)
     return report
 

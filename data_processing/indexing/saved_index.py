@@ -68,6 +68,11 @@ def codebooks_file(folder: DataFolder) -> Path:
     return folder.root / f"{folder.name}.codebooks.npz"
 
 
+def report_files(folder: DataFolder) -> tuple[Path, Path]:
+    """Return ``<D>.index-report.json`` and ``<D>.index-report.html``, which tell of one index and no later one."""
+    return folder.root / f"{folder.name}.index-report.json", folder.root / f"{folder.name}.index-report.html"
+
+
 def fingerprint(vectors: np.ndarray) -> str:
     """Return a hash of the shape and bytes of ``vectors``."""
     digest = hashlib.sha256(f"{vectors.dtype}{vectors.shape}".encode())
@@ -86,6 +91,8 @@ def load_saved(folder: DataFolder) -> SavedIndex:
     try:
         with np.load(file, allow_pickle=False) as stored:
             parts = {name: stored[name] for name in stored.files}
+        if "items" not in parts:
+            raise InputError(f"{file}: was made by an earlier version; {REMEDY}")
         items, codes, codebooks = parts["items"].tolist(), parts["codes"], parts["codebooks"]
         settings, expected = json.loads(str(parts["settings"])), str(parts["fingerprint"])
         text_mean, text_scale = parts["text_mean"], float(parts["text_scale"])
@@ -112,7 +119,8 @@ def _matched(saved: SavedIndex, given: Mapping[str, SemanticId], folder: DataFol
                 f"{codebooks_file(folder).name}; {REMEDY}"
             )
     if len(rows) < len(given):
-        unknown = next(item for item in given if item not in set(saved.items))
+        known = set(saved.items)
+        unknown = next(item for item in given if item not in known)
         raise InputError(f"{folder.index}: item {unknown!r} is not in {codebooks_file(folder).name}; {REMEDY}")
     if len(rows) == len(saved.items):
         return saved

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from data_processing.indexing.residual_index import build_index, residual_codes,
 from data_processing.indexing.saved_index import (
     codebooks_file,
     load_saved,
+    report_files,
 )
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError
@@ -131,7 +133,7 @@ def test_added_items_leave_every_byte_of_the_semantic_ids_that_are_there(folder:
     assert made["drift"]["added"] == 6
     folder.read_index(folder.read_items())
     kept = {file.name: file.read_bytes() for file in folder.root.iterdir()}
-    assert add_items(folder)["new"] == 0
+    assert add_items(folder) == {"new": 0}
     assert kept == {file.name: file.read_bytes() for file in folder.root.iterdir()}
 
 
@@ -181,7 +183,7 @@ def test_a_removed_item_keeps_its_semantic_id_for_its_return(folder: DataFolder)
 
 
 def test_only_what_is_there_can_be_removed_or_restored(folder: DataFolder) -> None:
-    with pytest.raises(InputError, match="no item 'i444'; did you mean 'i"):
+    with pytest.raises(InputError, match="no item 'i444'; check the id, and whether it is retired already"):
         remove_items(folder, ["i444"])
     with pytest.raises(InputError, match="no item would be left"):
         remove_items(folder, OLD)
@@ -202,14 +204,47 @@ def test_items_unlike_those_it_was_built_from_call_for_a_new_index(
 ) -> None:
     assert drift(load_saved(folder))["rebuild"] == []
     write_data(folder, [*OLD, *(f"n{item}" for item in range(15))])
-    monkeypatch.setattr(growth, "cached_embeddings", lambda *given: 9 * fake_embeddings(*given))
+
+    def far_when_new(items: list[Item], *rest: object) -> np.ndarray:
+        scale = [9 if item.title.startswith("Film n") else 1 for item in items]
+        return np.array(scale)[:, None] * fake_embeddings(items, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(growth, "cached_embeddings", far_when_new)
     reasons = add_items(folder)["drift"]["rebuild"]
     assert any("times as far from their codes" in reason for reason in reasons)
     assert any("38% as many items were added" in reason for reason in reasons)
 
 
-def test_another_embedding_model_is_refused(folder: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "changed", [lambda *given: fake_embeddings(*given)[:, :5], lambda *given: fake_embeddings(*given)[:, ::-1]]
+)
+def test_another_embedding_model_is_refused(
+    folder: DataFolder, monkeypatch: pytest.MonkeyPatch, changed: Callable[..., np.ndarray]
+) -> None:
     write_data(folder, [*OLD, *NEW])
-    monkeypatch.setattr(growth, "cached_embeddings", lambda *given: fake_embeddings(*given)[:, :5])
-    with pytest.raises(InputError, match="gives vectors of 5 numbers, the index was built from 6"):
+    before = folder.index.read_bytes()
+    monkeypatch.setattr(growth, "cached_embeddings", changed)
+    with pytest.raises(InputError, match="no longer gives the vectors that toy"):
         add_items(folder)
+    assert folder.index.read_bytes() == before
+
+
+def test_new_texts_of_a_few_items_are_no_new_model(folder: DataFolder) -> None:
+    write_data(folder, [*OLD, *NEW])
+    items = json.loads(folder.item.read_text())
+    items["i1"]["title"] = "another text"
+    folder.item.write_text(json.dumps(items))
+    assert add_items(folder)["new"] == 6
+
+
+def test_a_report_of_the_index_as_it_was_does_not_stay(folder: DataFolder) -> None:
+    for change in (
+        lambda: remove_items(folder, ["i1"]),
+        lambda: restore_items(folder, ["i1"]),
+        lambda: add_items(folder),
+    ):
+        write_data(folder, [*OLD, *NEW])
+        for file in report_files(folder):
+            file.write_text("{}")
+        change()
+        assert not any(file.exists() for file in report_files(folder))
