@@ -157,8 +157,14 @@ def embed(
 
 
 def _embedding_settings(
-    model: str | None, pooling: Pooling, fields: list[str] | None, combine: Combine, max_tokens: int,
-    description_characters: int, normalize: bool, batch_size: int,
+    model: str | None,
+    pooling: Pooling,
+    fields: list[str] | None,
+    combine: Combine,
+    max_tokens: int,
+    description_characters: int,
+    normalize: bool,
+    batch_size: int,
 ) -> EmbeddingSettings:
     from data_processing.indexing.embed import DEFAULT_SETTINGS, EmbeddingSettings
 

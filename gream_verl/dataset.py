@@ -95,12 +95,13 @@ class SemanticIdDataset(RLHFDataset):
                 f"{OPTIONS}: has no effect on {self.data_files[0]}; name a <D>{INTERACTIONS} in data.train_files, "
                 "in the last of the recipes, or leave the node out"
             )
+        known = set(index.readable.values()) if index is not None else set()
         for place, prompt, reward_model in _columns(self.data_files, self.prompt_key):
             truth = text.ground_truth(reward_model, place)
             shown = [sid for turn in prompt for sid in find_sids(str(turn["content"]))]
             text.check((token for sid in shown for token in sid), place)
             self._check_room(prompt, place)
-            unknown = [sid for sid in (truth, *shown) if index is not None and sid not in index.items]
+            unknown = [sid for sid in (truth, *shown) if known and sid not in known]
             if unknown:
                 raise InputError(
                     f"{place}: {''.join(unknown[0])} is no item of {index_file}; build the files from this index"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -188,8 +189,9 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
     if codes is None:
         item, sid = next((item, sid) for item, sid in sids.items() if not _is_well_formed(sid))
         raise InputError(
-            f"{source}: item {item!r} has a malformed SID {list(sid)}; expected one token a level, in order, such as "
-            "['<|a_1|>', '<|b_7|>']; tokens such as <a_0> are read by `gream index import`"
+            f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one "
+            "token a level, in order, such as ['<|a_1|>', '<|b_7|>']; tokens such as <a_0> are read by "
+            "`gream index import`"
         )
     # In lexicographic order whatever has a SID as its prefix comes right behind it, and so do equals.
     order = np.lexsort(codes.T[::-1])

@@ -5,7 +5,9 @@ A catalogue is embedded in shards that are written one by one, so that a call th
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
 import hashlib
 import json
 import os
@@ -14,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from zipfile import BadZipFile
 
 import numpy as np
 from rich.progress import Progress
 
 from data_processing.layout import DataFolder, Item
-from gream_verl.files import InputError, atomic_path, write_text
+from gream_verl.files import InputError, atomic_path
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -94,6 +96,8 @@ DEFAULT_SETTINGS = EmbeddingSettings()
 def item_texts(item: Item, settings: EmbeddingSettings = DEFAULT_SETTINGS) -> list[str]:
     """Return the texts that are embedded for an item: one, or with ``averaged`` one for every field it has.
 
+    Halves of characters, which no tokenizer takes, become question marks.
+
     >>> heat = Item("Heat (1995)", brand="Warner", categories=("Action", "Crime"))
     >>> item_texts(heat)
     ['Heat (1995). Action, Crime.']
@@ -107,7 +111,8 @@ def item_texts(item: Item, settings: EmbeddingSettings = DEFAULT_SETTINGS) -> li
         "brand": item.brand,
     }
     chosen = [values[field] for field in settings.fields if values[field].strip()] or [item.title]
-    texts = [f"{value.strip().rstrip('.')}." for value in chosen]
+    whole = [value.encode("utf-8", "replace").decode() for value in chosen]
+    texts = [f"{value.strip().rstrip('.')}." for value in whole]
     return texts if settings.combine == "averaged" else [" ".join(texts)]
 
 
@@ -131,16 +136,22 @@ def default_model() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def cache_path(folder: DataFolder) -> Path:
-    """Return where the embeddings of a data set are kept: ``<D>.text-emb.npz``."""
-    return folder.root / f"{folder.name}.text-emb.npz"
+def cache_path(folder: DataFolder, settings: EmbeddingSettings = DEFAULT_SETTINGS) -> Path:
+    """Return where the embeddings of a data set are kept, a file for each of the settings that were tried.
+
+    ``<D>.text-emb.npz`` for the default settings, ``<D>.text-emb-<hash of the settings>.npz`` for others. The batch
+    size is no part of the hash.
+    """
+    values = _described(settings)
+    of = "" if values == _described(DEFAULT_SETTINGS) else f"-{_hash(values).hexdigest()[:8]}"
+    return folder.root / f"{folder.name}.text-emb{of}.npz"
 
 
 def embed_texts(texts: Sequence[str], settings: EmbeddingSettings = DEFAULT_SETTINGS) -> np.ndarray:
     """Embed ``texts`` in this process, longest first, so that a batch holds texts of like length.
 
     Args:
-        texts: At least one text, none empty.
+        texts: At least one text, none empty, no half of a character in any.
         settings: Fields and how they combine play no part here.
 
     Returns:
@@ -162,8 +173,10 @@ def cached_embeddings(
 ) -> np.ndarray:
     """Return the vectors of ``items``, computed only when ``cache`` does not hold them already.
 
-    Finished shards of a call that was stopped lie beside the cache, in a folder of its name without ``.npz``. The next
-    call takes them when items and settings are the same, else throws them away.
+    Finished shards lie beside the cache, in a folder of its name without ``.npz`` and 12 digits of the fingerprint of
+    items and settings. A call with the same items, settings and shard size goes on with those of a call that was
+    stopped; the folder is removed when the cache is written. What a call left behind that is never made again can be
+    deleted.
 
     The engine and the batch size are no part of what is compared: whoever changes them on the way keeps what is done.
     In float32 the vectors then differ by rounding, less than 1e-6; measured in tests/integration/test_embed_ray.py.
@@ -180,18 +193,22 @@ def cached_embeddings(
         float32 [items, dimensions].
 
     Raises:
-        InputError: When there are no items, the model cannot be used, or a file cannot be written.
+        InputError: When there are no items, the model cannot be used, a file cannot be written, or another run embeds
+            the same at this moment.
     """
-    cache = Path(cache)
-    folder = cache.with_suffix("")
+    cache, key = Path(cache), fingerprint(items, settings)
+    folder = cache.with_name(f"{cache.stem}-{key[:12]}")
     vectors = stored_embeddings(items, cache, settings)
     if vectors is None:
         if not items:
             raise InputError(f"{cache}: there are no items to embed; prepare the data set first")
-        _embed_shards(items, folder, settings, engine, shard_items)
-        vectors = _gather(folder, len(items), shard_items)
-        with atomic_path(cache) as temporary, temporary.open("wb") as file:
-            np.savez(file, vectors=vectors, fingerprint=np.array(fingerprint(items, settings)))
+        with _locked(folder):
+            vectors = stored_embeddings(items, cache, settings)  # another run may have ended just now
+            if vectors is None:
+                _embed_shards(items, folder, settings, engine, shard_items)
+                vectors = _gather(folder, len(items), shard_items)
+                with atomic_path(cache) as temporary, temporary.open("wb") as file:
+                    np.savez(file, vectors=vectors, fingerprint=np.array(key))
     shutil.rmtree(folder, ignore_errors=True)
     return vectors
 
@@ -211,17 +228,35 @@ def stored_embeddings(
 
 
 def fingerprint(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SETTINGS) -> str:
-    """Return a hash that changes with any text, their order, the model's name or files, or how texts become vectors."""
-    values = asdict(settings)
-    del values["batch_size"]
-    values["model"] = f"package:{OFFLINE_PACKAGE}" if settings.model is None else os.fspath(settings.model)
+    """Return a hash that changes with any text, their order, the model, or how texts become vectors.
+
+    Of a model, that is its name, and of a folder the path, size and time of change of all files that are not hidden.
+    """
+    values = _described(settings)
     if settings.model is not None:
-        files = sorted(path for path in Path(settings.model).glob("*") if path.is_file())
-        values["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.sha256(json.dumps(values).encode())
+        root = Path(settings.model)
+        files = {path.relative_to(root): path.stat() for path in sorted(root.rglob("*")) if path.is_file()}
+        values["files"] = [
+            (path.as_posix(), stat.st_size, stat.st_mtime_ns)
+            for path, stat in files.items()
+            if not any(part.startswith(".") for part in path.parts)  # .git changes when it is looked at
+        ]
+    digest = _hash(values)
     for item in items:
         digest.update(b"\0" + json.dumps(item_texts(item, settings)).encode())
     return digest.hexdigest()
+
+
+def _described(settings: EmbeddingSettings) -> dict[str, Any]:
+    """Return the settings that change vectors by more than rounding."""
+    values = asdict(settings)
+    del values["batch_size"]
+    values["model"] = f"package:{OFFLINE_PACKAGE}" if settings.model is None else os.fspath(settings.model)
+    return values
+
+
+def _hash(values: dict[str, Any]) -> hashlib._Hash:
+    return hashlib.sha256(json.dumps(values).encode())
 
 
 def load_encoder(settings: EmbeddingSettings, *, weights: bool = True) -> SentenceTransformer:
@@ -239,14 +274,17 @@ def load_encoder(settings: EmbeddingSettings, *, weights: bool = True) -> Senten
     if not local and (Path(path).is_absolute() or path.startswith((".", "~"))):
         raise InputError(f"{path}: no such model folder; give the folder or hub name of an embedding model")
     import torch
+    from huggingface_hub.utils import logging as hub_logging
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model
     from transformers.utils import logging
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    verbosity = logging.get_verbosity()
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity_error()  # else a table about weights that the pooled model does not use
+    hub_logging.set_verbosity_error()  # else two lines for each of many attempts without network
     logging.disable_progress_bar()
     try:
         has_pooling = is_sentence_transformer_model(path, local_files_only=local)
@@ -257,13 +295,19 @@ def load_encoder(settings: EmbeddingSettings, *, weights: bool = True) -> Senten
             trust_remote_code=False,
             model_kwargs={"dtype": dtype} | ({} if weights else {"device_map": "meta"}),
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be loaded as an embedding model ({reason}); check the name") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "check its files" if local else "check the name and the network, or give a folder"
+        raise InputError(f"{path}: cannot be loaded as an embedding model ({reason}); {remedy}") from error
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         logging.enable_progress_bar()
     transformer = encoder[0]
+    if isinstance(transformer, Transformer):
+        tokens = transformer.tokenizer("The film of 1995").input_ids
+        if set(tokens) <= set(transformer.tokenizer.all_special_ids):  # what is made up where its files are missing
+            raise InputError(f"{path}: has no tokenizer that knows a word; check that its tokenizer files are there")
     if settings.pooling != "model" or not has_pooling:
         if not isinstance(transformer, Transformer):
             raise InputError(f"{path}: {type(transformer).__name__} is no transformer; use the pooling 'model'")
@@ -282,11 +326,6 @@ def _embed_shards(
     items: Sequence[Item], folder: Path, settings: EmbeddingSettings, engine: Engine, shard_items: int
 ) -> None:
     """Write every shard that ``folder`` does not hold yet."""
-    plan = json.dumps({"fingerprint": fingerprint(items, settings), "items": len(items), "shard_items": shard_items})
-    marker = folder / "plan.json"  # written before any shard: what lies beside it is of this plan
-    if not marker.is_file() or marker.read_bytes() != plan.encode():
-        shutil.rmtree(folder, ignore_errors=True)
-        write_text(marker, plan)
     texts = {
         start // shard_items: [item_texts(item, settings) for item in items[start : start + shard_items]]
         for start in range(0, len(items), shard_items)
@@ -294,7 +333,7 @@ def _embed_shards(
     todo = {
         shard: [text for item in texts[shard] for text in item]
         for shard in texts
-        if not _shard_path(folder, shard).is_file()
+        if not _shard_path(folder, shard, shard_items).is_file()
     }
     if not todo:
         return
@@ -304,26 +343,50 @@ def _embed_shards(
     with Progress() as progress:
         done = progress.add_task("Embedding items", total=sum(map(len, todo.values())))
         for shard, vectors in encode(todo, settings, lambda count: progress.advance(done, count)):
-            with atomic_path(_shard_path(folder, shard)) as temporary:
+            with atomic_path(_shard_path(folder, shard, shard_items)) as temporary:
                 np.save(temporary, _finish(vectors, [len(item) for item in texts[shard]], settings))
 
 
-def _shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05}.npy"
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it; when the block ends and no shard is in it, it is removed."""
+    lock = folder / "lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise FileNotFoundError  # removed by a run that ended just now, and made by another
+        except (BlockingIOError, FileNotFoundError):
+            raise InputError(f"{folder}: in use by another run; wait for it, then call again") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _shard_path(folder: Path, shard: int, shard_items: int) -> Path:
+    return folder / f"{shard:05}-of-{shard_items}-items.npy"
 
 
 def _gather(folder: Path, count: int, shard_items: int) -> np.ndarray:
     """Return all shards as one array, filled shard by shard: a large catalogue is in memory once."""
     vectors = np.empty((0, 0), np.float32)
     for start in range(0, count, shard_items):
-        path = _shard_path(folder, start // shard_items)
+        path = _shard_path(folder, start // shard_items, shard_items)
         try:
             shard = np.load(path, mmap_mode="r", allow_pickle=False)
             if start == 0:
                 vectors = np.empty((count, shard.shape[1]), np.float32)
             vectors[start : start + shard_items] = shard
-        except (ValueError, EOFError) as error:
-            raise InputError(f"{path}: is broken ({error}); delete it and call again") from error
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{path}: is broken or gone ({error}); delete it and call again") from error
     return vectors
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -117,8 +118,9 @@ class Foreign:
             one, other = self._colliding_pair()
             raise InputError(
                 f"{self.source}: collisions are not resolved ({self._in_collisions():,} items on "
-                f"{len(self.collisions):,} paths), such as {one!r} {self._in_file(one)} and {other!r} "
-                f"{self._in_file(other)}; `gream index import --resolve` gives each of them a token more"
+                f"{len(self.collisions):,} paths), such as {reprlib.repr(one)} {self._in_file(one)} and "
+                f"{reprlib.repr(other)} {self._in_file(other)}; `gream index import --resolve` "
+                "gives each of them a token more"
             )
         return ItemIndex.from_codes(list(self.paths), self.paths.values())
 
@@ -200,14 +202,19 @@ def _read_rows(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
         raise InputError(f'{path}: expected {{item: ["<a_0>", "<b_0>", ...]}} with at least one item; give such a file')
     for item, row in rows.items():
         if not isinstance(row, list) or not row:
-            raise InputError(f"{path}: item {item!r} has {row!r}; expected a list of at least one token")
+            raise InputError(
+                f"{path}: item {reprlib.repr(item)} has {reprlib.repr(row)}; expected a list of at least one token"
+            )
     return rows
 
 
 def _read_numbers(source: str, rows: Mapping[str, list[Any]]) -> tuple[Form, dict[str, tuple[int, ...]]]:
     for item, row in rows.items():
         if wrong := [code for code in row if type(code) is not int or not 0 <= code < MOST_CODES]:
-            raise InputError(f"{source}: item {item!r} has {wrong[0]!r} in {row}; expected codes, whole numbers from 0")
+            raise InputError(
+                f"{source}: item {reprlib.repr(item)} has {reprlib.repr(wrong[0])} in {reprlib.repr(row)}; "
+                "expected codes, whole numbers from 0"
+            )
     return NUMBERS, {item: tuple(row) for item, row in rows.items()}
 
 
@@ -218,17 +225,19 @@ def _read_tokens(source: str, rows: Mapping[str, list[Any]]) -> tuple[Form, dict
         letters, path = "", []
         for token in row:
             parts = parse(token) if isinstance(token, str) else None
-            if parts is None or bar not in (None, parts[0]):
+            if parts is None or bar not in (None, parts[0]) or parts[2] >= MOST_CODES:
                 like = repr(example) if example else "'<|a_1|>', '<a_0>' or a number"
                 raise InputError(
-                    f"{source}: item {item!r} has {token!r} in {row}; expected tokens such as {like} in the whole file"
+                    f"{source}: item {reprlib.repr(item)} has {reprlib.repr(token)} in {reprlib.repr(row)}; "
+                    f"expected tokens such as {like} in the whole file"
                 )
             bar, example = parts[0], example or token
             letters += parts[1]
             path.append(parts[2])
         if letters != ascii_lowercase[: len(letters)]:
             raise InputError(
-                f"{source}: item {item!r}: {_disorder(letters)} in {row}; expected one token a level, in order"
+                f"{source}: item {reprlib.repr(item)}: {_disorder(letters)} in {reprlib.repr(row)}; "
+                "expected one token a level, in order"
             )
         paths[item] = tuple(path)
     if not bar:
@@ -271,11 +280,11 @@ def _check_lengths(source: str, paths: Mapping[str, tuple[int, ...]]) -> None:
         rare, usual = min(lengths, key=lambda length: lengths[length]), max(lengths, key=lambda length: lengths[length])
         item = next(item for item, path in paths.items() if len(path) == rare)
         raise InputError(
-            f"{source}: item {item!r} has {rare} tokens, but {lengths[usual]:,} items have {usual}; expected as many "
-            "for all, or one more for items that share a path; repair that item, or remove it"
+            f"{source}: item {reprlib.repr(item)} has {rare} tokens, but {lengths[usual]:,} items have {usual}; "
+            "expected as many for all, or one more for items that share a path; repair that item, or remove it"
         )
 
 
 def _some(items: Collection[str]) -> str:
-    shown = [repr(item) for item, _ in zip(items, range(SHOWN), strict=False)]
+    shown = [reprlib.repr(item) for item, _ in zip(items, range(SHOWN), strict=False)]
     return ", ".join(shown) + (", ..." if len(items) > SHOWN else "")

@@ -18,7 +18,7 @@ from data_processing.indexing.collaborative import fold_in
 from data_processing.indexing.diagnostics import level_balance
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cached_embeddings
 from data_processing.indexing.residual_index import TextFrame, index_vectors
-from data_processing.indexing.saved_index import SavedIndex, codebooks_file, load_saved, report_files
+from data_processing.indexing.saved_index import SavedIndex, changes_index, codebooks_file, load_saved, report_files
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_token, retired_file
@@ -27,11 +27,13 @@ BEAMS = 8
 PROBES = 8
 SAME_MODEL = 0.1
 """How far, as a share of its length, a vector may be from what it was for the model to count as the same."""
+REBUILD_ITEMS = 1_000
 REBUILD_RATIO = 1.5
 REBUILD_SHARE = 0.25
 REBUILD_FULLEST = 5.0
 """Limits of :func:`drift` beyond which the index should be built anew. Measured with texts of Amazon Beauty and of
 Debian's packages: a random tenth of the catalogue added has a ratio of 1.2, a kind of item not seen before 1.7 to 2.4.
+Indexes of fewer than ``REBUILD_ITEMS`` fit their items too closely for the ratio to tell.
 """
 
 Codes = tuple[int, ...]
@@ -119,20 +121,24 @@ def place(vectors: np.ndarray, codebooks: np.ndarray, paths: Paths) -> tuple[lis
         InputError: When there is no free path near an item.
     """
     placed, moved = [], 0
+    exhausted: dict[bytes, int] = {}  # beams within which nothing is free: vectors that are alike need not look again
     for vector, nearest in zip(vectors, nearest_codes(vectors, codebooks).tolist(), strict=True):
         path = paths.take(tuple(nearest))
-        beams = BEAMS
+        beams = exhausted.get(vector.tobytes(), BEAMS) if path is None else BEAMS
         while path is None:
             candidates = nearby_paths(vector, codebooks, beams)
             path = next(filter(None, map(paths.take, candidates)), None)
             if path is None and len(candidates) == np.prod([len(codebook) for codebook in codebooks]):
                 raise InputError("every path of the index is taken; build it anew with more levels or codes")
-            beams *= 4
+            if path is None:
+                beams *= 4
+                exhausted[vector.tobytes()] = beams
         moved += path[: len(nearest)] != tuple(nearest)
         placed.append(path)
     return placed, moved
 
 
+@changes_index
 def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]:
     """Give every item of ``<D>.item.json`` that has none a semantic ID; what is there does not change.
 
@@ -163,6 +169,7 @@ def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]
         codes=np.concatenate([saved.codes, np.array([path[:levels] for path in paths], np.int32)]),
     )
     added = ItemIndex.from_codes(new, paths)
+    saved.save_codebooks(folder)  # without the rows of a stopped call, which the next line overwrites
     grown.save(folder)
     _forget_report(folder)
     replace(index, sids={**index.sids, **added.sids}).save(folder.index)
@@ -205,6 +212,7 @@ def _new_text_cache(folder: DataFolder) -> Path:
     return folder.root / f"{folder.name}.new-text-emb.npz"
 
 
+@changes_index
 def remove_items(folder: DataFolder, items: Sequence[str]) -> None:
     """Take ``items`` out of the index; their semantic IDs are retired to ``<D>.retired.json``, for no other item.
 
@@ -220,6 +228,7 @@ def remove_items(folder: DataFolder, items: Sequence[str]) -> None:
     ItemIndex({item: sid for item, sid in index.sids.items() if item not in gone}).save(folder.index)
 
 
+@changes_index
 def restore_items(folder: DataFolder, items: Sequence[str]) -> None:
     """Put retired ``items`` back into the index, each with the semantic ID that it had.
 
@@ -263,11 +272,13 @@ def drift(saved: SavedIndex) -> dict[str, Any]:
     built, added = np.split(residual, [saved.settings["built"]])
     size = saved.codebooks.shape[1]
     balance = [level_balance(codes, size) for codes in saved.codes.T]
-    ratio = float(added.mean() / max(built.mean(), np.finfo(float).tiny)) if len(added) else 1.0
+    least = 1e-6 * float(np.einsum("ij,ij->", saved.vectors, saved.vectors, dtype=np.float64)) / len(saved.vectors)
+    ratio = float(added.mean() / max(built.mean(), least)) if len(added) and least else 1.0
     fullest = max(level["max"] for level in balance) * size / len(saved.items)
     share = len(added) / len(built)
     reasons = {
-        f"added items lie {ratio:.2f} times as far from their codes": ratio > REBUILD_RATIO,
+        f"added items lie {ratio:.2f} times as far from their codes": ratio > REBUILD_RATIO
+        and len(built) >= REBUILD_ITEMS,
         f"{share:.0%} as many items were added as it was built from": share > REBUILD_SHARE,
         f"a code has {fullest:.1f} times its even share of items": fullest > REBUILD_FULLEST,
     }

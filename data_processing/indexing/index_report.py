@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -23,6 +24,7 @@ from rich.text import Text
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from data_processing.indexing.diagnostics import diagnose, prefix_numbers
+from data_processing.indexing.foreign import read_foreign
 from data_processing.indexing.neighbours import (
     NEIGHBOURS,
     Neighbours,
@@ -30,7 +32,7 @@ from data_processing.indexing.neighbours import (
     find_neighbours,
     neighbour_prefixes,
 )
-from data_processing.indexing.saved_index import codebooks_file, load_saved
+from data_processing.indexing.saved_index import load_saved
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, write_json, write_text
 from gream_verl.semantic_ids import ItemIndex, parse_token
@@ -38,7 +40,9 @@ from gream_verl.semantic_ids import ItemIndex, parse_token
 EXAMPLES = 20
 EXAMPLE_ITEMS = (3, 8)
 """Fewest and most items of a prefix that says something as an example."""
-DIFFERENCE = "difference"
+DIFFERENCE = "differs by"
+TERMINAL = 80
+"""Columns of a terminal in which no number is to be broken."""
 BALANCE = {
     "min": "least items",
     "mean": "mean items",
@@ -80,6 +84,8 @@ class KnownIndex:
         codebooks: float32 [levels, codes, dimensions]; None when not known.
         details: Titles and categories of items; any may be missing.
         settings: What the index was built with.
+        source: Its file, in the folder that the user gave.
+        notice: What the user should know of how it was read, a sentence; "" for nothing.
     """
 
     name: str
@@ -90,6 +96,8 @@ class KnownIndex:
     codebooks: np.ndarray | None = None
     details: Mapping[str, Item] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "item index"
+    notice: str = ""
 
     @property
     def categories(self) -> list[Collection[str]]:
@@ -113,16 +121,23 @@ class KnownIndex:
 
 
 def read_index(folder: DataFolder) -> KnownIndex:
-    """Read the index of a data set, with vectors and codebooks where it was built here, and titles where there are any.
+    """Read the index of a data set, with titles where there are any, vectors and codebooks where they belong to it.
 
     Raises:
-        InputError: When a file is missing or malformed, or the files are not of one index.
+        InputError: When the index is missing or malformed, or the titles are.
     """
+    index = ItemIndex.load(folder.index)
     details = folder.read_items() if folder.item.is_file() else {}
-    known = replace(read_index_file(folder.index), name=folder.name, details=details)
-    if not codebooks_file(folder).is_file():
-        return known
-    saved = load_saved(folder)
+    code = {token: parsed[1] - 1 for token in index.tokens if (parsed := parse_token(token))}
+    flat = (code[token] for sid in index.sids.values() for token in sid[: index.base_levels])
+    codes = np.fromiter(flat, np.int32, len(index) * index.base_levels).reshape(len(index), -1)
+    known = KnownIndex(folder.name, list(index.sids), codes, index, details=details, source=str(folder.index))
+    try:
+        saved = load_saved(folder)
+    except InputError as error:
+        return replace(
+            known, notice=f"{folder.name}: only its SIDs are known, rows that need vectors show “–” ({error})"
+        )
     everything = replace(
         known, items=saved.items, codes=saved.codes, vectors=saved.vectors, codebooks=saved.codebooks,
         settings=saved.settings,
@@ -131,16 +146,18 @@ def read_index(folder: DataFolder) -> KnownIndex:
 
 
 def read_index_file(path: str | os.PathLike[str]) -> KnownIndex:
-    """Read an index of which there is nothing but its semantic IDs.
+    """Read an index of which there is nothing but its semantic IDs, in any form that :func:`read_foreign` knows.
 
     Raises:
         InputError: When the file is missing or malformed.
     """
-    index = ItemIndex.load(path)
-    code = {token: parsed[1] - 1 for token in index.tokens if (parsed := parse_token(token))}
-    flat = (code[token] for sid in index.sids.values() for token in sid[: index.base_levels])
-    codes = np.fromiter(flat, np.int32, len(index) * index.base_levels).reshape(len(index), -1)
-    return KnownIndex(Path(path).name, list(index.sids), codes, index)
+    name, foreign, notice = Path(path).name, read_foreign(path), ""
+    if foreign.collisions:
+        meet, paths = sum(map(len, foreign.collisions)), len(foreign.collisions)
+        notice = f"{name}: {meet:,} items meet on {paths:,} paths; to tell them apart, each has a token more here"
+    index = foreign.index(resolve=bool(foreign.collisions))
+    codes = foreign.codes.astype(np.int32)
+    return KnownIndex(name, list(index.sids), codes, index, source=str(path), notice=notice)
 
 
 def make_report(first: KnownIndex, other: KnownIndex | None = None, *, seed: int = 0) -> dict[str, Any]:
@@ -152,9 +169,9 @@ def make_report(first: KnownIndex, other: KnownIndex | None = None, *, seed: int
         seed: Seed of everything that is drawn.
 
     Returns:
-        ``name``; what :func:`diagnose` gives; ``neighbours``: :func:`neighbour_prefixes` and :func:`distance_by_depth`,
-        None without vectors; ``settings``; ``examples``: a ``depth`` and ``prefixes`` of it with their items; with
-        another index also ``comparison``: :func:`compare`.
+        ``name`` and ``source``; what :func:`diagnose` gives; ``neighbours``: :func:`neighbour_prefixes` and
+        :func:`distance_by_depth`, None without vectors; ``settings``; ``examples``: :func:`example_prefixes`;
+        ``notices``: sentences on how the indexes were read; with another index also ``comparison``: :func:`compare`.
 
     Raises:
         InputError: When the two indexes have no item in common.
@@ -163,9 +180,11 @@ def make_report(first: KnownIndex, other: KnownIndex | None = None, *, seed: int
     measured = _measure(first, first.vectors, near, seed)
     report = {
         "name": first.name,
+        "source": first.source,
         **measured,
         "settings": dict(first.settings),
         "examples": example_prefixes(first, seed=seed),
+        "notices": [index.notice for index in (first, other) if index is not None and index.notice],
     }
     if other is not None:
         if other.name == first.name:
@@ -189,9 +208,10 @@ def compare(
         seed: Seed of everything that is drawn.
 
     Returns:
-        ``with``, the name of the other; numbers of items: ``items``, ``other_items``, ``shared_items``; ``agreement``
-        of the first codes on shared items, ``normalized_mutual_information`` and ``adjusted_rand_index``; ``columns``:
-        name to numbers, the last two on shared items, those before, if any, on all items of each index.
+        ``with``, the name of the other, and its ``source``, ``settings`` and ``examples``, with titles of the first
+        where it has none; numbers of items: ``items``, ``other_items``, ``shared_items``; ``agreement`` of the first
+        codes on shared items, ``normalized_mutual_information`` and ``adjusted_rand_index``; ``columns``: name to
+        numbers, the last two on shared items, those before, if any, on all items of each index.
 
     Raises:
         InputError: When the indexes have no item in common.
@@ -201,8 +221,8 @@ def compare(
     rows = np.array([row for row, item in enumerate(first.items) if item in row_of], np.int64)
     if not len(rows):
         raise InputError(
-            f"{first.index.source} and {other.index.source} have no item in common ({first.items[0]!r} and "
-            f"{other.items[0]!r} are their first ones); compare indexes of one data set"
+            f"{first.source} and {other.source} have no item in common ({reprlib.repr(first.items[0])} and "
+            f"{reprlib.repr(other.items[0])} are their first ones); compare indexes of one data set"
         )
     ours = first.take(rows)
     theirs = replace(other.take(np.array([row_of[item] for item in ours.items])), details=first.details)
@@ -219,6 +239,9 @@ def compare(
     first_codes = ours.codes[:, 0], theirs.codes[:, 0]
     return {
         "with": other.name,
+        "source": other.source,
+        "settings": dict(other.settings),
+        "examples": example_prefixes(replace(other, details={**first.details, **other.details}), seed=seed),
         "items": len(first.items),
         "other_items": len(other.items),
         "shared_items": len(rows),
@@ -258,8 +281,8 @@ def example_prefixes(index: KnownIndex, *, count: int = EXAMPLES, seed: int = 0)
         seed: Seed of the draw.
 
     Returns:
-        ``depth``, and ``prefixes``: a ``prefix`` as text, the number of its ``items``, and ``shown``: ``item``, ``sid``
-        and ``title`` ("" for none) of each.
+        ``depth``; ``drawn_from``, what was drawn from; and ``prefixes``: a ``prefix`` as text, the number of its
+        ``items``, and ``shown``: ``item``, ``sid`` and ``title`` ("" for none) of each.
     """
     fewest, most = EXAMPLE_ITEMS
     prefixes = prefix_numbers(index.codes)
@@ -280,7 +303,9 @@ def example_prefixes(index: KnownIndex, *, count: int = EXAMPLES, seed: int = 0)
                 "shown": [{"item": item, "sid": index.index.text(item), "title": index.title(item)} for item in items],
             }
         )
-    return {"depth": depth, "prefixes": shown}
+    fitting = f"prefixes of {fewest} to {most} items"
+    drawn_from = fitting if len(fit[depth]) else f"all first codes, as there are no {fitting}"
+    return {"depth": depth, "drawn_from": drawn_from, "prefixes": shown}
 
 
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
@@ -357,9 +382,9 @@ def _at(values: Sequence[Any] | None, place: int) -> Any:
 def _text(value: float | None, sign: str = "") -> str:
     if value is None:
         return "–"
-    whole = isinstance(value, int) or abs(value) >= 1000
-    sign = sign if value else ""
-    return f"{value:{sign},.0f}" if whole else f"{value:{sign}.4g}"
+    whole = isinstance(value, int) or abs(value) >= 999.5
+    digits, sign = 3 if sign else 4, sign if value else ""
+    return f"{value:{sign},.0f}" if whole else f"{value:{sign}.{digits}g}"
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
@@ -379,15 +404,19 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
 
 
 def render_table(report: Mapping[str, Any]) -> Table:
-    """Return the table for the terminal."""
+    """Return the table for the terminal: headings, and the names of rows, are broken before any number is."""
     headings, sections = table_rows(report)
+    columns = list(zip(*(row for _, rows in sections for row in rows), strict=True))
+    names, *widths = (max(map(len, column)) for column in columns)
+    room = (TERMINAL - 2 - names) // len(widths) - 1
     table = Table(
         title=Text(f"Item index {report.get('name', '')}"), title_justify="left", box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), caption=Text("\n".join(sentences(report))), caption_justify="left",
+        padding=0, caption=Text("\n".join(sentences(report))), caption_justify="left",
     )  # fmt: skip
-    table.add_column("", no_wrap=True)
-    for heading in headings[1:]:
-        table.add_column(Text(heading), justify="right", overflow="fold")
+    table.add_column("")
+    for heading, width in zip(headings[1:], widths, strict=True):
+        word = max(map(len, heading.split()), default=0)
+        table.add_column(Text(heading), justify="right", overflow="fold", width=max(width, min(word, room)))
     for title, rows in sections:
         table.add_row(Text(title, style="bold"))
         for row in rows:
@@ -407,6 +436,10 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> N
         InputError: When a file cannot be written.
     """
     headings, sections = table_rows(report)
+    indexes = {report["name"]: report}
+    if "comparison" in report:
+        indexes[report["comparison"]["with"]] = report["comparison"]
+    settings = {name: None for index in indexes.values() for name in index["settings"]}  # each once, in order
     template = files("data_processing.indexing").joinpath("index_report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
@@ -416,13 +449,16 @@ def write_report(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> N
         sections=sections,
         notes=NOTES,
         pictures=_pictures(report),
-        settings={
-            name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for name, value in report["settings"].items()
-        },
+        indexes=indexes,
+        settings=[[name, *(_setting(index["settings"], name) for index in indexes.values())] for name in settings],
     )
     write_json(Path(folder) / f"{report['name']}.index-report.json", report, indent=1)
     write_text(Path(folder) / f"{report['name']}.index-report.html", page)
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> str:
+    value = settings.get(name, "–")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _pictures(report: Mapping[str, Any]) -> list[Markup]:

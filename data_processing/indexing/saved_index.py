@@ -6,13 +6,15 @@ and items are only ever appended to them: a call that is stopped in between leav
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -50,17 +52,34 @@ class SavedIndex:
         """Write ``<D>.emb.npy``, then ``<D>.codebooks.npz``, each atomically."""
         with atomic_path(folder.embeddings) as temporary:
             np.save(temporary, self.vectors)
+        self.save_codebooks(folder)
+
+    def save_codebooks(self, folder: DataFolder) -> None:
+        """Write ``<D>.codebooks.npz``; it fits an ``<D>.emb.npy`` with more rows, too."""
         with atomic_path(codebooks_file(folder)) as temporary:
-            np.savez(
-                temporary,
-                items=np.array(self.items, dtype=np.str_),
-                codes=self.codes,
-                codebooks=self.codebooks,
-                text_mean=self.text_mean,
-                text_scale=np.float64(self.text_scale),
-                settings=np.array(json.dumps(self.settings, sort_keys=True)),
-                fingerprint=np.array(fingerprint(self.vectors)),
-            )
+            np.savez(temporary, **self._arrays(), fingerprint=np.array(self.fingerprint()))
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything."""
+        digest = hashlib.sha256()
+        for name, array in sorted({**self._arrays(), "vectors": self.vectors}.items()):
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def _arrays(self) -> dict[str, Any]:
+        return {
+            "items": _bytes(self.items),  # as text of one width, one long id would cost as much a million times
+            "codes": self.codes,
+            "codebooks": self.codebooks,
+            "text_mean": self.text_mean,
+            "text_scale": np.array([self.text_scale], np.float64),
+            "settings": _bytes(self.settings),
+        }
+
+
+def _bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
 
 
 def codebooks_file(folder: DataFolder) -> Path:
@@ -73,37 +92,70 @@ def report_files(folder: DataFolder) -> tuple[Path, Path]:
     return folder.root / f"{folder.name}.index-report.json", folder.root / f"{folder.name}.index-report.html"
 
 
-def fingerprint(vectors: np.ndarray) -> str:
-    """Return a hash of the shape and bytes of ``vectors``."""
-    digest = hashlib.sha256(f"{vectors.dtype}{vectors.shape}".encode())
-    digest.update(np.ascontiguousarray(vectors).data)
-    return digest.hexdigest()
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@contextmanager
+def changing(folder: DataFolder) -> Iterator[None]:
+    """Hold the index of ``folder``: of two commands that change it at once, one would undo what the other does.
+
+    Raises:
+        InputError: When another command holds it.
+    """
+    if not folder.root.is_dir():  # what is missing will be said
+        yield
+        return
+    with (folder.root / f".{folder.name}.index.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder.index}: another command is changing it; wait for it and call again") from None
+        yield
+
+
+def changes_index(command: Callable[Concatenate[DataFolder, P], T]) -> Callable[Concatenate[DataFolder, P], T]:
+    """Hold the index while ``command`` runs, whose first argument is the folder."""
+
+    @wraps(command)
+    def alone(folder: DataFolder, *arguments: P.args, **options: P.kwargs) -> T:
+        with changing(folder):
+            return command(folder, *arguments, **options)
+
+    return alone
 
 
 def load_saved(folder: DataFolder) -> SavedIndex:
     """Read and check what the index of ``folder`` was built from.
 
     Raises:
-        InputError: When a file is missing or broken, the vectors are not those that were clustered, or the semantic IDs
-            in ``<D>.index.json`` are not those that the codes stand for.
+        InputError: When a file is missing, broken or changed, the vectors are not those that were clustered, or the
+            semantic IDs in ``<D>.index.json`` are not those that the codes stand for.
     """
     file = require_file(codebooks_file(folder), REMEDY)
     try:
         with np.load(file, allow_pickle=False) as stored:
             parts = {name: stored[name] for name in stored.files}
-        if "items" not in parts:
+        if "text_scale" not in parts:
             raise InputError(f"{file}: was made by an earlier version; {REMEDY}")
-        items, codes, codebooks = parts["items"].tolist(), parts["codes"], parts["codebooks"]
-        settings, expected = json.loads(str(parts["settings"])), str(parts["fingerprint"])
-        text_mean, text_scale = parts["text_mean"], float(parts["text_scale"])
+        items, settings = (json.loads(parts[name].tobytes()) for name in ("items", "settings"))
         vectors = np.load(require_file(folder.embeddings, REMEDY), allow_pickle=False)[: len(items)]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: cannot be read ({error}); {REMEDY}") from error
-    if fingerprint(vectors) != expected:
+        saved = SavedIndex(
+            items,
+            vectors,
+            parts["codes"],
+            parts["codebooks"],
+            parts["text_mean"],
+            float(parts["text_scale"][0]),
+            settings,
+        )
+        same = saved.fingerprint() == str(parts["fingerprint"])
+    except InputError:
+        raise
+    except Exception as error:  # numpy raises whatever the bytes of a broken file lead it to
+        raise InputError(f"{file}: cannot be read ({type(error).__name__}: {error}); {REMEDY}") from error
+    if not same:
         raise InputError(f"{folder.embeddings}: not the vectors that {file.name} was made from; {REMEDY}")
-    saved = SavedIndex(items, vectors, codes, codebooks, text_mean, text_scale, settings)
     return _matched(saved, ItemIndex.load(folder.index).readable, folder)
 
 

@@ -65,15 +65,14 @@ def test_ray_pools_a_plain_decoder_and_does_only_the_shards_that_are_missing(tmp
         max_tokens=32,
     )
     expected = cached_embeddings(ITEMS, tmp_path / "local.npz", settings, shard_items=10)
-    plan = {"fingerprint": fingerprint(ITEMS, settings), "items": len(ITEMS), "shard_items": 10}
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray/plan.json").write_text(json.dumps(plan))
-    np.save(tmp_path / "ray/00002.npy", np.full((10, 64), 7, np.float32))
+    shards = tmp_path / f"ray-{fingerprint(ITEMS, settings)[:12]}"
+    shards.mkdir()
+    np.save(shards / "00002-of-10-items.npy", np.full((10, 64), 7, np.float32))
     vectors = cached_embeddings(ITEMS, tmp_path / "ray.npz", settings, engine="ray", shard_items=10)
     assert (vectors[20:30] == 7).all()
     done = np.r_[0:20, 30:48]
     np.testing.assert_allclose(vectors[done], expected[done], atol=TOLERANCE)
-    assert not (tmp_path / "ray").exists()
+    assert not shards.exists()
 
 
 @pytest.mark.usefixtures("cluster")

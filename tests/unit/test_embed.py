@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,12 +22,14 @@ import data_processing.indexing.embed as embed
 from data_processing.indexing.embed import (
     FIELDS,
     EmbeddingSettings,
+    cache_path,
     cached_embeddings,
     default_model,
     embed_texts,
     fingerprint,
     item_text,
     item_texts,
+    load_encoder,
     stored_embeddings,
 )
 from data_processing.layout import DataFolder, Item
@@ -67,6 +71,10 @@ def minilm() -> None:
         pytest.skip(str(missing))
 
 
+def shards_of(cache: Path, items: list[Item], settings: EmbeddingSettings) -> Path:
+    return cache.with_name(f"{cache.stem}-{fingerprint(items, settings)[:12]}")
+
+
 def reference(folder: Path, texts: list[str], pooling: str, max_tokens: int = 64) -> np.ndarray:
     """Each text by itself, so that there is no padding."""
     import torch
@@ -92,6 +100,12 @@ def test_fields_are_taken_in_the_order_asked_for_and_an_item_without_any_gives_i
     assert item_texts(HEAT, settings) == ["Warner. Heat. A h."]
     assert item_texts(Item("Heat", brand=" "), EmbeddingSettings(fields=("brand", "description"))) == ["Heat."]
     assert item_texts(HEAT, EmbeddingSettings(description_characters=0)) == ["Heat. Action, Crime."]
+
+
+def test_half_a_character_in_a_title_becomes_a_question_mark(tiny: Path) -> None:
+    texts = item_texts(Item("Heat \ud83d", brand="\U0001f600"), EmbeddingSettings(fields=("title", "brand")))
+    assert texts == ["Heat ?. \U0001f600."]
+    assert embed_texts(texts, EmbeddingSettings(model=tiny)).shape == (1, 64)
 
 
 @given(
@@ -145,6 +159,34 @@ def test_rows_keep_the_order_of_the_texts_whatever_their_lengths() -> None:
 @pytest.mark.usefixtures("minilm")
 def test_masked_mean_and_normalisation_of_ours_are_what_the_default_model_does_itself() -> None:
     np.testing.assert_allclose(embed_texts(UNEQUAL, EmbeddingSettings(pooling="mean")), embed_texts(UNEQUAL), atol=1e-6)
+
+
+def test_a_batch_holds_texts_of_like_length(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+
+    def watched(settings: EmbeddingSettings) -> object:
+        encoder = load_encoder(settings)
+        encoder[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0]["input_ids"].shape[1]))
+        return encoder
+
+    monkeypatch.setattr(embed, "load_encoder", watched)
+    embed_texts(UNEQUAL, EmbeddingSettings(model=tiny, batch_size=2, max_tokens=512))
+    assert len(widths) == 3
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_the_default_prompt_of_a_model_is_not_put_before_texts(tiny: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    modules = [Transformer(str(tiny)), Pooling(64)]
+    modules[0].tokenizer.pad_token = modules[0].tokenizer.eos_token
+    SentenceTransformer(modules=modules).save(str(tmp_path / "plain"))
+    asks = SentenceTransformer(modules=modules, prompts={"query": "Alien Aliens: "}, default_prompt_name="query")
+    asks.save(str(tmp_path / "asks"))
+    assert np.abs(asks.encode(TITLES) - asks.encode(TITLES, prompt="")).max() > 1e-2
+    plain = embed_texts(TITLES, EmbeddingSettings(model=tmp_path / "plain"))
+    assert embed_texts(TITLES, EmbeddingSettings(model=tmp_path / "asks")).tobytes() == plain.tobytes()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -213,11 +255,50 @@ def test_the_size_of_a_shard_changes_rounding_only(tiny: Path, tmp_path: Path) -
         np.testing.assert_allclose(parts, whole, atol=1e-6)
 
 
+def test_every_settings_have_a_cache_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    folder, settings = DataFolder(tmp_path, "toy"), EmbeddingSettings(model=tiny)
+    assert cache_path(folder).name == "toy.text-emb.npz"
+    assert cache_path(folder, EmbeddingSettings(batch_size=1)) == cache_path(folder)
+    others = [settings, replace(settings, pooling="last"), EmbeddingSettings(normalize=False)]
+    assert len({cache_path(folder), *(cache_path(folder, other) for other in others)}) == 4
+    assert cache_path(folder, settings) == cache_path(folder, replace(settings, model=str(tiny), batch_size=1))
+    for other in others[:2] * 2:
+        cached_embeddings(ITEMS, cache_path(folder, other), other)
+    assert all(stored_embeddings(ITEMS, cache_path(folder, other), other) is not None for other in others[:2])
+
+
+def test_embeddings_of_other_settings_at_the_same_time_stay_apart(tiny: Path, tmp_path: Path) -> None:
+    mean, cache = EmbeddingSettings(model=tiny, pooling="mean"), tmp_path / "D.npz"
+    shards = shards_of(cache, ITEMS, mean)
+    shards.mkdir()
+    np.save(shards / "00001-of-2-items.npy", np.full((2, 64), 7, np.float32))
+    np.save(shards / "00001-of-3-items.npy", np.full((2, 64), 9, np.float32))
+    for other in (replace(mean, pooling="last"), replace(mean, model=tmp_path / "titel")):
+        with open(shards / "lock", "w") as running:
+            fcntl.flock(running, fcntl.LOCK_EX)
+            with pytest.raises(InputError, match=r"in use by another run; wait for it"):
+                cached_embeddings(ITEMS, cache, mean, shard_items=2)
+            if other.pooling == "last":
+                assert (cached_embeddings(ITEMS, cache, other, shard_items=2) != 7).all()
+            else:
+                with pytest.raises(InputError, match="no such model folder"):
+                    cached_embeddings(ITEMS, cache, other, shard_items=2)
+    vectors = cached_embeddings(ITEMS, cache, mean, shard_items=3)
+    assert (vectors == 9).all(axis=1).tolist() == [False, False, False, True, True]
+    assert [path.name for path in tmp_path.iterdir()] == [cache.name]
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_sentence(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written \(.*\); choose another folder"):
+        cached_embeddings(ITEMS, tmp_path / "file/D.npz", EmbeddingSettings(model=tiny))
+
+
 @pytest.mark.timeout(120)
 def test_a_call_that_was_killed_goes_on_with_the_shards_that_are_finished(tiny: Path, tmp_path: Path) -> None:
     items, settings = catalogue(), EmbeddingSettings(model=str(tiny))
     undisturbed = cached_embeddings(items, tmp_path / "undisturbed.npz", settings, shard_items=2)
-    shards = tmp_path / "killed"
+    shards = shards_of(tmp_path / "killed.npz", items, settings)
     command = [sys.executable, "-c", EMBED_IN_A_CHILD, str(tmp_path / "killed.npz"), str(tiny)]
     child = subprocess.Popen(command, cwd=Path(__file__).parent, env=_environment())
     deadline = time.monotonic() + 90
@@ -232,17 +313,12 @@ def test_a_call_that_was_killed_goes_on_with_the_shards_that_are_finished(tiny: 
     assert not (tmp_path / "killed.npz").exists()
 
     # A mark in a finished shard is still there afterwards: that shard was not computed again. All others were.
-    shutil.copytree(shards, tmp_path / "marked")
-    np.save(tmp_path / "marked" / finished[7], np.full((2, 64), 7, np.float32))
+    marks = shards_of(tmp_path / "marked.npz", items, settings)
+    shutil.copytree(shards, marks)
+    np.save(marks / finished[7], np.full((2, 64), 7, np.float32))
     marked = cached_embeddings(items, tmp_path / "marked.npz", settings, shard_items=2)
     assert (marked[14:16] == 7).all()
     assert np.delete(marked, [14, 15], axis=0).tobytes() == np.delete(undisturbed, [14, 15], axis=0).tobytes()
-
-    # Shards of other settings are thrown away.
-    shutil.copytree(shards, tmp_path / "other")
-    last = replace(settings, pooling="last")
-    other = cached_embeddings(items[:50], tmp_path / "other.npz", last, shard_items=2)
-    assert other.tobytes() == cached_embeddings(items[:50], tmp_path / "anew.npz", last, shard_items=2).tobytes()
 
     resumed = cached_embeddings(items, tmp_path / "killed.npz", settings, shard_items=2)
     assert resumed.tobytes() == undisturbed.tobytes()
@@ -251,21 +327,20 @@ def test_a_call_that_was_killed_goes_on_with_the_shards_that_are_finished(tiny: 
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     tests = Path(__file__).parent.parent
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
 
 
 def test_a_broken_shard_is_one_clear_sentence(tiny: Path, tmp_path: Path) -> None:
     settings = EmbeddingSettings(model=tiny)
-    plan = {"fingerprint": fingerprint(ITEMS, settings), "items": len(ITEMS), "shard_items": 2}
-    (tmp_path / "D").mkdir()
-    (tmp_path / "D/plan.json").write_text(json.dumps(plan))
-    (tmp_path / "D/00001.npy").write_bytes(b"\x93NUMPY cut short")
-    with pytest.raises(InputError, match=r"00001\.npy: is broken .*; delete it and call again"):
+    shard = shards_of(tmp_path / "D.npz", ITEMS, settings) / "00001-of-2-items.npy"
+    shard.parent.mkdir()
+    shard.write_bytes(b"\x93NUMPY cut short")
+    with pytest.raises(InputError, match=r"00001-of-2-items\.npy: is broken or gone .*; delete it and call again"):
         cached_embeddings(ITEMS, tmp_path / "D.npz", settings, shard_items=2)
-    (tmp_path / "D/00001.npy").unlink()
+    shard.unlink()
+    with pytest.raises(InputError, match=r"00000-of-2-items\.npy: is broken or gone"):
+        embed._gather(tmp_path, len(ITEMS), 2)
     assert len(cached_embeddings(ITEMS, tmp_path / "D.npz", settings, shard_items=2)) == len(ITEMS)
 
 
@@ -277,8 +352,17 @@ def test_the_fingerprint_tells_texts_their_order_models_and_settings_apart(tmp_p
     (tmp_path / "config.json").write_text("{}")
     before = of("a", "b", model=tmp_path)
     (tmp_path / "config.json").write_text("{ }")  # another model in the same folder
+    whole = of("a", "b", model=tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text("{}")
+    pooled = of("a", "b", model=tmp_path)
+    (tmp_path / "1_Pooling/config.json").write_text("{ }")
+    (tmp_path / ".git").mkdir()
+    here = of("a", "b", model=tmp_path)
+    (tmp_path / ".git/index").write_text("")
+    assert of("a", "b", model=tmp_path) == here
     keys = [of("a", "b"), of("b", "a"), of("ab"), of("a", "b", model="other"), of("a", "b", **averaged)]
-    keys += [of("a", "b", normalize=False), of("a", "b", max_tokens=9), before, of("a", "b", model=tmp_path)]
+    keys += [of("a", "b", normalize=False), of("a", "b", max_tokens=9), before, whole, pooled, here]
     assert len(set(keys)) == len(keys)
     assert of("a", "b", batch_size=1) == of("a", "b")
 
@@ -294,19 +378,51 @@ def test_a_missing_model_folder_is_one_clear_sentence(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_one_clear_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be loaded as an embedding model") as raised:
+    with pytest.raises(InputError, match=r"cannot be loaded as an embedding model .*; check its files") as raised:
         embed_texts(["a"], EmbeddingSettings(model=tmp_path))
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_without_transformer_cannot_be_pooled_anew(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_model_that_is_cut_short_or_does_not_fit_is_one_clear_sentence(
+    tiny: Path, tmp_path: Path, weights: bool
+) -> None:
+    for name, file, change in (
+        ("cut", "model.safetensors", lambda old: old[: len(old) // 2]),
+        ("wide", "config.json", lambda old: json.dumps(json.loads(old) | {"hidden_size": 32}).encode()),
+    ):
+        shutil.copytree(tiny, tmp_path / name)
+        (tmp_path / name / file).write_bytes(change((tiny / file).read_bytes()))
+        with pytest.raises(InputError, match=rf"{name}: cannot be loaded as an embedding model .*; check its files"):
+            load_encoder(EmbeddingSettings(model=tmp_path / name), weights=weights)
+
+
+def test_a_model_without_tokenizer_is_one_clear_sentence(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(
+        InputError, match="has no tokenizer that knows a word; check that its tokenizer files are there"
+    ):
+        embed_texts(["a"], EmbeddingSettings(model=tmp_path / "model"))
+
+
+def test_a_name_that_no_hub_gives_names_what_to_check() -> None:
+    with pytest.raises(InputError, match="check the name and the network, or give a folder"):
+        load_encoder(EmbeddingSettings(model="no name/of a/hub model"))
+
+
+def test_a_model_without_transformer_is_run_in_our_precision_and_cannot_be_pooled_anew(
+    tiny: Path, tmp_path: Path
+) -> None:
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
     from transformers import AutoTokenizer
 
     words = StaticEmbedding(AutoTokenizer.from_pretrained(tiny).backend_tokenizer, embedding_dim=8)
-    SentenceTransformer(modules=[words]).save(str(tmp_path))
+    SentenceTransformer(modules=[words.half()]).save(str(tmp_path))
     assert embed_texts(TITLES, EmbeddingSettings(model=tmp_path)).shape == (3, 8)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    assert {one.dtype for one in load_encoder(EmbeddingSettings(model=tmp_path)).parameters()} == {dtype}
     with pytest.raises(InputError, match="StaticEmbedding is no transformer; use the pooling 'model'"):
         embed_texts(TITLES, EmbeddingSettings(model=tmp_path, pooling="mean"))
 
@@ -335,12 +451,18 @@ def test_the_command_embeds_once_and_says_what_it_did(tiny: Path, tmp_path: Path
     folder.item.write_text(json.dumps({str(row): item.to_json() for row, item in enumerate(ITEMS)}))
     command = ["embed", "--data", str(tmp_path), "--dataset", "toy", "--model", str(tiny), "--pooling", "mean"]
     command += ["--field", "title", "--field", "description", "--combine", "averaged", "--max-tokens", "32"]
+    command += ["--description-characters", "150", "--no-normalize"]
     first, second = (CliRunner().invoke(index_app, command, catch_exceptions=False).output for _ in range(2))
     settings = EmbeddingSettings(
-        model=str(tiny), pooling="mean", fields=("title", "description"), combine="averaged", max_tokens=32
-    )
-    assert stored_embeddings(ITEMS, tmp_path / "toy.text-emb.npz", settings) is not None
+        model=str(tiny), pooling="mean", fields=("title", "description"), combine="averaged", max_tokens=32,
+        description_characters=150, normalize=False,
+    )  # fmt: skip
+    assert stored_embeddings(ITEMS, cache_path(folder, settings), settings) is not None
     assert "items a second" in first
     assert "kept from an earlier call" in second
     wrong = CliRunner().invoke(index_app, [*command, "--field", "titel"])
     assert "did you mean 'title'?" in str(wrong.exception)
+    for option, value in {"--max-tokens": "7", "--batch-size": "0", "--description-characters": "-1"}.items():
+        refused = CliRunner(env={"COLUMNS": "200"}).invoke(index_app, [*command, option, value])
+        assert refused.exit_code == 2
+        assert f"'{option}'" in refused.output

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from data_processing.indexing.growth import (
 )
 from data_processing.indexing.residual_index import build_index, residual_codes, resolve_collisions
 from data_processing.indexing.saved_index import (
-    codebooks_file,
     load_saved,
     report_files,
 )
@@ -137,6 +137,38 @@ def test_added_items_leave_every_byte_of_the_semantic_ids_that_are_there(folder:
     assert kept == {file.name: file.read_bytes() for file in folder.root.iterdir()}
 
 
+def test_a_crowd_of_equal_items_finds_free_paths_one_after_the_other() -> None:
+    vectors = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    codebooks, given_paths = index_of(vectors, 3, 8)
+    sids = ItemIndex.from_codes([str(item) for item in range(200)], given_paths).sids.values()
+    crowd = np.repeat(vectors[:1], 150, axis=0)
+    together, moved = place(crowd, codebooks, Paths(sids, 3))
+    assert len(set(together)) == 150
+    assert moved >= 149
+    paths = Paths(sids, 3)
+    assert together == [place(vector[None], codebooks, paths)[0][0] for vector in crowd]
+
+
+def test_the_collaborative_part_of_new_items_has_the_weight_of_the_index(folder: DataFolder) -> None:
+    build_index(folder, levels=2, codes=8, collaborative_weight=0.5)
+    write_data(folder, [*OLD, *NEW])
+    add_items(folder)
+    lengths = np.linalg.norm(load_saved(folder).vectors[40:, -64:], axis=1)
+    assert set(np.round(lengths, 4).tolist()) <= {0.0, 0.5}
+    assert lengths.max() > 0
+
+
+def test_new_items_are_seen_in_the_frame_of_the_old(folder: DataFolder) -> None:
+    saved = load_saved(folder)
+    write_data(folder, [*OLD, "n0"])
+    items = folder.read_items()
+    text = fake_embeddings([items["n0"]], folder.root, EmbeddingSettings(), "local")
+    add_items(folder)
+    expected = (text - saved.text_mean) / saved.text_scale
+    np.testing.assert_allclose(load_saved(folder).vectors[40:, :6], expected, rtol=1e-5)
+    assert not list(folder.root.glob("*new-text-emb*"))
+
+
 def test_a_new_item_is_placed_by_what_it_is_taken_with(folder: DataFolder) -> None:
     write_data(folder, [*OLD, *NEW])
     users = json.loads(folder.inter.read_text())
@@ -150,18 +182,61 @@ def test_a_new_item_is_placed_by_what_it_is_taken_with(folder: DataFolder) -> No
     assert lengths[0] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("until", ["embeddings", "codebooks"])
-def test_a_stopped_addition_changes_nothing_and_is_made_up_for(folder: DataFolder, until: str) -> None:
-    index, codebooks = folder.index.read_bytes(), codebooks_file(folder).read_bytes()
-    write_data(folder, [*OLD, *NEW])
+class KilledError(Exception):
+    """What stands for a kill."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+    """Stop at the write of that number, from 0: nothing of it takes place."""
+    real, count = Path.replace, itertools.count()
+
+    def replace_or_stop(self: Path, target: Path) -> Path:
+        if next(count) == write:
+            raise KilledError
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_or_stop)
+
+
+@pytest.mark.parametrize("write", range(5))
+def test_a_stopped_addition_changes_nothing_and_is_made_up_for(
+    folder: DataFolder, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    index = folder.index.read_bytes()
+    write_data(folder, [*OLD, *NEW[:2]])
+    with monkeypatch.context() as patch:
+        stop_at(patch, write)
+        if write < 4:
+            with pytest.raises(KilledError):
+                add_items(folder)
+            assert folder.index.read_bytes() == index
+            assert load_saved(folder).items == OLD
+        else:
+            add_items(folder)
+    write_data(folder, [*OLD, *NEW])  # what is added then is something else
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(KilledError):
+            add_items(folder)
     add_items(folder)
-    whole = {file.name: file.read_bytes() for file in folder.root.iterdir()}
-    folder.index.write_bytes(index)
-    if until == "embeddings":
-        codebooks_file(folder).write_bytes(codebooks)
-    assert load_saved(folder).items == OLD
-    add_items(folder)
-    assert whole == {file.name: file.read_bytes() for file in folder.root.iterdir()}
+    assert load_saved(folder).items == [*OLD, *NEW]
+
+
+@pytest.mark.parametrize("write", range(2))
+@pytest.mark.parametrize("change", [remove_items, restore_items])
+def test_a_stopped_removal_or_return_can_be_made_again(
+    folder: DataFolder, monkeypatch: pytest.MonkeyPatch, write: int, change: Callable[..., None]
+) -> None:
+    sids = dict(ItemIndex.load(folder.index).sids)
+    remove_items(folder, ["i3"])
+    if change is remove_items:
+        restore_items(folder, ["i3"])
+    with monkeypatch.context() as patch:
+        stop_at(patch, write)
+        with pytest.raises(KilledError):
+            change(folder, ["i3"])
+    assert ItemIndex.load(folder.index).readable == sids
+    load_saved(folder)
 
 
 def test_a_removed_item_keeps_its_semantic_id_for_its_return(folder: DataFolder) -> None:
@@ -178,7 +253,9 @@ def test_a_removed_item_keeps_its_semantic_id_for_its_return(folder: DataFolder)
     restore_items(folder, ["i5"])
     assert ItemIndex.load(folder.index).sids["i5"] == sids["i5"]
     assert list(ItemIndex.load(folder.index).retired) == ["i3"]
-    restore_items(folder, ["i3"])
+    remove_items(folder, ["i7"])
+    assert list(ItemIndex.load(folder.index).retired) == ["i3", "i7"]
+    restore_items(folder, ["i3", "i7"])
     assert ItemIndex.load(folder.index).retired == {}
 
 
@@ -210,6 +287,7 @@ def test_items_unlike_those_it_was_built_from_call_for_a_new_index(
         return np.array(scale)[:, None] * fake_embeddings(items, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(growth, "cached_embeddings", far_when_new)
+    monkeypatch.setattr(growth, "REBUILD_ITEMS", 40)
     reasons = add_items(folder)["drift"]["rebuild"]
     assert any("times as far from their codes" in reason for reason in reasons)
     assert any("38% as many items were added" in reason for reason in reasons)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from data_processing.indexing.index_report import (
     table_rows,
     write_report,
 )
+from data_processing.indexing.neighbours import distance_by_depth
 from data_processing.indexing.saved_index import SavedIndex, codebooks_file
 from data_processing.layout import DataFolder
 from gream_verl import cli
@@ -33,7 +35,15 @@ GENRES = ("Hair", "Skin", "Nails", "Bath")
 VOID = {"meta"}
 
 
-def save(folder: DataFolder, items: list[str], *, levels: int = 3, shift: int = 0, titled: int | None = None) -> None:
+def save(
+    folder: DataFolder,
+    items: list[str],
+    *,
+    levels: int = 3,
+    shift: int = 0,
+    titled: int | None = None,
+    settings: dict | None = None,
+) -> None:
     """Save an index of 4 codes a level: the first is the genre, the others are the digits of a number."""
     numbers = np.array([int(item) for item in items])
     codes = np.stack([numbers % 4, *((numbers + shift) // 4 // 4**level % 4 for level in range(levels - 1))], axis=1)
@@ -43,9 +53,8 @@ def save(folder: DataFolder, items: list[str], *, levels: int = 3, shift: int = 
     )
     vectors = sum(codebook[codes[:, level]] for level, codebook in enumerate(codebooks)).astype(np.float32)
     vectors += np.random.default_rng(1).normal(size=(400, 6)).astype(np.float32)[numbers] / 10
-    SavedIndex(items, vectors, codes, codebooks, np.zeros(6, np.float32), 1.0, {"seed": 0, "text": {DIRTY: 1}}).save(
-        folder
-    )
+    settings = settings or {"seed": 0, "text": {DIRTY: 1}}
+    SavedIndex(items, vectors, codes, codebooks, np.zeros(6, np.float32), 1.0, settings).save(folder)
     seen: dict[tuple[int, ...], list[int]] = {}
     for row, path in enumerate(map(tuple, codes.tolist())):
         seen.setdefault(path, []).append(row)
@@ -186,7 +195,7 @@ def test_two_indexes_of_the_same_items_stand_side_by_side_with_their_difference(
     save(other, [str(item) for item in reversed(range(80))], levels=2, shift=3)
     report = make_report(read_index(folder), read_index(other))
     headings, _ = table_rows(report)
-    assert headings == ["", "D", "D (other)", "difference"]
+    assert headings == ["", "D", "D (other)", "differs by"]
     compared = report["comparison"]
     assert [compared[name] for name in ("items", "other_items", "shared_items")] == [80, 80, 80]
     assert compared["agreement"] == {
@@ -197,11 +206,81 @@ def test_two_indexes_of_the_same_items_stand_side_by_side_with_their_difference(
     assert cells(report, "Collisions", "items") == ["32", "80", "-48"]
     assert cells(report, "Use of codes", "level c: codes in use") == ["4", "–", "–"]
     assert cells(report, "Neighbours", "items drawn") == ["80", "80", "0"]
+    vectors, codes = read_index(folder).vectors, read_index(other).codes[::-1]  # theirs are in reverse order
+    apart = distance_by_depth(vectors, codes, np.arange(80))["distance"]
+    assert compared["columns"]["D (other)"]["neighbours"]["distance"] == apart
     assert len(sentences(report)) == 2
     write_report(tmp_path, report)
     page, _ = read_page(tmp_path)
     assert "80 are in both" in page.text
     assert page.tags.count("svg") == 3
+
+
+def test_the_settings_files_and_examples_of_both_indexes_are_shown(folder: DataFolder, tmp_path: Path) -> None:
+    other = DataFolder(tmp_path / "other", "D")
+    save(other, [str(item) for item in range(80)], levels=2, settings={"seed": 7, "field": "title"})
+    report = make_report(read_index(folder), read_index(other))
+    compared = report["comparison"]
+    assert (report["source"], compared["source"]) == (str(folder.index), str(other.index))
+    assert (report["settings"]["seed"], compared["settings"]) == (0, {"seed": 7, "field": "title"})
+    assert compared["examples"] == example_prefixes(read_index(other))
+    assert compared["examples"] != report["examples"]
+    write_report(tmp_path, report)
+    page, html = read_page(tmp_path)
+    assert "<tr><td>seed</td><td>0</td><td>7</td></tr>" in html
+    assert "<tr><td>field</td><td>–</td><td>title</td></tr>" in html
+    assert f"<tr><td>file</td><td>{folder.index}</td><td>{other.index}</td></tr>" in html
+    assert "D: some prefixes of " in page.text
+    assert "D (other): some prefixes of 2 codes" in page.text
+
+    alone = make_report(read_index(folder), read_index_file(other.index))["comparison"]
+    assert alone["settings"] == {}
+    titles = {item["title"] for prefix in alone["examples"]["prefixes"] for item in prefix["shown"]}
+    assert "" not in titles  # those of the first
+
+
+def test_an_index_in_the_form_of_others_is_compared_and_its_collisions_are_told(
+    folder: DataFolder, tmp_path: Path
+) -> None:
+    rows = {str(item): [f"<a_{item % 4}>", f"<b_{min(item // 4, 18)}>"] for item in range(80)}
+    path = tmp_path / "letter.index.json"
+    write_json(path, rows)
+    other = read_index_file(path)
+    assert other.codes[:6].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]
+    assert other.notice == "letter.index.json: 8 items meet on 4 paths; to tell them apart, each has a token more here"
+    report = make_report(read_index(folder), other)
+    assert report["notices"] == [other.notice]
+    assert cells(report, "Collisions", "items") == ["32", "8", "+24"]
+    assert report["comparison"]["source"] == str(path)
+    sids = {item["sid"] for prefix in report["comparison"]["examples"]["prefixes"] for item in prefix["shown"]}
+    assert "<|a_1|><|b_1|>" in sids
+
+    write_json(path, {item: [*row[:1], f"<b_{item}>"] for item, row in rows.items()})
+    assert read_index_file(path).notice == ""
+
+
+def test_no_number_is_broken_in_a_terminal_of_80_columns(folder: DataFolder, tmp_path: Path) -> None:
+    other = DataFolder(tmp_path / "other", "Industrial_and_Scientific")
+    save(other, [str(item) for item in range(20, 120)], shift=7)
+    report = make_report(read_index(folder), read_index(other))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_table(report))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = set(" ".join(lines).split())
+    numbers = {cell for _, rows in table_rows(report)[1] for row in rows for cell in row[1:]}
+    assert any(re.fullmatch(r"[+-]0\.0\d{3}", number) for number in numbers)
+    assert numbers <= words
+
+
+def test_a_difference_has_three_digits() -> None:
+    base = {**diagnose(None, np.array([[0]]), None, [()]), "neighbours": None}
+    ours, theirs = (
+        {**base, "items": items, "purity_items": told} for items, told in ((0.5790123, 1999.7), (0.5, 1000.0))
+    )
+    report = {"name": "D", "comparison": {"columns": {"D": ours, "E": theirs}}}
+    assert cells(report, "Catalogue", "items") == ["0.579", "0.5", "+0.079"]
+    assert cells(report, "Purity", "items with a category that counts") == ["2,000", "1,000", "+1,000"]
 
 
 def test_an_index_is_compared_with_itself_item_by_item_and_not_row_by_row(folder: DataFolder, tmp_path: Path) -> None:
@@ -218,7 +297,7 @@ def test_indexes_of_different_items_are_compared_on_those_they_share(folder: Dat
     other = DataFolder(tmp_path / "other", "E")
     save(other, [str(item) for item in range(20, 120)], levels=3)
     report = make_report(read_index(folder), read_index(other))
-    assert table_rows(report)[0] == ["", "D, all", "E, all", "D, shared", "E, shared", "difference"]
+    assert table_rows(report)[0] == ["", "D, all", "E, all", "D, shared", "E, shared", "differs by"]
     assert cells(report, "Catalogue", "items") == ["80", "100", "60", "60", "0"]
     assert cells(report, "Purity", "items with a category that counts") == ["80", "100", "60", "60", "0"]
     assert cells(report, "Neighbours", "items drawn") == ["80", "100", "60", "60", "0"]
@@ -247,12 +326,49 @@ def test_items_that_are_retired_or_have_no_title_do_not_stop_the_report(folder: 
     assert titles & {f"{DIRTY} {item}" for item in range(30)}
 
 
-def test_files_of_two_indexes_are_refused(folder: DataFolder) -> None:
+def exchange(folder: DataFolder) -> None:
+    """Give two items the SID of the other."""
     sids = read_json(folder.index)
     sids["1"], sids["2"] = sids["2"], sids["1"]
     write_json(folder.index, sids)
-    with pytest.raises(InputError, match="item '1'"):
-        read_index(folder)
+
+
+def make_older(folder: DataFolder) -> None:
+    np.savez(codebooks_file(folder), codebooks=np.zeros((3, 4, 6), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: codebooks_file(folder).unlink(), "no such file"),
+        (lambda folder: folder.embeddings.unlink(), "no such file"),
+        (make_older, "earlier version"),
+        (exchange, "item '1' has the SID"),
+    ],
+)
+def test_without_what_it_was_built_from_an_index_is_told_by_its_sids_alone_and_it_says_why(
+    folder: DataFolder, tmp_path: Path, change: Callable[[DataFolder], None], reason: str
+) -> None:
+    change(folder)
+    report = make_report(read_index(folder))
+    (notice,) = report["notices"]
+    assert notice.startswith("D: only its SIDs are known, rows that need vectors show “–” (")
+    assert reason in notice
+    assert cells(report, "What codes leave unsaid", "after a: variance left") == ["–"]
+    assert cells(report, "Neighbours", "items drawn") == ["–"]
+    assert cells(report, "Collisions", "items") == ["32"]
+    assert report["settings"] == {}
+    write_report(tmp_path, report)
+    assert notice in read_page(tmp_path)[0].text
+
+
+def test_a_malformed_index_is_refused_in_a_line(folder: DataFolder) -> None:
+    history = ["x" * 100] * 1000
+    write_json(folder.index, {"1": history})
+    for read in (lambda: read_index(folder), lambda: read_index_file(folder.index)):
+        with pytest.raises(InputError, match="item '1' has") as caught:
+            read()
+        assert len(str(caught.value)) < 500 + len(str(folder.index))
 
 
 def known(codes: list[list[int]]) -> KnownIndex:
@@ -262,9 +378,11 @@ def known(codes: list[list[int]]) -> KnownIndex:
 
 
 def test_examples_are_prefixes_of_the_depth_at_which_most_hold_three_to_eight_items() -> None:
-    codes = [[genre, kind, item] for genre in range(5) for kind in range(6) for item in range(2 + kind % 3)]
-    found = example_prefixes(known(codes))
+    codes = [[genre, kind, item] for genre in range(6) for kind in range(6) for item in range(2 + kind % 3)]
+    found = example_prefixes(known(codes))  # 24 fit
+    assert example_prefixes(known(codes), seed=1)["prefixes"] != found["prefixes"]
     assert found["depth"] == 2
+    assert found["drawn_from"] == "prefixes of 3 to 8 items"
     assert len(found["prefixes"]) == 20
     assert {prefix["items"] for prefix in found["prefixes"]} == {3, 4}
     assert [prefix["prefix"] for prefix in found["prefixes"]] == sorted({p["prefix"] for p in found["prefixes"]})
@@ -276,6 +394,7 @@ def test_examples_are_prefixes_of_the_depth_at_which_most_hold_three_to_eight_it
 def test_examples_of_a_catalogue_without_such_prefixes_are_first_codes() -> None:
     found = example_prefixes(known([[item % 2, item] for item in range(30)]))
     assert found["depth"] == 1
+    assert found["drawn_from"] == "all first codes, as there are no prefixes of 3 to 8 items"
     assert [(prefix["items"], len(prefix["shown"])) for prefix in found["prefixes"]] == [(15, 8), (15, 8)]
 
 
@@ -307,6 +426,7 @@ def test_the_command_writes_both_files_and_prints_the_table(
 
     codebooks_file(folder).rename(tmp_path / "aside")
     assert gream(monkeypatch, *where, "--other-index", folder.index, "--output", tmp_path / "out") == 0
+    assert "D: only its SIDs are known" in capsys.readouterr().out
     both = read_json(tmp_path / "out" / "D.index-report.json")
     assert set(both) == {*alone, "comparison"}
     assert both["purity"] == alone["purity"]

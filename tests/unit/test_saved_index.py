@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_processing.indexing.saved_index import SavedIndex, codebooks_file, load_saved
+from data_processing.indexing.saved_index import SavedIndex, changing, codebooks_file, load_saved
 from data_processing.layout import DataFolder
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex, retired_file
@@ -70,10 +71,41 @@ def test_a_file_of_an_earlier_version_is_refused(folder: DataFolder) -> None:
         load_saved(folder)
 
 
-def test_an_index_with_other_codes_is_refused(folder: DataFolder) -> None:
-    rewrite(folder, codes=CODES[[1, 0, 2]])
-    with pytest.raises(InputError, match=r"item 'a' has the SID <\|a_1\|><\|b_2\|>, but codes \[1, 0\]"):
+@pytest.mark.parametrize("part", ["codes", "codebooks", "text_mean", "text_scale", "settings", "items"])
+def test_a_changed_part_is_refused(folder: DataFolder, part: str) -> None:
+    with np.load(codebooks_file(folder)) as stored:
+        changed = np.roll(stored[part], 1)
+    rewrite(folder, **{part: changed if part not in ("items", "settings", "text_scale") else as_text(part)})
+    with pytest.raises(InputError, match=r"emb\.npy: not the vectors that toy\.codebooks\.npz was made from"):
         load_saved(folder)
+
+
+def as_text(part: str) -> np.ndarray:
+    changed = {"items": b'["a", "c", "b"]', "settings": b'{"built": 2}'}
+    return np.frombuffer(changed[part], np.uint8) if part in changed else np.array([0.4])
+
+
+def test_an_index_with_other_codes_is_refused(folder: DataFolder) -> None:
+    raw = json.loads(folder.index.read_text())
+    folder.index.write_text(json.dumps({**raw, "b": ["<|a_2|>", "<|b_2|>"]}))
+    with pytest.raises(InputError, match=r"item 'b' has the SID <\|a_2\|><\|b_2\|>, but codes \[1, 0\]"):
+        load_saved(folder)
+
+
+def test_any_id_comes_back_as_it_was(folder: DataFolder) -> None:
+    saved = load_saved(folder)
+    ids = ["a\0", "é\u2028", "x" * 500]
+    replace(saved, items=ids).save(folder)
+    ItemIndex.from_codes(ids, [(0, 1, 0), (1, 0), (0, 1, 1)]).save(folder.index)
+    assert load_saved(folder).items == ids
+
+
+def test_two_commands_do_not_change_an_index_at_once(folder: DataFolder) -> None:
+    again = pytest.raises(InputError, match=r"toy\.index\.json: another command is changing it")
+    with changing(folder), again, changing(folder):
+        pass
+    with changing(folder):
+        pass
 
 
 def test_items_that_were_not_built_from_anything_are_refused(folder: DataFolder) -> None:
