@@ -13,11 +13,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
+from scipy.optimize import linprog
 
 from data_processing.compiled import compiled
 
 FAR = np.inf
 APART_ROUNDS = 200
+EXACT_CELLS = 2**18
 
 
 class _Flow(NamedTuple):
@@ -79,11 +82,12 @@ def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) 
 
     Where rows of a group meet in a cluster, it is closed to all but the cheapest of them, and the whole assignment is
     solved again, exactly, until none meet. What is closed stays closed, so that the cost is near the least, not proved
-    to be it.
+    to be it. Where closing leads nowhere, as it may when a group is nearly as large as there are clusters, problems of
+    up to ``EXACT_CELLS`` rows times clusters are solved as a linear programme.
 
     Args:
-        costs: Finite float32 [rows, clusters]; overwritten.
-        groups: int [rows], the group of each row.
+        costs: Finite float32 [rows, clusters].
+        groups: int [rows], the group of each row, from 0.
         lower: Smallest size of a cluster.
         upper: Largest size of a cluster.
 
@@ -91,23 +95,51 @@ def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) 
         int32 [rows], the cluster of each row.
 
     Raises:
-        ValueError: When the bounds cannot be met, or a group does not fit into the clusters.
+        ValueError: When the bounds cannot be met, a group does not fit into the clusters, or no assignment was found.
     """
     rows, clusters = costs.shape
-    largest = int(np.unique(groups, return_counts=True)[1].max())
+    largest = int(np.bincount(groups).max())
     if largest > clusters:
-        raise ValueError(f"{largest} rows of one group cannot have {clusters} clusters to themselves")
+        raise ValueError(f"{largest} rows of one group cannot be kept apart in {clusters} clusters")
+    left, prices = costs.copy(), None
     closed = np.float32(1e6 * max(float(costs.max() - costs.min()), 1.0))
-    prices = None
     for _ in range(APART_ROUNDS):
-        labels, prices = assign_balanced(costs, lower, upper, prices)
+        labels, prices = assign_balanced(left, lower, upper, prices)
         places = groups.astype(np.int64) * clusters + labels
-        order = np.lexsort((costs[np.arange(rows), labels], places))
+        order = np.lexsort((left[np.arange(rows), labels], places))
         meets = order[1:][places[order[1:]] == places[order[:-1]]]
         if not len(meets):
             return labels
-        costs[meets, labels[meets]] = closed
-    raise ValueError(f"found no assignment that keeps the {largest} rows of the largest group apart")
+        if (left[meets, labels[meets]] == closed).all():
+            break
+        left[meets, labels[meets]] = closed
+    if rows * clusters > EXACT_CELLS:
+        raise ValueError(f"found no assignment that keeps the {largest} rows of the largest group apart")
+    return _apart_by_linear_programme(costs, groups, lower, upper)
+
+
+def _apart_by_linear_programme(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) -> np.ndarray:
+    """Return the cheapest assignment of all. The conditions are those of a flow, so that a corner is whole numbers."""
+    rows, clusters = costs.shape
+    cells = np.arange(rows * clusters)
+    row, cluster = np.divmod(cells, clusters)
+
+    def sums(of: np.ndarray, count: int) -> sparse.csr_matrix:
+        return sparse.csr_matrix((np.ones(len(cells)), (of, cells)), shape=(count, len(cells)))
+
+    sizes, meetings = sums(cluster, clusters), (int(groups.max()) + 1) * clusters
+    solved = linprog(
+        costs.ravel().astype(np.float64),
+        A_ub=sparse.vstack([sizes, -sizes, sums(groups[row] * clusters + cluster, meetings)]),
+        b_ub=np.repeat([upper, -lower, 1.0], [clusters, clusters, meetings]),
+        A_eq=sums(row, rows),
+        b_eq=np.ones(rows),
+        bounds=(0.0, 1.0),
+        method="highs-ds",
+    )
+    if solved.x is None:
+        raise ValueError("no assignment within the bounds keeps the rows of every group apart")
+    return solved.x.reshape(costs.shape).argmax(axis=1).astype(np.int32)
 
 
 @compiled

@@ -36,9 +36,10 @@ FINE_STEPS = np.geomspace(0.1, 0.005, 8)
 LOOSE_STEP = 0.3
 PRICE_ROWS = 256
 """Rows a cluster from which prices are searched; the exact assignment sees all rows."""
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
 
+LARGEST = 1e15
 GPU_ROWS = 262_144
 _LIBRARIES = ThreadpoolController()
 
@@ -177,6 +178,8 @@ def _checked(vectors: np.ndarray) -> np.ndarray:
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise ValueError(f"row {row} of the vectors is not finite; embed the items anew")
+    if vectors.size and np.abs(vectors).max() > LARGEST:
+        raise ValueError(f"the vectors hold numbers above {LARGEST:.0e}, whose squares overflow; scale them down")
     return vectors
 
 

@@ -18,7 +18,7 @@ from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_
 from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import diagnose
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
-from data_processing.indexing.saved_index import SavedIndex, report_files
+from data_processing.indexing.saved_index import SavedIndex, changes_index, report_files
 from data_processing.layout import DataFolder
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex, retired_file
@@ -180,6 +180,7 @@ def index_vectors(
     return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
+@changes_index
 def build_index(
     folder: DataFolder,
     *,
@@ -195,7 +196,7 @@ def build_index(
     """Give every item of ``folder`` a semantic ID.
 
     Writes ``<D>.emb.npy`` (what was clustered), ``<D>.codebooks.npz``, ``<D>.index-report.json`` (what is returned) and
-    ``<D>.index.json``, that one last. Text embeddings are kept in ``<D>.text-emb.npz`` for the next call. Semantic IDs
+    ``<D>.index.json``, that one last. Text embeddings are kept in ``cache_path`` for the next call. Semantic IDs
     that an earlier index retired go with it.
 
     Args:
@@ -235,7 +236,8 @@ def build_index(
     try:
         paths, codebooks = residual_codes(vectors, levels, codes, seed, unique=unique)
     except ValueError as error:
-        raise InputError(f"{folder.item}: {error}; raise --levels or --codes, or do without --unique") from error
+        remedy = "; raise --levels or --codes, or do without --unique" if "apart" in str(error) else ""
+        raise InputError(f"{folder.item}: {error}{remedy}") from error
     tokens = codes if collision_tokens is None else collision_tokens
     index = ItemIndex.from_codes(list(items), resolve_collisions(paths, tokens))
     settings: dict[str, Any] = {
@@ -250,11 +252,11 @@ def build_index(
     }
     report = diagnose(vectors, paths, codebooks, [item.categories for item in items.values()])
     report["settings"] = settings
-    retired_file(folder.index).unlink(missing_ok=True)
     SavedIndex(list(items), vectors, paths, codebooks, frame.mean, frame.scale, settings).save(folder)
     report_json, page = report_files(folder)
     page.unlink(missing_ok=True)
     write_json(report_json, report, indent=1)
+    retired_file(folder.index).unlink(missing_ok=True)
     index.save(folder.index)
     return report
 

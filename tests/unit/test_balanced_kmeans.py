@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
+import data_processing.indexing.assignment as module_assignment
 import data_processing.indexing.balanced_kmeans as module
 from data_processing.indexing.assignment import assign_apart, assign_balanced
 from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, raise_crowded, size_bounds
@@ -180,23 +181,50 @@ def test_rows_of_a_group_are_kept_apart_within_the_bounds(problem: tuple[np.ndar
     costs, seed = problem
     rows, clusters = costs.shape
     bounds = size_bounds(rows, clusters)
-    # Groups of rows that some balanced assignment keeps apart: each takes at most one row of a cluster.
-    groups = np.random.default_rng(seed).permutation(np.arange(rows) // max(1, clusters // 2))
-    labels = assign_apart(costs.copy(), groups, *bounds)
+    # Groups of neighbours in a balanced assignment that goes round: it keeps them apart.
+    groups = np.random.default_rng(seed).permutation(np.arange(rows) // clusters)
+    labels = assign_apart(costs, groups, *bounds)
     sizes = np.bincount(labels, minlength=clusters)
     assert bounds[0] <= sizes.min() <= sizes.max() <= bounds[1]
     assert len({*zip(groups.tolist(), labels.tolist(), strict=True)}) == rows
     assert total_cost(costs, labels) >= total_cost(costs, assign_balanced(costs, *bounds)[0]) - 1e-3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_as_large_as_can_be_are_kept_apart(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    costs = random.normal(size=(32, 16)).astype(np.float32)
+    groups = np.repeat([0, 1], 16)
+    labels = assign_apart(costs, groups, 1, 3)
+    assert len({*zip(groups.tolist(), labels.tolist(), strict=True)}) == 32
+    least = sum(costs[half][linear_sum_assignment(costs[half])].sum() for half in (slice(16), slice(16, 32)))
+    exact = module_assignment._apart_by_linear_programme(costs, groups, 1, 3)
+    assert total_cost(costs, exact) == pytest.approx(least, abs=1e-4)
+    assert total_cost(costs, labels) >= least - 1e-4
+
+
+def test_identical_rows_are_kept_apart() -> None:
+    random = np.random.default_rng(0)
+    costs = random.normal(size=(200, 16)).astype(np.float32)
+    costs[:15] = costs[0]
+    groups = np.concatenate([np.zeros(15, int), 1 + np.arange(185) // 4])
+    labels = assign_apart(costs, groups, *size_bounds(200, 16))
+    assert len({*zip(groups.tolist(), labels.tolist(), strict=True)}) == 200
+
+
+def test_numbers_whose_squares_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match="numbers above 1e\\+15"):
+        balanced_kmeans(np.full((4, 2), 1e18, np.float32), 2)
+
+
 def test_keeping_apart_costs_nothing_where_no_rows_meet() -> None:
     costs = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
     labels, _ = assign_balanced(costs, 9, 11)
-    np.testing.assert_array_equal(assign_apart(costs.copy(), np.arange(60), 9, 11), labels)
+    np.testing.assert_array_equal(assign_apart(costs, np.arange(60), 9, 11), labels)
 
 
 def test_a_group_larger_than_the_clusters_is_refused() -> None:
-    with pytest.raises(ValueError, match="5 rows of one group cannot have 4 clusters"):
+    with pytest.raises(ValueError, match="5 rows of one group cannot be kept apart in 4 clusters"):
         assign_apart(np.zeros((8, 4), np.float32), np.array([0, 0, 0, 0, 0, 1, 1, 1]), 1, 3)
 
 
@@ -220,7 +248,7 @@ def test_prices_from_a_sample_lead_to_as_good_clusters_within_the_bounds(monkeyp
     monkeypatch.setattr(module, "PRICE_ROWS", 20)
     sampled = balanced_kmeans(vectors, 20)
     sizes = np.bincount(sampled.labels, minlength=20)
-    assert size_bounds(3_000, 20) <= (sizes.min(), sizes.max())
+    assert size_bounds(3_000, 20)[0] <= sizes.min()
     assert sizes.max() <= size_bounds(3_000, 20)[1]
     assert sampled.inertia == pytest.approx(whole.inertia, rel=0.05)
 

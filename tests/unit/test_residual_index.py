@@ -23,7 +23,7 @@ from data_processing.indexing.residual_index import (
 )
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.semantic_ids import ItemIndex, retired_file
 
 
 @pytest.fixture
@@ -202,3 +202,37 @@ def test_a_failed_build_leaves_the_earlier_index(folder: DataFolder) -> None:
     with pytest.raises(InputError):
         build_index(folder, codes=1000)
     assert folder.index.read_bytes() == before
+
+
+@pytest.mark.parametrize("write", range(4))
+def test_a_stopped_build_does_not_give_a_retired_sid_away(
+    folder: DataFolder, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    build_index(folder, levels=2, codes=5)
+    retired = retired_file(folder.index)
+    retired.write_text(json.dumps({"gone": ["<|a_1|>", "<|b_1|>", "<|c_9|>"]}))
+    real, count = Path.replace, itertools.count()
+
+    def replace_or_stop(self: Path, target: Path) -> Path:
+        if next(count) == write:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace_or_stop)
+        build_index(folder, levels=2, codes=4)
+    assert retired.exists() == (write < 3)
+
+
+def test_collision_tokens_bound_the_items_of_a_path(folder: DataFolder) -> None:
+    with pytest.raises(InputError, match="2 collision tokens; raise --collision-tokens"):
+        build_index(folder, levels=1, codes=10, collision_tokens=2)
+    assert not folder.index.exists()
+
+
+def test_vectors_that_cannot_be_clustered_are_refused_without_a_false_remedy(
+    folder: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual_index, "cached_embeddings", lambda *given: np.full((40, 6), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"not finite; embed the items anew$"):
+        build_index(folder, levels=2, codes=5)
