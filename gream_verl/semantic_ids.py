@@ -101,7 +101,7 @@ class ItemIndex:
     def __post_init__(self) -> None:
         if not self.sids:
             raise InputError(f"{self.source}: the index is empty; build it with `gream index build`")
-        _validate(self.readable, self.source)
+        _validate(self.readable, f"{self.source} with its retired SIDs" if self.retired else self.source)
 
     @cached_property
     def base_levels(self) -> int:
@@ -146,7 +146,7 @@ class ItemIndex:
     def load(cls, path: str | os.PathLike[str]) -> ItemIndex:
         """Read and check ``<D>.index.json``, ``{item: [token, ...]}``, and ``<D>.retired.json`` where there is one."""
         sids, beside = read_sids(path), retired_file(path)
-        retired = read_sids(beside) if beside.is_file() else {}
+        retired = read_sids(beside, "mend it: it keeps retired SIDs from other items") if beside.is_file() else {}
         return cls(sids, str(path), {item: sid for item, sid in retired.items() if item not in sids})
 
     @classmethod
@@ -167,19 +167,19 @@ def retired_file(index: str | os.PathLike[str]) -> Path:
     return index.with_name(f"{index.name.removesuffix('.json').removesuffix('.index')}.retired.json")
 
 
-def read_sids(path: str | os.PathLike[str]) -> dict[str, SemanticId]:
+def read_sids(path: str | os.PathLike[str], remedy: str = "build it with `gream index build`") -> dict[str, SemanticId]:
     """Read ``{item: [token, ...]}``, its SIDs unchecked.
 
     Raises:
         InputError: When the file is missing, or holds something else.
     """
-    file = require_file(path, "build it with `gream index build`")
+    file = require_file(path, remedy)
     try:  # this parser keeps each token in memory once, however many items have it
         raw = from_json(file.read_text(encoding="utf-8-sig"), cache_strings="all")
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it anew") from error
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
     if not isinstance(raw, dict) or not all(isinstance(sid, list) for sid in raw.values()):
-        raise InputError(f'{path}: expected {{item: ["<|a_1|>", ...]}}; build it with `gream index build`')
+        raise InputError(f'{path}: expected {{item: ["<|a_1|>", ...]}}; {remedy}')
     return {item: tuple(sid) for item, sid in raw.items()}
 
 

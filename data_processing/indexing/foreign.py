@@ -196,7 +196,9 @@ def _read_rows(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     file = require_file(path, "check the path")
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); fetch it anew") from error
     if not isinstance(rows, dict) or not rows:
         raise InputError(f'{path}: expected {{item: ["<a_0>", "<b_0>", ...]}} with at least one item; give such a file')
@@ -277,7 +279,8 @@ def _check_lengths(source: str, paths: Mapping[str, tuple[int, ...]]) -> None:
     with_path = Counter(path[:least] for path in paths.values())
     alone = sum(len(path) > least and with_path[path[:least]] == 1 for path in paths.values())
     if most > least + 1 or alone > lengths[least]:
-        rare, usual = min(lengths, key=lambda length: lengths[length]), max(lengths, key=lambda length: lengths[length])
+        ranked = sorted(lengths, key=lambda length: (lengths[length], length))
+        rare, usual = ranked[0], ranked[-1]
         item = next(item for item, path in paths.items() if len(path) == rare)
         raise InputError(
             f"{source}: item {reprlib.repr(item)} has {rare} tokens, but {lengths[usual]:,} items have {usual}; "

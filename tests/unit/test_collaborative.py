@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_processing.indexing.collaborative import collaborative_vectors, cooccurrence, positive_pmi
+from data_processing.indexing.collaborative import collaborative_vectors, cooccurrence, fold_in, positive_pmi
 
 ITEMS = 8
 SEQUENCES = st.lists(st.lists(st.integers(0, ITEMS - 1), max_size=12), max_size=6)
@@ -100,3 +100,13 @@ def test_tiny_catalogues_keep_their_shape(items: int) -> None:
     vectors = collaborative_vectors([[0, items - 1, 0, items - 1, 0]], items)
     assert vectors.shape == (items, 64)
     assert np.isfinite(vectors).all()
+
+
+def test_a_new_item_lies_with_what_it_is_taken_with_more_than_chance_has_it() -> None:
+    vectors = np.eye(4, dtype=np.float32)
+    everywhere = [[0, other] for other in (1, 2, 3)] * 8  # item 0 is taken with all
+    placed = fold_in([*everywhere, [4, 0], [4, 0], [4, 1], [4, 1]], vectors, 2)
+    assert np.linalg.norm(placed[0]) == pytest.approx(1)
+    assert placed[0, 1] > placed[0, 0]
+    assert placed[0, 2] == placed[0, 3] == 0
+    np.testing.assert_array_equal(placed[1], 0)
