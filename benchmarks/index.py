@@ -156,7 +156,7 @@ def compare_with_peer(console: Console, name: str, vectors: np.ndarray, seed: in
     levels, codes = default_shape(len(vectors))
     bounds = size_bounds(len(vectors), codes)
     table = Table(title=f"{name}: {len(vectors):,} x {vectors.shape[1]}, {levels} x {codes}", box=SIMPLE_HEAD)
-    for column in ("", "seconds", "distortion", "sizes", "collisions", "ratio"):
+    for column in ("", "seconds", "distortion", "sizes", "collide", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     with tempfile.TemporaryDirectory() as temporary:
         file, found = f"{temporary}/vectors.npy", f"{temporary}/codes.npy"
@@ -180,7 +180,7 @@ def compare_with_peer(console: Console, name: str, vectors: np.ndarray, seed: in
                 raise AssertionError(f"{side}: sizes {result['sizes']} are not within {bounds}")
             least = least or took["seconds"]
             table.add_row(
-                side, f"{took['seconds']:.2f}", f"{result['distortion']:.4f}", "{} to {}".format(*result["sizes"]),
+                side, f"{took['seconds']:.2f}", f"{result['distortion']:.4f}", "{}..{}".format(*result["sizes"]),
                 f"{result['collisions']:,}", f"{least / took['seconds']:.0f}",
             )  # fmt: skip
     console.print(table)
@@ -188,7 +188,7 @@ def compare_with_peer(console: Console, name: str, vectors: np.ndarray, seed: in
 
 def curve(console: Console, counts: list[int], levels: int, codes: int, timeout: float) -> None:
     table = Table(title=f"Synthetic items x {DIMENSIONS}, {levels} x {codes}", box=SIMPLE_HEAD)
-    for column in ("items", "minutes", "processor minutes", "peak GB", "sizes", "bounds", "collisions"):
+    for column in ("items", "minutes", "processor minutes", "peak GB", "sizes", "bounds", "collide"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as temporary:
         for rows in counts:
@@ -201,7 +201,7 @@ def curve(console: Console, counts: list[int], levels: int, codes: int, timeout:
             numbers = took["seconds"] / 60, took["processor"] / 60, took["memory"] / 1e9
             table.add_row(
                 f"{rows:,}", *(f"{number:.2f}" for number in numbers),
-                f"{sizes.min()} to {sizes.max()}", "{} to {}".format(*size_bounds(rows, codes)),
+                f"{sizes.min()}..{sizes.max()}", "{}..{}".format(*size_bounds(rows, codes)),
                 f"{shared[shared > 1].sum():,}",
             )  # fmt: skip
     console.print(table)
