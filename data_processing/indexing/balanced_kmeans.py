@@ -102,12 +102,12 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
         if turn < LOOSE_ROUNDS:
             labels = cheapest(costs, prices)
             prices = raise_crowded(prices, np.bincount(labels, minlength=clusters), LOOSE_STEP * unit)
-            centroids = _means(centred, labels, centroids)
+            centroids = cluster_means(centred, labels, centroids)
             continue
         if len(sample) < len(costs):
             prices = _refined(costs, prices, unit)
         labels, prices = assign_balanced(costs, lower, upper, prices)
-        centroids = _means(centred, labels, centroids)
+        centroids = cluster_means(centred, labels, centroids)
         squared_lengths = (centroids.astype(np.float64) ** 2).sum(axis=1)
         previous, inertia = inertia, max(0.0, total - float(squared_lengths[labels].sum()))
         if previous - inertia <= tolerance * inertia:
@@ -257,8 +257,17 @@ def _refined(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.ndarray:
     return best
 
 
-def _means(vectors: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Return the mean of each cluster's rows; an empty cluster keeps its centroid of ``fallback``."""
+def cluster_means(vectors: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+    """Return the mean of each cluster's rows; an empty cluster keeps its centroid of ``fallback``.
+
+    Args:
+        vectors: float32 [rows, dimensions].
+        labels: int [rows].
+        fallback: float32 [clusters, dimensions].
+
+    Returns:
+        float32 [clusters, dimensions].
+    """
     rows, clusters = len(vectors), len(fallback)
     membership = sparse.csr_matrix((np.ones(rows, np.float32), (labels, np.arange(rows))), shape=(clusters, rows))
     sizes = np.bincount(labels, minlength=clusters)[:, None]

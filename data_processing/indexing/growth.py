@@ -17,7 +17,7 @@ from data_processing.indexing.balanced_kmeans import assignment_costs
 from data_processing.indexing.collaborative import fold_in
 from data_processing.indexing.diagnostics import level_balance
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cached_embeddings
-from data_processing.indexing.residual_index import TextFrame, index_vectors
+from data_processing.indexing.residual_index import TextFrame, index_vectors, subtract_centroids
 from data_processing.indexing.saved_index import SavedIndex, changes_index, codebooks_file, load_saved, report_files
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, write_json
@@ -84,7 +84,7 @@ def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
     codes = np.empty((len(vectors), len(codebooks)), np.int32)
     for level, codebook in enumerate(codebooks):
         codes[:, level] = assignment_costs(residual, codebook).argmin(axis=1)
-        residual -= codebook[codes[:, level]]
+        subtract_centroids(residual, codebook, codes[:, level])
     return codes
 
 
@@ -267,7 +267,7 @@ def drift(saved: SavedIndex) -> dict[str, Any]:
     """
     left = np.array(saved.vectors)
     for codebook, codes in zip(saved.codebooks, saved.codes.T, strict=True):
-        left -= codebook[codes]
+        subtract_centroids(left, codebook, codes)
     residual = np.einsum("ij,ij->i", left, left, dtype=np.float64)
     built, added = np.split(residual, [saved.settings["built"]])
     size = saved.codebooks.shape[1]

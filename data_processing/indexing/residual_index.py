@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import track
 
 from data_processing.indexing.assignment import assign_apart
-from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, size_bounds
+from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, cluster_means, size_bounds
 from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import diagnose
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
@@ -82,19 +82,13 @@ def residual_codes(
         if unique and level == levels - 1:
             costs = assignment_costs(residual, centroids)
             paths[level] = assign_apart(costs, group_rows(paths[:level].T), *size_bounds(len(residual), codes))
-            centroids = _means(residual, paths[level], codes)
-        _subtract(residual, centroids, paths[level])
+            centroids = cluster_means(residual, paths[level], centroids)
+        subtract_centroids(residual, centroids, paths[level])
         codebooks.append(centroids)
     return Quantisation(np.ascontiguousarray(paths.T), np.stack(codebooks))
 
 
-def _means(vectors: np.ndarray, labels: np.ndarray, clusters: int) -> np.ndarray:
-    order, sizes = np.argsort(labels, kind="stable"), np.bincount(labels, minlength=clusters)
-    groups = np.split(order, np.cumsum(sizes)[:-1])
-    return np.stack([vectors[group].mean(axis=0, dtype=np.float64) for group in groups]).astype(np.float32)
-
-
-def _subtract(residual: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> None:
+def subtract_centroids(residual: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> None:
     """Take each row's centroid away, in place and block by block."""
     for start in range(0, len(residual), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
