@@ -27,7 +27,8 @@ from scipy.optimize import linear_sum_assignment
 
 from data_processing.indexing.assignment import assign_balanced
 from data_processing.indexing.balanced_kmeans import balanced_kmeans, size_bounds
-from data_processing.indexing.residual_index import default_shape, group_rows, residual_codes
+from data_processing.indexing.diagnostics import prefix_numbers
+from data_processing.indexing.residual_index import default_shape, residual_codes
 
 PEER = "k-means-constrained==0.9.1"
 PEER_FOLDER = Path("runs") / "benchmarks" / "k-means-constrained"
@@ -147,7 +148,7 @@ def judge(vectors: np.ndarray, codes: np.ndarray, size: int) -> dict[str, Any]:
         for cluster in range(size):
             residual[column == cluster] -= residual[column == cluster].mean(axis=0)
         sizes += [int(counts.min()), int(counts.max())]
-    shared = np.bincount(group_rows(codes))
+    shared = np.bincount(prefix_numbers(codes)[-1])
     left = float(np.einsum("ij,ij->", residual, residual, dtype=np.float64))
     return {"distortion": left / total, "sizes": (min(sizes), max(sizes)), "collisions": int(shared[shared > 1].sum())}
 
@@ -197,7 +198,7 @@ def curve(console: Console, counts: list[int], levels: int, codes: int, timeout:
             took = in_child([*command, found, "--unique"], len(os.sched_getaffinity(0)), timeout)
             result = np.load(found)
             sizes = np.concatenate([np.bincount(column, minlength=codes) for column in result.T])
-            shared = np.bincount(group_rows(result))
+            shared = np.bincount(prefix_numbers(result)[-1])
             numbers = took["seconds"] / 60, took["processor"] / 60, took["memory"] / 1e9
             table.add_row(
                 f"{rows:,}", *(f"{number:.2f}" for number in numbers),

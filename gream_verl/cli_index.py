@@ -244,7 +244,7 @@ def import_index(
     The order is that of D.item.json; without that file, that of FILE.
     """
     from data_processing.indexing.foreign import read_foreign
-    from data_processing.indexing.saved_index import codebooks_file, report_files
+    from data_processing.indexing.saved_index import codebooks_file, forget_report
     from data_processing.layout import DataFolder
     from gream_verl.semantic_ids import retired_file
 
@@ -252,7 +252,8 @@ def import_index(
     if folder.item.is_file():
         foreign = foreign.for_items(folder.read_items(), folder.item)
     index = foreign.index(resolve=resolve)
-    for stale in (retired_file(folder.index), codebooks_file(folder), *report_files(folder)):
+    forget_report(folder)
+    for stale in (retired_file(folder.index), codebooks_file(folder)):
         stale.unlink(missing_ok=True)
     index.save(folder.index)
     checked = folder.item if folder.item.is_file() else f"nothing, {folder.item} is not there"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SIMILAR = 0.93
 """How alike names must be for one to be suggested: D.item.json and D.inter.json are not."""
@@ -63,6 +64,18 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+
+
+def hold(file: IO[Any] | int, refusal: str) -> None:
+    """Hold an open file until it is closed, against other processes and other openings of it.
+
+    Raises:
+        InputError: When another holds it; the message is ``refusal``.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(refusal) from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

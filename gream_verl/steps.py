@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gream_verl import __version__
-from gream_verl.files import InputError, read_json, write_json
+from gream_verl.files import InputError, hold, read_json, write_json
 
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 15.0
@@ -110,10 +109,7 @@ class Pipeline:
         lock = self.folder / ".steps" / "lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.folder}: in use by another run; wait for it or choose another name") from None
+            hold(file, f"{self.folder}: in use by another run; wait for it or choose another name")
             yield
 
     def _stamp(self, step: Step) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ import numpy as np
 from rich.progress import Progress
 
 from data_processing.layout import DataFolder, Item
-from gream_verl.files import InputError, atomic_path
+from gream_verl.files import InputError, atomic_path, hold
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -198,12 +197,12 @@ def cached_embeddings(
     """
     cache, key = Path(cache), fingerprint(items, settings)
     folder = cache.with_name(f"{cache.stem}-{key[:12]}")
-    vectors = stored_embeddings(items, cache, settings)
+    vectors = _stored(cache, key)
     if vectors is None:
         if not items:
             raise InputError(f"{cache}: there are no items to embed; prepare the data set first")
         with _locked(folder):
-            vectors = stored_embeddings(items, cache, settings)  # another run may have ended just now
+            vectors = _stored(cache, key)  # another run may have ended just now
             if vectors is None:
                 _embed_shards(items, folder, settings, engine, shard_items)
                 vectors = _gather(folder, len(items), shard_items)
@@ -217,10 +216,14 @@ def stored_embeddings(
     items: Sequence[Item], cache: str | os.PathLike[str], settings: EmbeddingSettings = DEFAULT_SETTINGS
 ) -> np.ndarray | None:
     """Return what ``cache`` holds, float32 [items, dimensions]; None when it is missing, broken or of other items."""
-    if Path(cache).is_file():
+    return _stored(Path(cache), fingerprint(items, settings))
+
+
+def _stored(cache: Path, key: str) -> np.ndarray | None:
+    if cache.is_file():
         try:
             with np.load(cache, allow_pickle=False) as stored:
-                if str(stored["fingerprint"]) == fingerprint(items, settings):
+                if str(stored["fingerprint"]) == key:
                     return stored["vectors"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             pass  # a broken cache is made anew
@@ -357,12 +360,14 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     with file:
+        refusal = f"{folder}: in use by another run; wait for it, then call again"
+        hold(file, refusal)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                raise FileNotFoundError  # removed by a run that ended just now, and made by another
-        except (BlockingIOError, FileNotFoundError):
-            raise InputError(f"{folder}: in use by another run; wait for it, then call again") from None
+            held = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except FileNotFoundError:
+            held = False
+        if not held:  # removed by a run that ended just now, and perhaps made by another
+            raise InputError(refusal)
         try:
             yield
         finally:

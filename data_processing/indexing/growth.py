@@ -18,7 +18,7 @@ from data_processing.indexing.collaborative import fold_in
 from data_processing.indexing.diagnostics import level_balance
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cached_embeddings
 from data_processing.indexing.residual_index import TextFrame, index_vectors, subtract_centroids
-from data_processing.indexing.saved_index import SavedIndex, changes_index, codebooks_file, load_saved, report_files
+from data_processing.indexing.saved_index import SavedIndex, changes_index, codebooks_file, forget_report, load_saved
 from data_processing.layout import DataFolder, Item
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_token, retired_file
@@ -155,7 +155,8 @@ def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]
             gives the vectors it gave, or no path is free.
     """
     items = folder.read_items()
-    saved, index = load_saved(folder), ItemIndex.load(folder.index)
+    index = ItemIndex.load(folder.index)
+    saved = load_saved(folder, index)
     new = [item for item in items if item not in index.readable]
     if not new:
         return {"new": 0}
@@ -171,7 +172,7 @@ def add_items(folder: DataFolder, *, engine: Engine = "local") -> dict[str, Any]
     added = ItemIndex.from_codes(new, paths)
     saved.save_codebooks(folder)  # without the rows of a stopped call, which the next line overwrites
     grown.save(folder)
-    _forget_report(folder)
+    forget_report(folder)
     replace(index, sids={**index.sids, **added.sids}).save(folder.index)
     _new_text_cache(folder).unlink(missing_ok=True)
     return {"new": len(new), "moved": moved, "drift": drift(grown)}
@@ -223,7 +224,7 @@ def remove_items(folder: DataFolder, items: Sequence[str]) -> None:
     _check_known(folder.index, items, index.sids, "retired already")
     if len(gone) == len(index):
         raise InputError(f"{folder.index}: no item would be left; remove the file instead")
-    _forget_report(folder)
+    forget_report(folder)
     write_json(retired_file(folder.index), {**index.retired, **{item: index.sids[item] for item in gone}})
     ItemIndex({item: sid for item, sid in index.sids.items() if item not in gone}).save(folder.index)
 
@@ -237,15 +238,9 @@ def restore_items(folder: DataFolder, items: Sequence[str]) -> None:
     """
     index, file = ItemIndex.load(folder.index), retired_file(folder.index)
     _check_known(file, items, index.retired, "in the index")
-    _forget_report(folder)
+    forget_report(folder)
     ItemIndex({**index.sids, **{item: index.retired[item] for item in items}}).save(folder.index)
     write_json(file, {item: sid for item, sid in index.retired.items() if item not in items})
-
-
-def _forget_report(folder: DataFolder) -> None:
-    """Remove what ``gream index report`` said of the index before it changed."""
-    for file in report_files(folder):
-        file.unlink(missing_ok=True)
 
 
 def _check_known(file: Path, items: Sequence[str], known: Mapping[str, SemanticId], elsewhere: str) -> None:

@@ -133,7 +133,7 @@ def read_index(folder: DataFolder) -> KnownIndex:
     codes = np.fromiter(flat, np.int32, len(index) * index.base_levels).reshape(len(index), -1)
     known = KnownIndex(folder.name, list(index.sids), codes, index, details=details, source=str(folder.index))
     try:
-        saved = load_saved(folder)
+        saved = load_saved(folder, index)
     except InputError as error:
         return replace(
             known, notice=f"{folder.name}: only its SIDs are known, rows that need vectors show “–” ({error})"

@@ -16,9 +16,9 @@ from rich.progress import track
 from data_processing.indexing.assignment import assign_apart
 from data_processing.indexing.balanced_kmeans import assignment_costs, balanced_kmeans, cluster_means, size_bounds
 from data_processing.indexing.collaborative import collaborative_vectors
-from data_processing.indexing.diagnostics import diagnose
+from data_processing.indexing.diagnostics import diagnose, prefix_numbers
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
-from data_processing.indexing.saved_index import SavedIndex, changes_index, report_files
+from data_processing.indexing.saved_index import SavedIndex, changes_index, forget_report, report_files
 from data_processing.layout import DataFolder
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex, retired_file
@@ -81,7 +81,7 @@ def residual_codes(
         paths[level], centroids = clustering.labels, clustering.centroids
         if unique and level == levels - 1:
             costs = assignment_costs(residual, centroids)
-            paths[level] = assign_apart(costs, group_rows(paths[:level].T), *size_bounds(len(residual), codes))
+            paths[level] = assign_apart(costs, prefix_numbers(paths[:level].T)[-1], *size_bounds(len(residual), codes))
             centroids = cluster_means(residual, paths[level], centroids)
         subtract_centroids(residual, centroids, paths[level])
         codebooks.append(centroids)
@@ -93,14 +93,6 @@ def subtract_centroids(residual: np.ndarray, centroids: np.ndarray, labels: np.n
     for start in range(0, len(residual), BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
         residual[block] -= centroids[labels[block]]
-
-
-def group_rows(codes: np.ndarray) -> np.ndarray:
-    """Return int64 [items]: the same number for items with equal rows of ``codes`` [items, levels], from 0."""
-    groups = np.zeros(len(codes), np.int64)
-    for column in codes.T:
-        groups = np.unique(groups * (int(column.max(initial=0)) + 1) + column, return_inverse=True)[1]
-    return groups
 
 
 def resolve_collisions(codes: np.ndarray, tokens: int | None = None) -> list[tuple[int, ...]]:
@@ -116,7 +108,7 @@ def resolve_collisions(codes: np.ndarray, tokens: int | None = None) -> list[tup
     >>> resolve_collisions(np.array([[1, 2], [0, 0], [1, 2]]))
     [(1, 2, 0), (0, 0), (1, 2, 1)]
     """
-    groups = group_rows(codes)
+    groups = prefix_numbers(codes)[-1]
     sizes = np.bincount(groups)
     if tokens is not None and sizes.max() > max(tokens, 1):
         raise InputError(
@@ -247,9 +239,8 @@ def build_index(
     report = diagnose(vectors, paths, codebooks, [item.categories for item in items.values()])
     report["settings"] = settings
     SavedIndex(list(items), vectors, paths, codebooks, frame.mean, frame.scale, settings).save(folder)
-    report_json, page = report_files(folder)
-    page.unlink(missing_ok=True)
-    write_json(report_json, report, indent=1)
+    forget_report(folder)
+    write_json(report_files(folder)[0], report, indent=1)
     retired_file(folder.index).unlink(missing_ok=True)
     index.save(folder.index)
     return report

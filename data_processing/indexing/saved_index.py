@@ -6,20 +6,19 @@ and items are only ever appended to them: a call that is stopped in between leav
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from data_processing.layout import DataFolder
-from gream_verl.files import InputError, atomic_path, require_file
+from gream_verl.files import InputError, atomic_path, hold, require_file
 from gream_verl.semantic_ids import ItemIndex, SemanticId, format_token
 
 REMEDY = "build the index anew with `gream index build`"
@@ -92,6 +91,12 @@ def report_files(folder: DataFolder) -> tuple[Path, Path]:
     return folder.root / f"{folder.name}.index-report.json", folder.root / f"{folder.name}.index-report.html"
 
 
+def forget_report(folder: DataFolder) -> None:
+    """Remove what ``gream index report`` said of the index before it changed."""
+    for file in report_files(folder):
+        file.unlink(missing_ok=True)
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -107,10 +112,7 @@ def changing(folder: DataFolder) -> Iterator[None]:
         yield
         return
     with (folder.root / f".{folder.name}.index.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder.index}: another command is changing it; wait for it and call again") from None
+        hold(lock, f"{folder.index}: another command is changing it; wait for it and call again")
         yield
 
 
@@ -125,8 +127,12 @@ def changes_index(command: Callable[Concatenate[DataFolder, P], T]) -> Callable[
     return alone
 
 
-def load_saved(folder: DataFolder) -> SavedIndex:
+def load_saved(folder: DataFolder, index: ItemIndex | None = None) -> SavedIndex:
     """Read and check what the index of ``folder`` was built from.
+
+    Args:
+        folder: Where it lies.
+        index: What ``<D>.index.json`` holds, to spare reading it again.
 
     Raises:
         InputError: When a file is missing, broken or changed, the vectors are not those that were clustered, or the
@@ -156,16 +162,17 @@ def load_saved(folder: DataFolder) -> SavedIndex:
         raise InputError(f"{file}: cannot be read ({type(error).__name__}: {error}); {REMEDY}") from error
     if not same:
         raise InputError(f"{folder.embeddings}: not the vectors that {file.name} was made from; {REMEDY}")
-    return _matched(saved, ItemIndex.load(folder.index).readable, folder)
+    return _matched(saved, (index or ItemIndex.load(folder.index)).readable, folder)
 
 
 def _matched(saved: SavedIndex, given: Mapping[str, SemanticId], folder: DataFolder) -> SavedIndex:
     """Return ``saved`` without the rows of a stopped call, each of the others proved to be that of its semantic ID."""
     rows = [row for row, item in enumerate(saved.items) if item in given]
+    token = cache(format_token)
     for row in rows:
         item, codes = saved.items[row], saved.codes[row]
         sid = given[item][: len(codes)]
-        if sid != tuple(format_token(level, code + 1) for level, code in enumerate(codes.tolist())):
+        if sid != tuple(token(level, code + 1) for level, code in enumerate(codes.tolist())):
             raise InputError(
                 f"{folder.index}: item {item!r} has the SID {''.join(sid)}, but codes {codes.tolist()} in "
                 f"{codebooks_file(folder).name}; {REMEDY}"
@@ -182,12 +189,6 @@ def _matched(saved: SavedIndex, given: Mapping[str, SemanticId], folder: DataFol
             f"{folder.index}: item {saved.items[dropped]!r} of {codebooks_file(folder).name} is missing; "
             f"take items out by `gream index remove`, or {REMEDY}"
         )
-    return SavedIndex(
-        [saved.items[row] for row in rows],
-        saved.vectors[rows],
-        saved.codes[rows],
-        saved.codebooks,
-        saved.text_mean,
-        saved.text_scale,
-        saved.settings,
+    return replace(
+        saved, items=[saved.items[row] for row in rows], vectors=saved.vectors[rows], codes=saved.codes[rows]
     )

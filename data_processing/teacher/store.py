@@ -6,7 +6,6 @@ at the end, which the next run removes; what was answered is never asked, or pai
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gream_verl.files import InputError
+from gream_verl.files import InputError, hold
 
 BLOCK = 1 << 20
 SYNC_EVERY = 100
@@ -143,10 +142,7 @@ class AnswerStore:
         self._end += len(line)
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.path}: another run is writing to it; wait for that one, or stop it") from None
+        hold(self._file, f"{self.path}: another run is writing to it; wait for that one, or stop it")
 
     def _read_index(self) -> int:
         """Note where every answer begins; return the end of the last whole line."""

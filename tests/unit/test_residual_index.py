@@ -12,11 +12,11 @@ from hypothesis.extra.numpy import arrays
 
 import data_processing.indexing.residual_index as residual_index
 from data_processing.indexing.balanced_kmeans import size_bounds
+from data_processing.indexing.diagnostics import prefix_numbers
 from data_processing.indexing.embed import EmbeddingSettings, item_text
 from data_processing.indexing.residual_index import (
     build_index,
     default_shape,
-    group_rows,
     index_vectors,
     residual_codes,
     resolve_collisions,
@@ -94,7 +94,7 @@ def test_too_many_items_on_one_path_are_refused_with_the_setting_to_raise() -> N
 @given(arrays(np.int64, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=st.integers(0, 3)))
 @settings(deadline=None)
 def test_rows_are_in_one_group_exactly_when_their_codes_are_equal(codes: np.ndarray) -> None:
-    groups = group_rows(codes)
+    groups = prefix_numbers(codes)[-1]
     assert sorted(set(groups.tolist())) == list(range(groups.max() + 1))
     for row, other in itertools.combinations(range(len(codes)), 2):
         assert (groups[row] == groups[other]) == (codes[row] == codes[other]).all()
