@@ -38,7 +38,8 @@ PRICE_ROWS = 256
 """Rows a cluster from which prices are searched; the exact assignment sees all rows."""
 BLOCK_ROWS = 1024
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
-
+FEW_BLOCKS = 4
+"""So many blocks are done sooner than threads are started."""
 LARGEST = 1e15
 GPU_ROWS = 262_144
 _LIBRARIES = ThreadpoolController()
@@ -163,7 +164,7 @@ def _by_block(work: Callable[[slice], None], rows: int) -> None:
     """Do ``work`` on every block of rows, on all processors that this process may use."""
     blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, rows, BLOCK_ROWS)]
     with _LIBRARIES.limit(limits=1, user_api="blas"):
-        if len(blocks) <= 1:
+        if len(blocks) <= FEW_BLOCKS:
             for block in blocks:
                 work(block)
             return
