@@ -14,7 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from gream_verl.cli_common import DEFAULT_DATA, DataOption, DatasetOption, SeedOption, console, print_dict
+from gream_verl.cli_common import DEFAULT_DATA, DataOption, DatasetOption, Mode, SeedOption, console, print_dict
+from gream_verl.cli_evaluate import evaluate_app
 from gream_verl.cli_index import index_app
 from gream_verl.files import InputError
 from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
@@ -33,6 +34,7 @@ model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_he
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 app.add_typer(model_app, name="model")
+app.add_typer(evaluate_app)
 
 HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
 
@@ -67,27 +69,6 @@ class Holdout(StrEnum):
 
     leave_one_out = "leave-one-out"
     temporal = "temporal"
-
-
-class Mode(StrEnum):
-    """Ways to recommend."""
-
-    direct = "direct"
-    reasoning = "reasoning"
-
-
-class Split(StrEnum):
-    """Prompts to evaluate on: the interactions held out for validation or for the test."""
-
-    val = "val"
-    test = "test"
-
-
-class Engine(StrEnum):
-    """What generates chains of thought."""
-
-    vllm = "vllm"
-    hf = "hf"
 
 
 class Written(StrEnum):
@@ -587,78 +568,6 @@ def check(
     folder = resolve_model(model)
     ids = sid_token_ids(AutoTokenizer.from_pretrained(folder), ItemIndex.load(index), str(folder))
     console.print(f"{folder}: all {len(ids)} semantic-ID tokens are there")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs") / DEFAULT_RUN / "evaluation",
-    name: Annotated[str, typer.Option(help="Name of the results: NAME-direct.json and so on.")] = "model",
-    data: DataOption = DEFAULT_DATA,
-    dataset: DatasetOption = DEFAULT_DATASET,
-    mode: Annotated[
-        list[Mode] | None, typer.Option(help="Direct or reasoning; repeat it. Default: both (val: reasoning).")
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which held-out interaction is to be found.")] = Split.test,
-    engine: Annotated[Engine, typer.Option(help="What generates the chains of thought.")] = Engine.vllm,
-    beams: Annotated[int, typer.Option(min=0, help="Beams of the search; 0: score free answers only.")] = 30,
-    chains: Annotated[int, typer.Option(min=1, help="Chains of thought a user.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest chain with its answer, in tokens.")] = 256,
-    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate a seeded sample of this many users.")] = None,
-    seed: SeedOption = 0,
-) -> None:
-    """Rank all items for every held-out interaction: Recall, NDCG, MRR, share of valid items, mean RSVR."""
-    from gream_verl.evaluation.run import evaluate_modes
-
-    everything = [Mode.reasoning] if split is Split.val else list(Mode)
-    modes = [chosen.value for chosen in mode or everything]
-    if not beams and Mode.direct.value in modes:
-        raise InputError("--beams 0 goes with --mode reasoning only; direct mode is a beam search")
-    evaluate_modes(
-        model, data=data, dataset=dataset, output=output, name=name, modes=modes, split=split.value,
-        engine=engine.value, beams=beams, chains=chains, max_tokens=max_tokens, limit=limit, seed=seed, console=console,
-    )  # fmt: skip
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs") / DEFAULT_RUN,
-    dataset: DatasetOption = DEFAULT_DATASET,
-) -> None:
-    """Write report.html and metrics.json of a run."""
-    from gream_verl.evaluation.run import report_run
-
-    report_run(run, dataset)
-
-
-@app.command()
-def inspect(
-    rollouts: Annotated[
-        Path, typer.Option(help="A <step>.jsonl of verl, or the folder of them: its last step.")
-    ] = Path("runs") / DEFAULT_RUN / "srpo" / "validation",
-    data: DataOption = DEFAULT_DATA,
-    dataset: DatasetOption = DEFAULT_DATASET,
-    limit: Annotated[int, typer.Option(min=1, help="How many of the worst, and of the best.")] = 5,
-) -> None:
-    """Show rollouts with their rewards, titles instead of semantic IDs: the worst first, then the best."""
-    from gream_verl.evaluation.inspection import read_rollouts, read_titles, rollout_table
-    from gream_verl.semantic_ids import ItemIndex
-
-    titles = read_titles(data / f"{dataset}.item.json")
-    index = ItemIndex.load(data / f"{dataset}.index.json")
-    console.print(rollout_table(read_rollouts(rollouts, index, titles), limit))
-
-
-@app.command()
-def learning(
-    run: Annotated[Path, typer.Option(help="A finished quickstart.")] = Path("runs") / DEFAULT_RUN,
-    dataset: DatasetOption = DEFAULT_DATASET,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of SRPO, from 0.")] = 3,
-) -> None:
-    """Does SRPO improve on SFT? Mean RSVR of held-out validation prompts, several seeds, bootstrap intervals."""
-    from gream_verl.learning import compare
-
-    compare(run, dataset, seeds=seeds, console=console)
 
 
 def _print_result(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,13 @@ DEFAULT_DATA = Path("runs") / DEFAULT_RUN / "data"
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of the data set's files.")]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of the data set, D in file names.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
+
+
+class Mode(StrEnum):
+    """Ways to recommend."""
+
+    direct = "direct"
+    reasoning = "reasoning"
 
 
 def print_dict(title: str, values: dict[str, Any]) -> None:

@@ -1,0 +1,110 @@
+"""An evaluation in pieces: done in this process, or by workers of Ray's on one machine or many.
+
+The pieces are the same however many workers there are, so the result is, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from gream_verl.cpu.environment import set_defaults
+from gream_verl.files import InputError
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+RESTARTS = 3
+"""Of a worker that was killed from outside; an error of its own ends the evaluation at once."""
+AHEAD = 2
+"""Pieces that a worker has at a time, so that it never waits for the next."""
+
+
+def in_shards(
+    make_worker: Callable[[], Callable[[Piece], Result]], pieces: Sequence[Piece], shards: int = 1
+) -> Iterator[tuple[int, Result]]:
+    """Yield the number and the result of every piece, each once, as soon as it is there.
+
+    With one shard all is done in this process. Otherwise each shard is an actor of Ray's with one GPU, or one core
+    where the cluster has no GPU. The address of a running cluster is taken from ``RAY_ADDRESS``; without it, Ray is
+    started on this machine. A worker that is killed is started anew and its pieces are done again.
+
+    Args:
+        make_worker: Makes what does a piece; called once in every worker, which may be on another machine.
+        pieces: What is to be done.
+        shards: How many workers there shall be.
+
+    Yields:
+        The number of a piece, from 0, and its result. Pieces come in any order.
+
+    Raises:
+        InputError: When a worker raises it, or when there are too few GPUs or cores for the shards, or workers die.
+    """
+    if shards == 1:
+        worker = make_worker()
+        for number, piece in enumerate(pieces):
+            yield number, worker(piece)
+        return
+    yield from _with_ray(make_worker, pieces, min(shards, len(pieces)))
+
+
+def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[Any], shards: int) -> Iterator[Any]:
+    import ray
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        cores = None if "RAY_ADDRESS" in os.environ else max(shards, os.cpu_count() or 1)
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    try:
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU") else "CPU"
+        if shards > resources.get(kind, 0):
+            raise InputError(
+                f"--shards {shards}: Ray has {resources.get(kind, 0):.0f} {kind}s, and a shard takes one; ask for fewer"
+            )
+        remote = ray.remote(_Actor).options(
+            num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS, max_task_retries=RESTARTS
+        )
+        actors = [remote.remote(make_worker) for _ in range(shards)]
+        waiting = iter(enumerate(pieces))
+        running = {}
+
+        def hand_out(actor: Any) -> None:
+            for number, piece in waiting:
+                running[actor.work.remote(piece)] = number, actor
+                return
+
+        for actor in actors * AHEAD:
+            hand_out(actor)
+        while running:
+            [done], _ = ray.wait(list(running), num_returns=1)
+            number, actor = running.pop(done)
+            yield number, ray.get(done)
+            hand_out(actor)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, InputError) else error from None
+    except ray.exceptions.RayActorError as error:
+        cause = getattr(error, "cause", None)
+        raise InputError(
+            f"a worker of Ray's died ({cause or error}); it may have run out of memory: ask for fewer --shards"
+        ) from error
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+class _Actor:
+    """A worker in a process of Ray's."""
+
+    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            set_defaults()
+            torch.set_num_threads(1)
+        self.worker = make_worker()
+
+    def work(self, piece: Any) -> Any:
+        """Do a piece."""
+        return self.worker(piece)
