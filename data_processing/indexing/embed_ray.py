@@ -66,7 +66,9 @@ def encode_with_ray(
     arguments = {"model": model, "tokenizer": encoder.tokenizer, "pooler": pooler_config(encoder, model)}
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        # Without an address Ray would take any cluster that was last started on this machine.
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         blocks = [

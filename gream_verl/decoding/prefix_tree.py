@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gream_verl.files import InputError
+from gream_verl.files import InputError, atomic_path, require_file
 from gream_verl.semantic_ids import ItemIndex
 
 ROOT = 0
+
+
+@dataclass(frozen=True)
+class Level:
+    """The nodes at one depth of a tree.
+
+    Attributes:
+        first: Number of the first one.
+        end: Number of the last one, plus 1.
+        width: Most children that one of them has.
+        items: Whether an item ends in one of them.
+        branches: Whether one of them has children.
+    """
+
+    first: int
+    end: int
+    width: int
+    items: bool
+    branches: bool
 
 
 @dataclass(frozen=True)
@@ -21,10 +43,11 @@ class PrefixTree:
     """A prefix tree in compressed sparse rows.
 
     Nodes are numbered level by level and, inside a level, in the order of their parents; node 0 is the root. Edge ``e``
-    therefore always ends in node ``e + 1``, and no list of children is stored.
+    therefore always ends in node ``e + 1``, no list of children is stored, and the children of a node are a slice: as
+    dense as a table of all children (what arXiv 2602.22647 keeps of the first levels), without one.
 
     Attributes:
-        depth: Tokens of the longest SID.
+        firsts: int64 [depth + 2]; the first node at every depth, and the number of nodes.
         offsets: int64 [nodes + 1]; the edges of node ``n`` are ``offsets[n]`` up to ``offsets[n + 1]``.
         tokens: int64 [edges]; the token id on each edge, ascending within a node.
         rows: int64 [nodes]; the row in the index of the item that ends in this node, -1 for inner nodes.
@@ -33,7 +56,7 @@ class PrefixTree:
         leaf_counts: int64 [nodes]; how many items lie below (a leaf counts itself).
     """
 
-    depth: int
+    firsts: Tensor
     offsets: Tensor
     tokens: Tensor
     rows: Tensor
@@ -89,13 +112,14 @@ class PrefixTree:
 
         nodes = np.zeros((len(paths), paths.shape[1] + 1), dtype=np.int64)  # the node of each path at each depth
         parents, tokens = [np.array([-1])], []
-        count = 1
+        firsts, count = [0, 1], 1
         for level in range(paths.shape[1]):
             new = first[:, level] & inside[:, level]
             nodes[:, level + 1] = count - 1 + np.cumsum(new)
             parents.append(nodes[new, level])
             tokens.append(paths[new, level])
             count += int(new.sum())
+            firsts.append(count)
 
         all_parents = np.concatenate(parents)
         offsets = np.zeros(count + 1, dtype=np.int64)
@@ -107,6 +131,7 @@ class PrefixTree:
         leaves[order] = ends
         on_path = np.arange(paths.shape[1] + 1) <= depth[:, None]
         arrays = (
+            np.array(firsts),
             offsets,
             np.concatenate(tokens),
             rows,
@@ -114,32 +139,81 @@ class PrefixTree:
             leaves,
             np.bincount(nodes[on_path], minlength=count),
         )
-        return cls(paths.shape[1], *map(torch.from_numpy, arrays))
+        return cls(*map(torch.from_numpy, arrays))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tree to one ``.npz`` file."""
+        arrays = {field.name: getattr(self, field.name).cpu().numpy() for field in fields(self)}
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PrefixTree:
+        """Read what ``save`` wrote.
+
+        Raises:
+            InputError: When the file is missing, damaged or something else.
+        """
+        remedy = "build the tree anew from the index"
+        try:
+            with np.load(require_file(path, remedy), allow_pickle=False) as arrays:
+                tree = cls(*(torch.from_numpy(arrays[field.name]) for field in fields(cls)))
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: not a saved prefix tree ({error}); {remedy}") from error
+        nodes, items = len(tree.rows), len(tree.leaves)
+        lengths = [len(getattr(tree, field.name)) for field in fields(cls)[1:]]
+        if lengths != [nodes + 1, nodes - 1, nodes, nodes, items, nodes] or tree.firsts[-1] != nodes:
+            raise InputError(f"{path}: not a saved prefix tree (its parts do not fit together); {remedy}")
+        return tree
 
     def __len__(self) -> int:
         """Return the number of items."""
         return len(self.leaves)
 
+    @property
+    def depth(self) -> int:
+        """Tokens of the longest SID."""
+        return len(self.firsts) - 2
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The root, its children, and so on: depth + 1 levels."""
+        counts, rows = self.offsets.diff().cpu(), self.rows.cpu()
+        return tuple(
+            Level(
+                first,
+                end,
+                int(counts[first:end].max()),
+                items=bool((rows[first:end] >= 0).any()),
+                branches=bool((rows[first:end] < 0).any()),
+            )
+            for first, end in pairwise(self.firsts.tolist())
+        )
+
     def to(self, device: torch.device | str) -> PrefixTree:
         """Return the tree on ``device``."""
-        tensors = (self.offsets, self.tokens, self.rows, self.parents, self.leaves, self.leaf_counts)
-        return PrefixTree(self.depth, *(tensor.to(device) for tensor in tensors))
+        moved = PrefixTree(*(getattr(self, field.name).to(device) for field in fields(self)))
+        moved.__dict__["levels"] = self.levels
+        return moved
 
-    def children(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the children of many nodes at once, packed one after another.
+    def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """Return the children of many nodes of one depth at once.
 
         Args:
-            nodes: int64 [n], repeats allowed.
+            nodes: int64 [...]; nodes at ``depth``, repeats allowed.
+            depth: How far below the root they are.
 
         Returns:
-            Three int64 [c] tensors: the position in ``nodes`` of the parent, the token, the child node.
+            ``edges`` int64 [..., width], where width is the most children of a node at that depth, and ``there`` bool
+            of the same shape, False where a node has fewer. Edge ``e`` has the token ``tokens[e]`` and ends in node
+            ``e + 1``; where nothing is there it is some edge of the tree.
         """
         starts = self.offsets[nodes]
-        counts = self.offsets[nodes + 1] - starts
-        position = torch.repeat_interleave(counts)
-        before = counts.cumsum(0) - counts
-        edges = starts[position] + torch.arange(len(position), device=nodes.device) - before[position]
-        return position, self.tokens[edges], edges + 1
+        column = torch.arange(self.levels[depth].width, device=nodes.device)
+        there = column < (self.offsets[nodes + 1] - starts)[..., None]
+        return (starts[..., None] + column).clamp_max(len(self.tokens) - 1), there
 
     def closed_nodes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return which nodes lead to nothing but excluded items.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gream_verl.decoding.beam_search import beam_search
+from gream_verl.decoding.beam_search import Prefix, Score, beam_search, check_output_layer
 from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.evaluation.prompts import Prompt, batches
 from gream_verl.files import InputError
@@ -18,6 +19,8 @@ from gream_verl.semantic_ids import ItemIndex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def check_prompts(prompts: Sequence[Prompt], index: ItemIndex) -> None:
@@ -35,23 +38,60 @@ def check_prompts(prompts: Sequence[Prompt], index: ItemIndex) -> None:
             )
 
 
-@dataclass(frozen=True)
+def shared_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return what all token sequences begin with, short enough to leave each at least one token.
+
+    >>> shared_prefix([[5, 6, 7, 8], [5, 6, 7, 9, 9], [5, 6, 7]])
+    (5, 6)
+    """
+    beginnings = [tuple(sequence[:-1]) for sequence in sequences]
+    first, last = min(beginnings), max(beginnings)  # all others lie between them in the order of dictionaries
+    return tuple(token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+
+
 class ItemRanker:
     """Ranks the items of an index by the log-probability of their SIDs after a prompt.
 
     Attributes:
-        model: The language model, in evaluation mode.
-        tree: The SIDs of all items, on the device of the model.
-        items: Item ids, in the order of the index.
-        beams: Beams a prompt; also the longest ranking.
-        batch_size: Prompts a batch.
+        batch_size: Prompts a batch. Where memory runs out it is halved, for good; the beams stay.
     """
 
-    model: PreTrainedModel
-    tree: PrefixTree
-    items: Sequence[str]
-    beams: int
-    batch_size: int
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tree: PrefixTree,
+        items: Sequence[str],
+        beams: int,
+        batch_size: int,
+        *,
+        score: Score = "vocabulary",
+        prefix: Sequence[int] = (),
+    ) -> None:
+        """Get ready to rank.
+
+        Args:
+            model: The language model, in evaluation mode.
+            tree: The SIDs of all items, on the device of the model.
+            items: Item ids, in the order of the index.
+            beams: Beams a prompt; also the longest ranking.
+            batch_size: Prompts a batch.
+            score: What the probability of a token is a share of; see ``beam_search``.
+            prefix: Token ids that all prompts begin with, and that are computed once.
+
+        Raises:
+            InputError: When the model's logits cannot be scored so.
+        """
+        if score == "items":
+            check_output_layer(model, tree)
+        self.model = model
+        self.tree = tree
+        self.items = items
+        self.beams = beams
+        self.batch_size = batch_size
+        self.score: Score = score
+        self._row_of = {item: row for row, item in enumerate(items)}
+        self._prefix = Prefix(model, prefix)
+        self._prefix_tokens = tuple(prefix)
 
     def rank(
         self, sequences: Sequence[Sequence[int]], dropped: Sequence[Iterable[str]]
@@ -59,20 +99,73 @@ class ItemRanker:
         """Rank items for every prompt.
 
         Args:
-            sequences: Token ids of each prompt.
+            sequences: Token ids of each prompt, with the prefix.
             dropped: Items that must not be recommended, for each prompt; those without a SID are ignored.
 
         Yields:
             The place of the prompt, in the order in which batches finish, and its items with their scores, best first.
+
+        Raises:
+            InputError: When there is not memory enough for a single prompt.
         """
-        row_of = {item: row for row, item in enumerate(self.items)}
-        rows = [sorted({row_of[item] for item in items if item in row_of}) for items in dropped]
-        for places, ids, mask in batches(sequences, self.batch_size):
-            exclude = _pad([rows[place] for place in places])
-            ids, mask, exclude = (tensor.to(self.model.device) for tensor in (ids, mask, exclude))
-            found, scores = beam_search(self.model, ids, mask, self.tree, self.beams, exclude)
-            for place, best, values in zip(places, found.tolist(), scores.tolist(), strict=True):
-                yield place, {self.items[row]: score for row, score in zip(best, values, strict=True) if row >= 0}
+        waiting = list(range(len(sequences)))
+        waiting.sort(key=lambda place: -len(sequences[place]))  # the longest first: memory runs out at once or never
+        while waiting:
+            places = waiting[: self.batch_size]
+            found = self._rank_batch([sequences[place] for place in places], [dropped[place] for place in places])
+            if found is None:
+                continue
+            del waiting[: len(places)]
+            yield from zip(places, found, strict=True)
+
+    def _rank_batch(
+        self, sequences: Sequence[Sequence[int]], dropped: Sequence[Iterable[str]]
+    ) -> list[dict[str, float]] | None:
+        """Rank items for the prompts of one batch; None, and a smaller batch size, when memory runs out."""
+        [(_, ids, mask)] = batches([self._behind_prefix(sequence) for sequence in sequences], len(sequences))
+        rows = [sorted({self._row_of[item] for item in items if item in self._row_of}) for items in dropped]
+        try:
+            device = self.model.device
+            found, scores = beam_search(
+                self.model,
+                ids.to(device),
+                mask.to(device),
+                self.tree,
+                self.beams,
+                _pad(rows).to(device),
+                score=self.score,
+                prefix=self._prefix,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(sequences) == 1:
+                raise InputError(
+                    f"no memory for a single prompt of {len(sequences[0])} tokens with {self.beams} beams; use fewer "
+                    "--beams, a shorter history, or a larger machine"
+                ) from error
+            self.batch_size = len(sequences) // 2
+            logger.warning("out of memory: %d prompts a batch from now on, %d beams as before", self.batch_size,
+                           self.beams)  # fmt: skip
+            found = None
+        if found is None:  # outside the handler: the traceback of the error holds the memory
+            torch.cuda.empty_cache()
+            return None
+        return [
+            {self.items[row]: score for row, score in zip(best, values, strict=True) if row >= 0}
+            for best, values in zip(found.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _behind_prefix(self, sequence: Sequence[int]) -> Sequence[int]:
+        length = len(self._prefix_tokens)
+        if tuple(sequence[:length]) != self._prefix_tokens or len(sequence) == length:
+            raise ValueError("a prompt does not begin with the prefix, or ends with it")
+        return sequence[length:]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, an accelerator's or the machine's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> Tensor:

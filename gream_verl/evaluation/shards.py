@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 from gream_verl.cpu.environment import set_defaults
@@ -50,12 +51,17 @@ def in_shards(
 
 
 def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[Any], shards: int) -> Iterator[Any]:
+    import torch
+
+    cluster = "RAY_ADDRESS" in os.environ
+    if not cluster and not torch.cuda.is_available():
+        set_defaults()
     import ray
 
     started_here = not ray.is_initialized()
     if started_here:
-        cores = None if "RAY_ADDRESS" in os.environ else max(shards, os.cpu_count() or 1)
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        where = {} if cluster else {"address": "local", "num_cpus": max(shards, os.cpu_count() or 1)}
+        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         resources = ray.cluster_resources()
         kind = "GPU" if resources.get("GPU") else "CPU"
@@ -66,7 +72,7 @@ def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[
         remote = ray.remote(_Actor).options(
             num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS, max_task_retries=RESTARTS
         )
-        actors = [remote.remote(make_worker) for _ in range(shards)]
+        actors = [remote.remote(make_worker, kind) for _ in range(shards)]
         waiting = iter(enumerate(pieces))
         running = {}
 
@@ -97,13 +103,16 @@ def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[
 class _Actor:
     """A worker in a process of Ray's."""
 
-    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
-        import torch
+    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]], kind: str) -> None:
+        self.make_worker = make_worker
+        self.kind = kind
 
-        if not torch.cuda.is_available():
-            set_defaults()
-            torch.set_num_threads(1)
-        self.worker = make_worker()
+    @cached_property
+    def worker(self) -> Callable[[Any], Any]:
+        """The worker; not made before the first piece, so that its errors are those of a piece."""
+        if self.kind == "CPU":
+            set_defaults()  # one thread each
+        return self.make_worker()
 
     def work(self, piece: Any) -> Any:
         """Do a piece."""

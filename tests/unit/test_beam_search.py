@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gream_verl.decoding.beam_search import beam_search
+from gream_verl.decoding.beam_search import Prefix, Score, beam_search, check_output_layer
 from gream_verl.decoding.prefix_tree import PrefixTree
+from gream_verl.files import InputError
 
 VOCABULARY = 60
 FIRST_SID_TOKEN = 20
@@ -53,8 +55,29 @@ def random_prompts(seed: int, users: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids * mask, mask
 
 
+def beginning(users: int, length: int) -> torch.Tensor:
+    """Return the same tokens for every user."""
+    return torch.arange(1, length + 1).expand(users, -1)
+
+
+def with_prefix(ids: torch.Tensor, mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put a beginning before prompts, behind their padding, as Hugging Face wants it."""
+    padding = ids.shape[1] - mask.sum(dim=1)
+    width = ids.shape[1] + length
+    long_ids, long_mask = torch.zeros(len(ids), width, dtype=torch.long), torch.zeros(len(ids), width, dtype=torch.long)
+    for user, pad in enumerate(padding.tolist()):
+        long_ids[user, pad:] = torch.cat([beginning(1, length)[0], ids[user, pad:]])
+        long_mask[user, pad:] = 1
+    return long_ids, long_mask
+
+
 def hugging_face(
-    model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor, paths: torch.Tensor, beams: int
+    model: Qwen3ForCausalLM,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    paths: torch.Tensor,
+    beams: int,
+    score: Score = "vocabulary",
 ) -> list[list[tuple[int, float]]]:
     rows = {tuple(path): row for row, path in enumerate(paths.tolist())}
     allowed: dict[tuple[int, ...], set[int]] = {}
@@ -71,6 +94,7 @@ def hugging_face(
         do_sample=False,
         length_penalty=0.0,
         early_stopping=False,
+        renormalize_logits=score == "items",
         pad_token_id=0,
         eos_token_id=None,
         prefix_allowed_tokens_fn=lambda _, sequence: sorted(allowed[tuple(sequence[length:].tolist())]),
@@ -88,15 +112,22 @@ def hugging_face(
 
 @torch.inference_mode()
 def brute_force(
-    model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor, paths: torch.Tensor
+    model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor, paths: torch.Tensor, score: Score = "vocabulary"
 ) -> list[list[tuple[int, float]]]:
     result = []
+    real_paths = [tuple(token for token in path if token >= 0) for path in paths.tolist()]
     for prompt, real in zip(ids, mask, strict=True):
         scored = []
         for row, path in enumerate(paths):
             path = path[path >= 0]
             sequence = torch.cat([prompt[real.bool()], path])[None]
-            log_probs = model(sequence).logits[0, -len(path) - 1 : -1].log_softmax(-1)
+            logits = model(sequence).logits[0, -len(path) - 1 : -1]
+            if score == "items":
+                for level in range(len(path)):
+                    prefix = tuple(path[:level].tolist())
+                    allowed = {real[level] for real in real_paths if real[:level] == prefix and len(real) > level}
+                    logits[level, [token for token in range(VOCABULARY) if token not in allowed]] = -math.inf
+            log_probs = logits.log_softmax(-1)
             scored.append((row, log_probs[torch.arange(len(path)), path].sum().item()))
         result.append(sorted(scored, key=lambda pair: -pair[1]))
     return result
@@ -109,8 +140,14 @@ def ours(
     paths: torch.Tensor,
     beams: int,
     exclude: torch.Tensor | None = None,
+    score: Score = "vocabulary",
+    shared: int = 0,
 ) -> list[list[tuple[int, float]]]:
-    items, scores = beam_search(model, ids, mask, PrefixTree.from_paths(paths.numpy()), beams, exclude)
+    prefix = Prefix(model, ids[0, :shared].tolist())
+    tree = PrefixTree.from_paths(paths.numpy())
+    items, scores = beam_search(
+        model, ids[:, shared:], mask[:, shared:], tree, beams, exclude, score=score, prefix=prefix
+    )
     assert items.shape == scores.shape == (len(ids), beams)
     assert torch.equal(items < 0, scores == -math.inf)
     return [
@@ -132,25 +169,35 @@ def assert_same(left: list[list[tuple[int, float]]], right: list[list[tuple[int,
     share=st.floats(0.05, 1.0),
     users=st.integers(1, 4),
     beams=st.integers(2, 12),
+    score=st.sampled_from(get_args(Score)),
+    shared=st.integers(0, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_equals_hugging_face_on_random_models_trees_and_prompts(
-    seed: int, levels: int, codes: int, share: float, users: int, beams: int
+    seed: int, levels: int, codes: int, share: float, users: int, beams: int, score: Score, shared: int
 ) -> None:
     model = tiny_model(seed)
     paths = random_paths(seed, levels, codes, max(1, min(200, int(share * codes**levels))))
     ids, mask = random_prompts(seed, users)
-    assert_same(ours(model, ids, mask, paths, beams), hugging_face(model, ids, mask, paths, beams))
+    expected = hugging_face(model, *with_prefix(ids, mask, shared), paths, beams, score)
+    together = torch.cat([beginning(users, shared), ids], dim=1), torch.cat([torch.ones(users, shared).long(), mask], 1)
+    assert_same(ours(model, *together, paths, beams, score=score, shared=shared), expected)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("collisions", [False, True])
+@pytest.mark.parametrize("score", get_args(Score))
 @pytest.mark.parametrize("seed", range(3))
-def test_is_the_exact_ranking_when_there_is_a_beam_for_every_item(attention: str, collisions: bool, seed: int) -> None:
+def test_is_the_exact_ranking_when_there_is_a_beam_for_every_item(
+    attention: str, collisions: bool, score: Score, seed: int
+) -> None:
     model = tiny_model(seed, attention)
     paths = random_paths(seed, 3, 4, 18, collisions)
     ids, mask = random_prompts(seed, 3)
-    assert_same(ours(model, ids, mask, paths, len(paths) + 3), brute_force(model, ids, mask, paths))
+    found = ours(model, ids, mask, paths, len(paths) + 3, score=score)
+    assert_same(found, brute_force(model, ids, mask, paths, score))
+    if score == "items":  # the probabilities of all items are those of the answers that can be given
+        assert [sum(math.exp(value) for _, value in row) for row in found] == pytest.approx([1.0] * 3, abs=1e-4)
 
 
 @pytest.mark.parametrize("beams", [2, 5, 40])
@@ -186,3 +233,21 @@ def test_a_user_gets_the_same_items_alone_and_in_a_batch() -> None:
     ids, mask = random_prompts(3, 6)
     alone = [ours(model, i[m.bool()][None], m[m.bool()][None], paths, 7)[0] for i, m in zip(ids, mask, strict=True)]
     assert_same(ours(model, ids, mask, paths, 7), alone)
+
+
+def test_a_model_that_does_more_than_its_output_layer_is_not_scored_by_items_alone() -> None:
+    tree = PrefixTree.from_paths(random_paths(4, 2, 4, 10).numpy())
+    model = tiny_model(4)
+    check_output_layer(model, tree)
+    model.register_forward_hook(lambda _, __, output: setattr(output, "logits", 3 * torch.tanh(output.logits / 3)))
+    with pytest.raises(InputError, match="use the score 'vocabulary'"):
+        check_output_layer(model, tree)
+
+
+def test_an_output_layer_with_a_bias_is_scored_with_it() -> None:
+    torch.manual_seed(5)
+    model = tiny_model(5)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY))
+    paths = random_paths(5, 3, 4, 20, collisions=True)
+    ids, mask = random_prompts(5, 2)
+    assert_same(ours(model, ids, mask, paths, 40, score="items"), brute_force(model, ids, mask, paths, "items"))

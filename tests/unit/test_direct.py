@@ -11,6 +11,7 @@ from evaluation_files import write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gream_verl.evaluation.direct import evaluate_direct
+from gream_verl.evaluation.prompts import read_prompts
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
@@ -29,8 +30,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(world: Path, **options: object) -> Evaluation:
-    arguments = {"beams": 30} | options
-    return evaluate_direct(world / "model", world / "tiny-test.parquet", world / "tiny.index.json", **arguments)
+    prompts, _ = read_prompts(world / "tiny-test.parquet", "direct")
+    return evaluate_direct(world / "model", prompts, world / "tiny.index.json", **{"beams": 30} | options)
 
 
 def brute_force(world: Path, row: dict[str, object], history: list[str]) -> list[str]:
@@ -74,15 +75,22 @@ def test_the_batch_size_changes_nothing(world: Path, batch_size: int) -> None:
     assert found.metrics == expected.metrics
 
 
-def test_a_limit_takes_the_same_seeded_sample_of_users(world: Path) -> None:
-    everyone, some = evaluate(world), evaluate(world, limit=4, seed=3)
-    assert some.settings["users"] == 4
-    assert some.settings["users_in_file"] == USERS
-    users = [row["user"] for row in some.rows]
-    assert users == [row["user"] for row in evaluate(world, limit=4, seed=3).rows]
-    assert users != [row["user"] for row in evaluate(world, limit=4, seed=4).rows]
-    by_user = {row["user"]: row["recommended"] for row in everyone.rows}
-    assert all(by_user[row["user"]] == row["recommended"] for row in some.rows)
+@pytest.mark.timeout(300)
+def test_shards_change_nothing_and_lose_no_user(world: Path) -> None:
+    alone = evaluate(world, batch_size=3, beams=5)
+    sharded = evaluate(world, batch_size=3, beams=5, shards=3)  # 11 users: 4 batches, the last of two
+    assert sharded.rows == alone.rows
+    assert [row["user"] for row in sharded.rows] == [str(user) for user in range(USERS)]
+    assert sharded.metrics == alone.metrics
+
+
+def test_the_protocol_is_kept_with_the_result(world: Path) -> None:
+    protocol = {"split": "test", "prompts": "somewhere", "users_in_file": 70, "seed": 3}
+    settings = evaluate(world, protocol=protocol).settings
+    assert settings["protocol"] == protocol
+    assert (settings["prompts"], settings["users"], settings["users_in_file"], settings["seed"]) == (
+        "somewhere", USERS, 70, 3,
+    )  # fmt: skip
 
 
 def test_the_generation_config_in_the_folder_changes_nothing(world: Path, tmp_path: Path) -> None:
@@ -111,14 +119,13 @@ def test_results_survive_the_disk(world: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_named_with_its_remedy(world: Path, tmp_path: Path) -> None:
     index = tmp_path / "other.index.json"
     ItemIndex.from_codes([str(item) for item in range(24)], [[9, item] for item in range(24)]).save(index)
-    prompts, model = world / "tiny-test.parquet", world / "model"
+    model = world / "model"
+    prompts, _ = read_prompts(world / "tiny-test.parquet", "direct")
     with pytest.raises(InputError, match=r"another index.*gream data rl"):
         evaluate_direct(model, prompts, index)
-    write_prompts(tmp_path / "other-test.parquet", ItemIndex.load(index), 2)
+    others, _ = read_prompts(write_prompts(tmp_path / "other-test.parquet", ItemIndex.load(index), 2), "direct")
     with pytest.raises(InputError, match=r"SID tokens.*gream model extend"):
-        evaluate_direct(model, tmp_path / "other-test.parquet", index)
-    with pytest.raises(InputError, match="no such file"):
-        evaluate_direct(model, tmp_path / "none.parquet", index)
+        evaluate_direct(model, others, index)
     with pytest.raises(InputError, match="no Hugging Face model"):
         evaluate_direct(tmp_path, prompts, world / "tiny.index.json")
     config = json.loads((model / "config.json").read_text())
@@ -127,6 +134,3 @@ def test_what_cannot_be_used_is_named_with_its_remedy(world: Path, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     with pytest.raises(InputError, match=r"but the model takes 20; .*shorter history"):
         evaluate_direct(tmp_path, prompts, world / "tiny.index.json")
-    (tmp_path / "broken.parquet").write_text("not parquet")
-    with pytest.raises(InputError, match="not a file of test prompts"):
-        evaluate_direct(model, tmp_path / "broken.parquet", index)

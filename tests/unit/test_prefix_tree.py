@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -27,12 +30,22 @@ def ids_of(index: ItemIndex) -> dict[str, int]:
     return {token: 100 + 7 * number for number, token in enumerate(reversed(index.tokens))}
 
 
+def depth_of(tree: PrefixTree, node: int) -> int:
+    return next(depth for depth, level in enumerate(tree.levels) if level.first <= node < level.end)
+
+
+def children_of(tree: PrefixTree, node: int, depth: int) -> list[tuple[int, int]]:
+    """Return token and node of every child."""
+    edges, there = tree.children(torch.tensor([node]), depth)
+    return [(int(tree.tokens[edge]), int(edge) + 1) for edge in edges[there]]
+
+
 def walk(tree: PrefixTree, node: int = ROOT, path: tuple[int, ...] = ()) -> dict[tuple[int, ...], int]:
-    _, tokens, children = tree.children(torch.tensor([node]))
-    if not len(children):
+    children = children_of(tree, node, len(path))
+    if not children:
         return {path: int(tree.rows[node])}
     found: dict[tuple[int, ...], int] = {}
-    for token, child in zip(tokens.tolist(), children.tolist(), strict=True):
+    for token, child in children:
         assert tree.rows[node] == -1
         assert tree.parents[child] == node
         found |= walk(tree, child, (*path, token))
@@ -56,13 +69,29 @@ def test_the_tree_holds_exactly_the_sids_of_the_index(index: ItemIndex) -> None:
 @settings(deadline=None)
 def test_children_of_many_nodes_equal_those_of_each(index: ItemIndex, data: st.DataObject) -> None:
     tree = PrefixTree.from_index(index, ids_of(index))
-    nodes = data.draw(st.lists(st.integers(0, len(tree.rows) - 1), max_size=8))
-    position, tokens, children = tree.children(torch.tensor(nodes, dtype=torch.long))
-    slow = []
-    for place, node in enumerate(nodes):
-        _, tokens_of_one, children_of_one = tree.children(torch.tensor([node]))
-        slow += [(place, *pair) for pair in zip(tokens_of_one.tolist(), children_of_one.tolist(), strict=True)]
-    assert list(zip(position.tolist(), tokens.tolist(), children.tolist(), strict=True)) == slow
+    depth = data.draw(st.integers(0, tree.depth))
+    level = tree.levels[depth]
+    nodes = data.draw(st.lists(st.integers(level.first, level.end - 1), max_size=8))
+    edges, there = tree.children(torch.tensor(nodes, dtype=torch.long), depth)
+    assert edges.shape == there.shape == (len(nodes), level.width)
+    parents = tree.parents.tolist()
+    for node, row, exists in zip(nodes, edges, there, strict=True):
+        assert (row[exists] + 1).tolist() == [child for child, parent in enumerate(parents) if parent == node]
+
+
+@given(indexes())
+@settings(deadline=None)
+def test_levels_say_what_is_at_each_depth(index: ItemIndex) -> None:
+    tree = PrefixTree.from_index(index, ids_of(index))
+    assert len(tree.levels) == tree.depth + 1
+    sids = list(index.sids.values())
+    for depth, level in enumerate(tree.levels):
+        prefixes = {sid[:depth] for sid in sids if len(sid) >= depth}
+        assert level.end - level.first == len(prefixes)
+        assert level.items == any(len(sid) == depth for sid in sids)
+        assert level.branches == any(len(sid) > depth for sid in sids)
+        below = {sid[: depth + 1] for sid in sids if len(sid) > depth}
+        assert level.width == max((sum(longer[:depth] == prefix for longer in below) for prefix in prefixes), default=0)
 
 
 @given(indexes(), st.data())
@@ -75,7 +104,7 @@ def test_closed_nodes_are_those_with_excluded_items_only(index: ItemIndex, data:
         padded[user, : len(rows)] = torch.tensor(sorted(rows))
 
     def below(node: int) -> set[int]:
-        children = tree.children(torch.tensor([node]))[2].tolist()
+        children = [child for _, child in children_of(tree, node, depth_of(tree, node))]
         return set().union(*map(below, children)) if children else {int(tree.rows[node])}
 
     slow = {(user, node) for user, rows in enumerate(excluded) for node in range(len(tree.rows)) if below(node) <= rows}
@@ -106,3 +135,34 @@ def test_a_million_items_are_built_in_seconds() -> None:
         assert tree.tokens[node - 1] == token
         node = int(tree.parents[node])
     assert node == ROOT
+
+
+def test_a_saved_tree_is_the_same_tree(tmp_path: Path) -> None:
+    index = ItemIndex.from_codes(list("abcd"), [[0, 0], [1, 0], [0, 1, 0], [0, 1, 1]])
+    tree = PrefixTree.from_index(index, ids_of(index))
+    tree.save(tmp_path / "tree.npz")
+    loaded = PrefixTree.load(tmp_path / "tree.npz")
+    assert all(torch.equal(getattr(loaded, field.name), getattr(tree, field.name)) for field in fields(tree))
+    assert loaded.levels == tree.levels == tree.to("cpu").levels
+    first = (tmp_path / "tree.npz").read_bytes()
+    tree.save(tmp_path / "tree.npz")
+    assert (tmp_path / "tree.npz").read_bytes() == first
+
+
+def test_what_is_no_saved_tree_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tree.npz"
+    with pytest.raises(InputError, match=r"no such file.*build the tree anew"):
+        PrefixTree.load(file)
+    file.write_bytes(b"PK something else")
+    with pytest.raises(InputError, match="not a saved prefix tree"):
+        PrefixTree.load(file)
+    index = ItemIndex.from_codes(["x", "y"], [[0, 0], [0, 1]])
+    tree = PrefixTree.from_index(index, ids_of(index))
+    tree.save(file)
+    with np.load(file) as arrays:
+        np.savez(file, **{**arrays, "rows": arrays["rows"][:-1]})
+    with pytest.raises(InputError, match="do not fit together"):
+        PrefixTree.load(file)
+    np.savez(file, firsts=np.array([{}], dtype=object))
+    with pytest.raises(InputError, match="not a saved prefix tree"):
+        PrefixTree.load(file)
