@@ -1,7 +1,6 @@
 """Recommenders that need no model: a result below them means that nothing was learnt.
 
-Both see what training sees, recommend to the same users as the models, and never recommend an item of the user's
-history.
+Both see what training sees and recommend to the same users as the models, by the same protocol.
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from rich.progress import track
 
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
-from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.files import InputError, read_json
-from gream_verl.split import training_parts
+from gream_verl.files import InputError
+from gream_verl.split import read_interactions, training_parts
 
 WINDOW = 10
 RECENT = 20
 USERS_AT_ONCE = 256
 
-Scorer = Callable[[Sequence[Sequence[int]]], NDArray[np.float64]]
+Scorer = Callable[[Sequence[Sequence[int]]], sp.csr_array]
 
 
 def popularity(train: Sequence[Sequence[int]], items: int) -> NDArray[np.float64]:
@@ -59,8 +59,8 @@ def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WI
 
 def cooccurrence_scores(
     counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = RECENT
-) -> NDArray[np.float64]:
-    """Score all items by their counts with each history; the item k places back weighs 1/k.
+) -> sp.csr_array:
+    """Score items by their counts with each history; the item k places back weighs 1/k.
 
     Args:
         counts: [items, items]; from ``cooccurrence``.
@@ -68,98 +68,121 @@ def cooccurrence_scores(
         recent: How many of the last items count.
 
     Returns:
-        float64 [u, items].
+        float64 [u, items], sparse: what is not stored scores 0.
     """
     flat, user = _flatten([history[-recent:] for history in histories])
     lengths = np.bincount(user, minlength=len(histories))
     place = np.arange(len(flat)) - (np.cumsum(lengths) - lengths)[user]
     recency = 1.0 / (lengths[user] - place)
     weights = sp.coo_array((recency, (user, flat)), shape=(len(histories), counts.shape[0])).tocsr()
-    return (weights @ counts).toarray()
+    return weights @ counts
 
 
 def recommend(
-    scorer: Scorer, histories: Sequence[Sequence[int]], tie_break: NDArray[np.float64], k: int
+    scorer: Scorer, histories: Sequence[Sequence[int]], order: NDArray[np.int64], k: int, *, drop_history: bool = True
 ) -> list[list[int]]:
-    """Return the k best items of each user, without those of the history.
+    """Return the k best items of each user.
 
     Args:
-        scorer: Gives [users, items] scores for some histories.
+        scorer: Gives [users, items] scores above 0 for some histories; what is not stored scores 0.
         histories: Rows of items for each user.
-        tie_break: float64 [items], all different; decides between equal scores.
+        order: All items; of two with equal scores the one that is first here wins.
         k: Length of the lists; shorter where fewer items are left.
+        drop_history: Leave out the items of the user's history.
     """
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    taken = np.zeros(len(order), dtype=bool)  # of the user at hand
     lists: list[list[int]] = []
-    for start in range(0, len(histories), USERS_AT_ONCE):
+    for start in track(range(0, len(histories), USERS_AT_ONCE), description="Baseline", transient=True):
         chunk = histories[start : start + USERS_AT_ONCE]
         scores = scorer(chunk)
-        flat, user = _flatten(chunk)
-        scores[user, flat] = -np.inf
-        for row in scores:
-            best = np.lexsort((-tie_break, -row))[:k]
-            lists.append(best[row[best] > -np.inf].tolist())
+        for user, history in enumerate(chunk):
+            stored = slice(*scores.indptr[user : user + 2])
+            scored, values = scores.indices[stored], scores.data[stored]
+            dropped = np.asarray(history if drop_history else (), dtype=np.int64)
+            taken[dropped] = True
+            free = ~taken[scored]
+            scored, values = scored[free], values[free]
+            best = scored[np.lexsort((place[scored], -values))[:k]]
+            if len(best) < k:  # then all with a score are in it, and those without follow
+                taken[scored] = True
+                rest = order[: k + len(dropped)]
+                best = np.append(best, rest[~taken[rest]][: k - len(best)])
+                taken[scored] = False
+            taken[dropped] = False
+            lists.append(best.tolist())
     return lists
 
 
 def evaluate_floors(
     inter_file: str | os.PathLike[str],
-    prompts_parquet: str | os.PathLike[str],
+    prompts: Sequence[Prompt],
     *,
+    protocol: Mapping[str, Any] | None = None,
     k: int = 30,
-    limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, Evaluation]:
-    """Evaluate ``popularity`` and ``co-occurrence`` on the users of the direct prompts.
+    """Evaluate ``popularity`` and ``co-occurrence`` on the users of some prompts.
 
     Args:
         inter_file: ``<D>.inter.json``.
-        prompts_parquet: ``<D>-test.parquet``.
+        prompts: From ``read_prompts``; of either type, only the items matter.
+        protocol: What the prompts say of themselves. Its ``drop_history`` (true where it is not told) is followed: an
+            item of the user's history is never recommended.
         k: Length of the recommended lists.
-        limit: As for ``evaluate_direct``: the same limit and seed give the same users.
-        seed: Seed of the sample, and of the order among items of equal score and popularity.
+        seed: Seed of the order among items of equal score and popularity.
 
     Raises:
         InputError: When a file cannot be used or a prompt has an item that the interactions lack.
     """
-    sequences: Mapping[str, list[str]] = read_json(inter_file, "make it with `gream data prepare`")
-    prompts, total = read_prompts(prompts_parquet, "direct", limit=limit, seed=seed)
+    protocol = dict(protocol or {})
+    drop_history = protocol.get("drop_history", True)
+    sequences = read_interactions(inter_file)
     items = sorted({item for sequence in sequences.values() for item in sequence})
     row_of = {item: row for row, item in enumerate(items)}
     train = [[row_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
     try:
         histories = [[row_of[item] for item in prompt.history] for prompt in prompts]
     except KeyError as error:
-        raise InputError(
-            f"{prompts_parquet}: item {error} is not in {inter_file}; make both from the same data"
-        ) from None
+        source = protocol.get("prompts", "the prompts")
+        raise InputError(f"{source}: item {error} is not in {inter_file}; make both from the same data") from None
 
     popular = popularity(train, len(items))
-    counts = cooccurrence(train, len(items))
-    tie_break = popular + np.random.default_rng(seed).permutation(len(items)) / len(items)
+    order = np.lexsort((-np.random.default_rng(seed).permutation(len(items)), -popular))
+    counts, nothing = cooccurrence(train, len(items)), sp.csr_array((USERS_AT_ONCE, len(items)))
     scorers: dict[str, Scorer] = {
-        "popularity": lambda chunk: np.tile(popular, (len(chunk), 1)),
+        "popularity": lambda chunk: nothing,
         "co-occurrence": lambda chunk: cooccurrence_scores(counts, chunk),
     }
     result = {}
     for name, scorer in scorers.items():
+        lists = recommend(scorer, histories, order, k, drop_history=drop_history)
         rows: list[dict[str, Any]] = [
-            {"user": prompt.user, "target": prompt.target, "recommended": [items[row] for row in best]}
-            for prompt, best in zip(prompts, recommend(scorer, histories, tie_break, k), strict=True)
+            {
+                "user": prompt.user,
+                "target": prompt.target,
+                "recommended": [items[row] for row in best],
+                "history_length": len(prompt.history),
+            }
+            for prompt, best in zip(prompts, lists, strict=True)
         ]
         settings = {
             "mode": name,
             "interactions": os.fspath(inter_file),
-            "prompts": os.fspath(prompts_parquet),
             "train": "the training part of each user",
-            "drop_history": True,
+            "drop_history": drop_history,
+            "k": k,
             "users": len(prompts),
-            "users_in_file": total,
+            "users_in_file": protocol.get("users_in_file", len(prompts)),
             "seed": seed,
+            "protocol": protocol,
         }
         if name == "co-occurrence":
             settings |= {"window": WINDOW, "recent": RECENT}
-        ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
-        result[name] = Evaluation(ranking_metrics(ranks), settings, rows)
+        result[name] = Evaluation(
+            ranking_metrics([rank_of(row["target"], row["recommended"]) for row in rows]), settings, rows
+        )
     return result
 
 

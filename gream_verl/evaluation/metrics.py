@@ -1,13 +1,15 @@
-"""Ranking metrics with one relevant item a user (leave-one-out), Pass@k, and bootstrap intervals. Pure functions."""
+"""Ranking metrics with one relevant item a user, Pass@k, coverage, intervals and a paired test. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CUTOFFS = (1, 5, 10)
+RANKING = ("recall", "ndcg", "precision", "mrr")
 
 
 def rank_of(target: str, ranking: Sequence[str]) -> int:
@@ -19,10 +21,39 @@ def rank_of(target: str, ranking: Sequence[str]) -> int:
     return ranking.index(target) + 1 if target in ranking else 0
 
 
-def ranking_metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """Return Recall, NDCG, Precision and MRR, averaged over users.
+def user_metric(metric: str, ranks: ArrayLike) -> NDArray[np.float64]:
+    """Return one ranking metric of every user; its mean is the metric.
 
     With a single relevant item the ideal gain is 1, so NDCG is ``1 / log2(rank + 1)``; Recall@k equals the hit rate.
+    These are the definitions of RecBole's evaluator.
+
+    Args:
+        metric: ``recall@k``, ``ndcg@k``, ``precision@k`` or ``mrr@k``.
+        ranks: [users]; the place of each user's target, from 1; 0 when it was not recommended.
+
+    Returns:
+        float64 [users].
+
+    Raises:
+        ValueError: When there is no such metric.
+
+    >>> user_metric("ndcg@5", [1, 3, 0, 7]).tolist()
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    name, _, cutoff = metric.partition("@")
+    if name not in RANKING or not cutoff.isdecimal() or not int(cutoff):
+        raise ValueError(
+            f"{metric!r} is no ranking metric; expected one of {', '.join(RANKING)} and @k, such as ndcg@10"
+        )
+    k, ranks = int(cutoff), np.asarray(ranks, dtype=np.int64)
+    hit = (ranks >= 1) & (ranks <= k)
+    place = np.where(hit, ranks, 1)
+    gain = {"recall": 1.0, "ndcg": 1 / np.log2(place + 1), "precision": 1 / k, "mrr": 1 / place}[name]
+    return hit * gain
+
+
+def ranking_metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+    """Return Recall, NDCG, Precision and MRR, averaged over users; see :func:`user_metric`.
 
     Args:
         ranks: [users]; the place of each user's target, from 1; 0 when it was not recommended.
@@ -40,15 +71,34 @@ def ranking_metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[
     ranks = np.asarray(ranks, dtype=np.int64)
     if not ranks.size:
         raise ValueError("no user to average over")
-    result: dict[str, float] = {}
-    for k in cutoffs:
-        hit = (ranks >= 1) & (ranks <= k)
-        place = np.where(hit, ranks, 1)
-        result[f"recall@{k}"] = float(hit.mean())
-        result[f"ndcg@{k}"] = float((hit / np.log2(place + 1)).mean())
-        result[f"precision@{k}"] = float(hit.mean() / k)
-        result[f"mrr@{k}"] = float((hit / place).mean())
-    return result
+    return {f"{name}@{k}": float(user_metric(f"{name}@{k}", ranks).mean()) for k in cutoffs for name in RANKING}
+
+
+def coverage(recommended: Iterable[Sequence[str]], catalogue: Collection[str], k: int) -> float:
+    """Return the share of the catalogue that is among the first k items of anybody's list.
+
+    RecBole's ItemCoverage divides by one item more, its padding.
+
+    Args:
+        recommended: Items of each user, best first.
+        catalogue: All items, at least one. What is recommended beyond them does not count.
+        k: How many items of each list count.
+
+    >>> coverage([["a", "b"], ["a", "c"]], {"a", "b", "c", "d"}, k=1)
+    0.25
+    """
+    shown = {item for items in recommended for item in items[:k]}
+    return sum(item in shown for item in catalogue) / len(catalogue)
+
+
+def mean_of_recommended(recommended: Iterable[Sequence[str]], value: Callable[[str], float], k: int) -> float:
+    """Return the mean of ``value`` over the first k items of all lists; 0 when all are empty.
+
+    >>> mean_of_recommended([["a", "bb"], ["cccc"]], len, k=1)
+    2.5
+    """
+    shown = Counter(item for items in recommended for item in items[:k])
+    return sum(value(item) * times for item, times in shown.items()) / max(shown.total(), 1)
 
 
 def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.float64]:
@@ -83,6 +133,8 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a mean.
 
+    Equal values are drawn together, by a multinomial distribution: the same as one by one, and fast for ranks.
+
     Args:
         values: [n]; one number for each user. Hand over ``a - b`` of the same users for a paired difference.
         confidence: Share of resampled means inside the interval.
@@ -95,14 +147,15 @@ def bootstrap_mean(
     Raises:
         ValueError: When there is no value.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if not values.size:
+    distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+    users = int(counts.sum())
+    if not users:
         raise ValueError("no value to average over")
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
-    for start in range(0, resamples, 100):  # 100 draws at a time: bounded memory
-        drawn = generator.integers(values.size, size=(min(100, resamples - start), values.size))
-        means[start : start + 100] = values[drawn].mean(axis=1)
+    for part in _parts(resamples, len(distinct)):
+        drawn = generator.multinomial(users, counts / users, size=part.stop - part.start)
+        means[part] = drawn @ distinct / users
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
@@ -116,7 +169,61 @@ def bootstrap_difference(
     Raises:
         ValueError: When the two have different lengths, or none.
     """
+    return bootstrap_mean(_paired(left, right), confidence=confidence, resamples=resamples, seed=seed)
+
+
+def paired_test(left: ArrayLike, right: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:
+    """Return the two-sided p-value of ``mean(left) - mean(right)`` by a randomisation test over the same users.
+
+    If the two did equally well, the sign of each user's difference would be a toss of a coin (Fisher's randomisation
+    test; Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
+    Evaluation", 2007). The p-value is the share of tosses, the observed one among them, whose mean is at least as far
+    from 0; so it is never 0 (Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010).
+
+    Args:
+        left: [users]; one value for each user.
+        right: [users]; of the same users, in the same order.
+        resamples: How many times all coins are tossed; the smallest p-value is 1 / (resamples + 1).
+        seed: Seed of the tosses.
+
+    Raises:
+        ValueError: When the two have different lengths, or none.
+    """
+    difference = _paired(left, right)
+    if not difference.size:
+        raise ValueError("no value to compare")
+    # Only the number of heads among equal differences matters; those of 0 have no sign.
+    distinct, counts = np.unique(np.abs(difference[difference != 0]), return_counts=True)
+    if not distinct.size:
+        return 1.0
+    generator = np.random.default_rng(seed)
+    observed = abs(difference.sum()) - 1e-9 * (distinct @ counts)  # sums in another order are equal, but for rounding
+    extreme = 0
+    for part in _parts(resamples, len(distinct)):
+        heads = generator.binomial(counts, 0.5, size=(part.stop - part.start, len(distinct)))
+        extreme += int((np.abs((2 * heads - counts) @ distinct) >= observed).sum())
+    return (extreme + 1) / (resamples + 1)
+
+
+def paired_difference(left: ArrayLike, right: ArrayLike, *, seed: int = 0) -> dict[str, float]:
+    """Return ``difference`` of the means of the same users, ``low`` and ``high`` of its 95% interval, and ``p``.
+
+    Raises:
+        ValueError: When the two have different lengths, or none.
+    """
+    low, high = bootstrap_difference(left, right, seed=seed)
+    difference = float(_paired(left, right).mean())
+    return {"difference": difference, "low": low, "high": high, "p": paired_test(left, right, seed=seed)}
+
+
+def _paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
     left, right = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"a paired difference needs the same users on both sides, got {left.shape} and {right.shape}")
-    return bootstrap_mean(left - right, confidence=confidence, resamples=resamples, seed=seed)
+    return left - right
+
+
+def _parts(resamples: int, values: int, entries: int = 1_000_000) -> Iterator[slice]:
+    """Cut the resamples into parts of at most ``entries`` numbers, so that memory is bounded."""
+    size = max(1, entries // values)
+    return (slice(start, min(start + size, resamples)) for start in range(0, resamples, size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -19,30 +18,18 @@ import matplotlib
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from gream_verl.evaluation.metrics import bootstrap_difference, bootstrap_mean
+from gream_verl.evaluation.breakdown import BOUNDS, labels
+from gream_verl.evaluation.compare import differences
+from gream_verl.evaluation.pictures import BLUE, draw_buckets, new_axes, to_svg
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.tables import columns, p_text, render, table_rows, to_entry, warning_text, warnings
 from gream_verl.files import InputError, read_json, write_json, write_text
 from gream_verl.semantic_ids import ItemIndex, parse_token
 
-COLUMNS = {
-    "recall@1": "R@1",
-    "recall@5": "R@5",
-    "recall@10": "R@10",
-    "ndcg@5": "N@5",
-    "ndcg@10": "N@10",
-    "mrr@10": "M@10",
-    "valid_item": "Valid",
-    "rsvr": "RSVR",
-}
-INTERVALS = ("recall@10", "rsvr")
-BLUE = "#2b6cb0"
 _SID = re.compile(r"<\|a_[1-9][0-9]*\|>(?:<\|[b-z]_[1-9][0-9]*\|>)*")
 
 
@@ -94,9 +81,12 @@ def write_report(folder: str | os.PathLike[str], record: RunRecord, *, users: in
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template).render(
         title=record.title,
-        header=["", *COLUMNS.values(), "Users"],
-        table=table_rows(summary),
+        header=["", *columns(summary["results"].values()).values(), "Users"],
+        table=table_rows(summary["results"]),
         comparisons=[_sentence(comparison) for comparison in summary["comparisons"]],
+        warnings=summary["warnings"],
+        protocol=_protocol(summary["results"]),
+        breakdown=_breakdown(summary["results"]),
         curves=_curves(record),
         balance=_balance(record.index),
         curriculum=_curriculum(record.tasks) if record.tasks else None,
@@ -112,37 +102,17 @@ def write_report(folder: str | os.PathLike[str], record: RunRecord, *, users: in
 
 
 def summarise(record: RunRecord, *, seed: int = 0) -> dict[str, Any]:
-    """Return all numbers of a run, ready for JSON: ``title``, ``results``, ``comparisons``, ``details``."""
-    results = {}
+    """Return all numbers of a run as JSON: ``title``, ``results``, ``comparisons``, ``warnings``, ``details``."""
+    entries = {name: to_entry(evaluation, seed=seed) for name, evaluation in record.results.items()}
     for name, evaluation in record.results.items():
-        intervals = {
-            metric: bootstrap_mean(values, seed=seed)
-            for metric in INTERVALS
-            if (values := _per_user(evaluation, metric)) is not None
-        }
-        results[name] = {
-            "metrics": dict(evaluation.metrics),
-            "intervals_95": intervals,
-            "settings": dict(evaluation.settings),
-        }
+        entries[name]["breakdown"] = {heading: list(buckets) for heading, buckets in evaluation.breakdown.items()}
     return {
         "title": record.title,
-        "results": results,
+        "results": entries,
         "comparisons": [_compare(record.results, left, right, seed) for left, right in record.comparisons],
+        "warnings": warnings(record.results, list(record.results)[-1]),
         "details": {heading: dict(values) for heading, values in record.details.items()},
     }
-
-
-def table_rows(summary: Mapping[str, Any], digits: int = 4) -> list[list[str]]:
-    """Return the cells of the result table, the name first and the number of users last."""
-    rows = []
-    for name, result in summary["results"].items():
-        metrics = dict(result["metrics"])
-        if result["settings"]["mode"] != "reasoning":
-            metrics["valid_item"] = 1.0  # these recommend from the list of items and nothing else
-        cells = [f"{metrics[metric]:.{digits}f}" if metric in metrics else "–" for metric in COLUMNS]
-        rows.append([name, *cells, f"{result['settings']['users']:,}"])
-    return rows
 
 
 def render_table(summary: Mapping[str, Any]) -> Group:
@@ -151,13 +121,11 @@ def render_table(summary: Mapping[str, Any]) -> Group:
     Args:
         summary: What ``summarise`` returned, the content of ``metrics.json``.
     """
-    table = Table(title=Text(summary["title"]), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in [*COLUMNS.values(), "n"]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in table_rows(summary, digits=3):  # fits into 80 columns
-        table.add_row(*map(Text, row))
-    return Group(table, *(Text(_sentence(comparison)) for comparison in summary["comparisons"]))
+    return Group(
+        render(summary["results"], title=summary["title"]),
+        *(Text(_sentence(comparison)) for comparison in summary["comparisons"]),
+        *map(warning_text, summary["warnings"]),
+    )
 
 
 def read_sft_log(folder: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -188,40 +156,66 @@ def read_srpo_log(logs: Iterable[str | os.PathLike[str]]) -> list[dict[str, floa
     return [steps[step] for step in sorted(steps)]
 
 
-def _per_user(evaluation: Evaluation, metric: str) -> list[float] | None:
-    """Return one value a user, or None when this evaluation has no such metric."""
-    if metric not in evaluation.metrics:
-        return None
-    if metric == "rsvr":
-        return [row["rsvr"] for row in evaluation.rows]
-    cutoff = int(metric.removeprefix("recall@"))
-    return [float(1 <= rank <= cutoff) for rank in evaluation.ranks]
-
-
 def _compare(results: Mapping[str, Evaluation], left: str, right: str, seed: int) -> dict[str, Any]:
-    """Return the difference of two evaluations of the same users, with 95% bootstrap intervals."""
-    users = [[row["user"] for row in results[name].rows] for name in (left, right)]
-    if users[0] != users[1]:
-        raise InputError(f"{left} and {right} were evaluated on different users; evaluate both with one limit and seed")
-    differences = {}
-    for metric in INTERVALS:
-        ours, theirs = _per_user(results[left], metric), _per_user(results[right], metric)
-        if ours is not None and theirs is not None:
-            low, high = bootstrap_difference(ours, theirs, seed=seed)
-            differences[metric] = {
-                "difference": (sum(ours) - sum(theirs)) / len(ours),
-                "low": low,
-                "high": high,
-            }
-    return {"left": left, "right": right, "differences": differences}
+    """Return the difference of two evaluations of the same users."""
+    if why := results[right].disagreements(results[left]):
+        raise InputError(f"{left} cannot be compared with {right}: {'; '.join(why)}; evaluate both in one way")
+    return {"left": left, "right": right, "differences": differences(results[left], results[right], seed=seed)}
 
 
 def _sentence(comparison: Mapping[str, Any]) -> str:
     parts = [
-        f"{COLUMNS[metric]} {d['difference']:+.4f} (95% {d['low']:+.4f} to {d['high']:+.4f})"
+        f"{metric} {d['difference']:+.4f} (95% {d['low']:+.4f} to {d['high']:+.4f}, {p_text(d['p'])})"
         for metric, d in comparison["differences"].items()
     ]
     return f"{comparison['left']} − {comparison['right']}: {', '.join(parts)}"
+
+
+def _protocol(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the protocol: what all results agree on once, and what they do not by name."""
+    protocols = {name: entry["settings"].get("protocol", {}) for name, entry in entries.items()}
+    shown = {}
+    for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
+        values = {name: _plain(protocol[key]) for name, protocol in protocols.items() if key in protocol}
+        same = len(set(values.values())) == 1
+        shown[key.replace("_", " ")] = (
+            next(iter(values.values())) if same else "; ".join(f"{name}: {value}" for name, value in values.items())
+        )
+    return shown
+
+
+def _breakdown(entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each heading, a picture of recall@10 by bucket and the cells of its table."""
+    found = []
+    for heading in BOUNDS:
+        buckets = {
+            name: {bucket["bucket"]: bucket for bucket in entry["breakdown"][heading]}
+            for name, entry in entries.items()
+            if heading in entry["breakdown"]
+        }
+        held = [label for label in labels(heading) if any(label in some for some in buckets.values())]
+        if not held:
+            continue
+        figure, axes = new_axes(f"Recall@10 by {heading}", heading, "recall@10")
+        draw_buckets(axes, {name: list(some.values()) for name, some in buckets.items()}, held, "recall@10")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+        rows = [
+            [
+                name,
+                *(f"{some[label]['recall@10']:.4f}" if "recall@10" in some.get(label, ()) else "–" for label in held),
+            ]
+            for name, some in buckets.items()
+        ]
+        users = [f"{max(some[label]['users'] for some in buckets.values() if label in some):,}" for label in held]
+        found.append(
+            {
+                "heading": heading,
+                "picture": _svg(figure, f"Recall@10 by {heading}"),
+                "header": ["", *held],
+                "rows": [*rows, ["Users", *users]],
+            }
+        )
+    return found
 
 
 def _examples(record: RunRecord, users: int, seed: int) -> list[dict[str, Any]]:
@@ -278,7 +272,7 @@ def _curves(record: RunRecord) -> list[Markup]:
         if key is None:
             continue
         points = [(row["step"], row[key]) for row in log if key in row]
-        figure, axes = _axes(title, "step", label)
+        figure, axes = new_axes(title, "step", label)
         axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.4, marker="." if len(points) < 40 else "")
         pictures.append(_svg(figure, title))
     return pictures
@@ -290,7 +284,7 @@ def _balance(index: ItemIndex) -> Markup:
     for sid in index.sids.values():
         for level, code in filter(None, map(parse_token, sid)):
             counts.setdefault(level, Counter())[code] += 1
-    figure, axes = _axes("Items a code", "code, most frequent first", "items")
+    figure, axes = new_axes("Items a code", "code, most frequent first", "items")
     for level, codes in sorted(counts.items()):
         name = chr(ord("a") + level) + (" (collisions)" if level == index.base_levels else "")
         axes.step(range(1, len(codes) + 1), sorted(codes.values(), reverse=True), where="mid", label=f"level {name}")
@@ -306,7 +300,7 @@ def _curriculum(tasks: Sequence[str], parts: int = 60) -> Markup:
     bounds = [len(tasks) * part // parts for part in range(parts + 1)]
     windows = [Counter(tasks[start:end]) for start, end in pairwise(bounds)]
     shares = [[window[name] / window.total() for window in windows] for name in names]
-    figure, axes = _axes("Curriculum: share of tasks along SFT", "row", "share")
+    figure, axes = new_axes("Curriculum: share of tasks along SFT", "row", "share")
     axes.stackplot(bounds[:-1], shares, labels=names, colors=matplotlib.colormaps["tab10"].colors)  # type: ignore[attr-defined]
     axes.set_xlim(0, bounds[-2])
     axes.set_ylim(0, 1)
@@ -314,21 +308,6 @@ def _curriculum(tasks: Sequence[str], parts: int = 60) -> Markup:
     return _svg(figure, "Share of tasks along the SFT data")
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _svg(figure: Figure, description: str) -> Markup:
-    """Return a figure as inline SVG, the same bytes for the same data."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "gream", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = buffer.getvalue()
-    return Markup('<div role="img" aria-label="{}">').format(description) + Markup(svg[svg.index("<svg") :] + "</div>")
+    """Return a figure as inline SVG."""
+    return Markup('<div role="img" aria-label="{}">').format(description) + Markup(to_svg(figure) + "</div>")

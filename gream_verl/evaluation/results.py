@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gream_verl.evaluation.metrics import rank_of
+from gream_verl.evaluation.metrics import RANKING, pass_at_k, rank_of, user_metric
 from gream_verl.files import InputError, read_json, require_file, write_json, write_text
+
+BASELINES = ("popularity", "co-occurrence")
+"""The floors, in the order of every table."""
+MODELS = ("direct", "reasoning")
+"""What ``settings["mode"]`` of a language model is; anything else is a baseline."""
+DECISIVE = ("split", "held_out", "history", "seen", "drop_history", "candidates", "items")
+"""What two protocols must agree on for their numbers to be comparable; template and mode are part of the model."""
+REMEDY = "evaluate anew with `gream evaluate`"
 
 
 @dataclass(frozen=True)
@@ -24,77 +32,120 @@ class Evaluation:
     Attributes:
         metrics: Name to value, averages over users.
         settings: Everything that decides the result, and what it ran on.
-        rows: One mapping a user, with at least ``user``, ``target`` (an item) and ``recommended`` (items, best first).
+        rows: One mapping a user, with at least ``user``, ``target`` (an item) and, where items were ranked,
+            ``recommended`` (items, best first).
+        intervals: Name of a metric to the ends of its 95% bootstrap interval; made by ``breakdown.describe``.
+        breakdown: What users are divided by to buckets; see ``breakdown.break_down``.
     """
 
     metrics: Mapping[str, float]
     settings: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    breakdown: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
         """The place of each user's target, from 1; 0 when it was not recommended. int64 [users]."""
         return np.array([rank_of(row["target"], row["recommended"]) for row in self.rows], dtype=np.int64)
 
+    @cached_property
+    def depth(self) -> int:
+        """Length of the longest recommended list; 0 when nothing was ranked."""
+        return max((len(row.get("recommended", ())) for row in self.rows), default=0)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is popularity, co-occurrence, SASRec: anything but a language model."""
+        return self.settings.get("mode") not in MODELS
+
+    def values(self, metric: str) -> NDArray[np.float64] | None:
+        """Return a metric of every user, whose mean is the metric; float64 [users].
+
+        Args:
+            metric: A ranking metric, ``pass@k``, or anything that rows or their chains hold, such as ``rsvr``.
+
+        Returns:
+            None when this evaluation does not know it: no such metric, or lists and chains that are too few.
+        """
+        name, _, cutoff = metric.partition("@")
+        chains: list[list[dict[str, Any]]] = [row.get("chains", []) for row in self.rows]
+        if name in RANKING and cutoff.isdecimal():
+            known = self.depth and (metric in self.metrics or 0 < int(cutoff) <= self.depth)
+            return user_metric(metric, self.ranks) if known else None
+        if all(metric in row for row in self.rows):
+            return np.array([row[metric] for row in self.rows], dtype=np.float64)
+        if name == "pass" and cutoff.isdecimal() and all(chains) and min(map(len, chains)) >= int(cutoff) > 0:
+            correct = [sum(chain["acc"] for chain in some) for some in chains]
+            return pass_at_k([len(some) for some in chains], correct, int(cutoff))
+        if all(some and all(metric in chain for chain in some) for some in chains):
+            return np.array([np.mean([chain[metric] for chain in some]) for some in chains])
+        return None
+
+    def disagreements(self, other: Evaluation) -> list[str]:
+        """Return why the numbers of ``other`` must not be paired with these; nothing when they may.
+
+        Users, targets and what ``DECISIVE`` names must be the same. What a file does not tell is not compared: those
+        made before protocols were kept tell ``drop_history`` only.
+        """
+        ours, theirs = ({row["user"]: row["target"] for row in each.rows} for each in (self, other))
+        common = ours.keys() & theirs.keys()
+        found = []
+        if len(common) < max(len(ours), len(theirs)):
+            found.append(f"different users ({len(theirs):,}, not {len(ours):,}; {len(common):,} in common)")
+        if others := sum(ours[user] != theirs[user] for user in common):
+            found.append(f"{others:,} users have another target")
+        here, there = ({**each.settings, **each.settings.get("protocol", {})} for each in (self, other))
+        found += [
+            f"{key.replace('_', ' ')} is {there[key]!r}, not {here[key]!r}"
+            for key in DECISIVE
+            if key in here and key in there and here[key] != there[key]
+        ]
+        return found
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` (metrics and settings) and, beside it, ``<stem>.rows.jsonl``."""
-        write_text(_rows_path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
-        write_json(path, {"metrics": dict(self.metrics), "settings": dict(self.settings)}, indent=2)
+        """Write ``path`` (all but the rows) and, beside it, ``<stem>.rows.jsonl``."""
+        write_text(rows_path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
+        content = {"metrics": dict(self.metrics), "settings": dict(self.settings)}
+        content |= {"intervals": dict(self.intervals), "breakdown": dict(self.breakdown)}
+        write_json(path, content, indent=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote; older files have no intervals and no breakdown.
 
         Raises:
             InputError: When one of the two files is missing or damaged.
         """
-        remedy = "evaluate anew with `gream evaluate`"
-        content = read_json(path, remedy)
-        lines = require_file(_rows_path(path), remedy).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        content = read_json(path, REMEDY)
+        lines = require_file(rows_path(path), REMEDY).read_text(encoding="utf-8").rstrip("\n").split("\n")
         try:
-            return cls(content["metrics"], content["settings"], [json.loads(line) for line in lines])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: not the result of an evaluation ({error!r}); {remedy}") from error
+            intervals = {metric: (low, high) for metric, (low, high) in content.get("intervals", {}).items()}
+            rows = [json.loads(line) for line in lines]
+            if not all(row.keys() >= {"user", "target"} for row in rows):
+                raise KeyError("user or target of a row")
+            return cls(content["metrics"], content["settings"], rows, intervals, content.get("breakdown", {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not the result of an evaluation ({error!r}); {REMEDY}") from error
 
 
-def _rows_path(path: str | os.PathLike[str]) -> Path:
+def rows_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the rows of an evaluation lie: ``<stem>.rows.jsonl`` beside ``<stem>.json``."""
     return Path(path).with_suffix(".rows.jsonl")
 
 
-class ProgressFile:
-    """Finished users of a long evaluation, one JSON line each, so that a killed run goes on where it stopped.
+def read_folder(folder: str | os.PathLike[str]) -> dict[str, Evaluation]:
+    """Read all evaluations of a folder, by the names of their files: baselines first, then models.
 
-    The first line holds the settings. A file with other settings is begun anew; a line cut short by a kill is dropped.
-
-    Attributes:
-        rows: User to row, of all that are finished.
+    Raises:
+        InputError: When there is none, or one is damaged.
     """
+    paths = [path for path in sorted(Path(folder).glob("*.json")) if rows_path(path).is_file()]
+    if not paths:
+        raise InputError(f"{folder}: no result of an evaluation (NAME.json and NAME.rows.jsonl); {REMEDY}")
+    found = {path.stem: Evaluation.load(path) for path in paths}
+    return dict(sorted(found.items(), key=lambda pair: (not pair[1].is_baseline, _place(pair[0]), pair[0])))
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
-        """Read ``path``, or begin it; None keeps everything in memory.
 
-        Raises:
-            InputError: When the file cannot be written.
-        """
-        self.path = None if path is None else Path(path)
-        self.rows: dict[str, dict[str, Any]] = {}
-        if self.path is None:
-            return
-        header = json.dumps({"settings": settings}, sort_keys=True)
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
-        complete = [line for line in lines if line.endswith("\n")]
-        if not complete or complete[0].rstrip("\n") != header:
-            complete = [header + "\n"]
-        write_text(self.path, "".join(complete))
-        for line in complete[1:]:
-            row = json.loads(line)
-            self.rows[row["user"]] = row
-
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep finished rows, on the disk when this returns."""
-        self.rows |= {row["user"]: row for row in rows}
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
+def _place(name: str) -> int:
+    return BASELINES.index(name) if name in BASELINES else len(BASELINES)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from assets import make_index
-from evaluation_files import write_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.evaluation.floors import cooccurrence, cooccurrence_scores, evaluate_floors, popularity, recommend
+from gream_verl.evaluation.prompts import Prompt
 from gream_verl.files import InputError
 
 ITEMS = 6
@@ -39,33 +38,79 @@ def test_scores_weigh_the_last_items_by_recency(
     for user, history in enumerate(histories):
         for back, item in enumerate(reversed(history[-recent:]), start=1):
             slow[user] += counts.toarray()[item] / back
-    assert cooccurrence_scores(counts, histories, recent=recent) == pytest.approx(slow)
+    assert cooccurrence_scores(counts, histories, recent=recent).toarray() == pytest.approx(slow)
 
 
-def test_recommendations_leave_out_the_history_and_break_ties_as_told() -> None:
-    popular = popularity([[0, 1, 1], [2, 1, 3]], ITEMS)
-    assert popular.tolist() == [1, 3, 1, 1, 0, 0]
-    tie_break = np.array([1.0, 2.0, 3.0, 4.0, 6.0, 5.0])
-    lists = recommend(lambda chunk: np.tile(popular, (len(chunk), 1)), [[], [1], [0, 1, 2, 4]], tie_break, 3)
-    assert lists == [[1, 3, 2], [3, 2, 0], [3, 5]]
+@given(sequences, sequences, st.permutations(range(ITEMS)), st.integers(1, ITEMS + 2), st.booleans())
+@settings(deadline=None)
+def test_lists_are_those_of_sorting_all_items(
+    train: list[list[int]], histories: list[list[int]], order: list[int], k: int, drop_history: bool
+) -> None:
+    counts = cooccurrence(train, ITEMS)
+    scores = cooccurrence_scores(counts, histories).toarray()
+    slow = [
+        sorted(
+            (item for item in range(ITEMS) if not (drop_history and item in history)),
+            key=lambda item, user=user: (-scores[user, item], order.index(item)),
+        )[:k]
+        for user, history in enumerate(histories)
+    ]
+    found = recommend(
+        lambda chunk: cooccurrence_scores(counts, chunk), histories, np.array(order), k, drop_history=drop_history
+    )
+    assert found == slow
 
 
-def test_held_out_interactions_are_not_counted(tmp_path: Path) -> None:
-    index = make_index()
-    prompts = write_prompts(tmp_path / "tiny-test.parquet", index, users=4)
+def test_popularity_is_counted_with_repetitions() -> None:
+    assert popularity([[0, 1, 1], [2, 1, 3]], ITEMS).tolist() == [1, 3, 1, 1, 0, 0]
+
+
+@pytest.fixture
+def prompts() -> list[Prompt]:
+    """Users with histories of 1 to 5 items."""
+    return [
+        Prompt(str(user), str(user + 5), tuple(str(user + step) for step in range(1 + user % 5)), [], "")
+        for user in range(8)
+    ]
+
+
+def write_interactions(path: Path, sequences: dict[str, list[str]]) -> Path:
+    path.write_text(json.dumps(sequences))
+    return path
+
+
+def test_held_out_interactions_are_not_counted(tmp_path: Path, prompts: list[Prompt]) -> None:
     inter = {str(user): ["0", "1", "2", "20", "20", "21", "21"] for user in range(50)}
-    inter |= {"p": [*index.sids]}
+    inter |= {"p": [str(item) for item in range(24)]}
     held_out_last = {user: [*sequence[:3], "20", "21"] for user, sequence in inter.items() if user != "p"}
-    for number, content in enumerate([inter, inter | held_out_last]):
-        (tmp_path / f"{number}.inter.json").write_text(json.dumps(content))
-    counted = evaluate_floors(tmp_path / "0.inter.json", prompts)["popularity"].rows[0]["recommended"]
-    held_out = evaluate_floors(tmp_path / "1.inter.json", prompts)["popularity"].rows[0]["recommended"]
+    files = [
+        write_interactions(tmp_path / f"{number}.inter.json", content)
+        for number, content in enumerate([inter, inter | held_out_last])
+    ]
+    counted, held_out = (evaluate_floors(file, prompts)["popularity"].rows[0]["recommended"] for file in files)
     assert "20" in counted[:2]
     assert "20" not in held_out[:2]
 
 
-def test_an_item_that_the_interactions_lack_is_named(tmp_path: Path) -> None:
-    prompts = write_prompts(tmp_path / "tiny-test.parquet", make_index(), users=5)
-    (tmp_path / "tiny.inter.json").write_text(json.dumps({"u": ["0", "1", "2"]}))
+@pytest.mark.parametrize("drop_history", [True, False])
+def test_the_protocol_decides_on_the_history_and_is_kept(
+    tmp_path: Path, prompts: list[Prompt], drop_history: bool
+) -> None:
+    inter = {str(user): [str((user + step) % 24) for step in range(9)] for user in range(24)}
+    protocol = {"drop_history": drop_history, "users_in_file": 99, "split": "test"}
+    floors = evaluate_floors(write_interactions(tmp_path / "t.inter.json", inter), prompts, protocol=protocol, k=24)
+    assert list(floors) == ["popularity", "co-occurrence"]
+    for evaluation in floors.values():
+        assert (evaluation.settings["users"], evaluation.settings["users_in_file"]) == (8, 99)
+        assert evaluation.settings["protocol"] == protocol
+        for row, prompt in zip(evaluation.rows, prompts, strict=True):
+            assert (row["user"], row["target"]) == (prompt.user, prompt.target)
+            assert row["history_length"] == len(prompt.history)
+            dropped = set(prompt.history) if drop_history else set()
+            assert sorted(row["recommended"]) == sorted({str(item) for item in range(24)} - dropped)
+
+
+def test_an_item_that_the_interactions_lack_is_named(tmp_path: Path, prompts: list[Prompt]) -> None:
+    inter = write_interactions(tmp_path / "tiny.inter.json", {"u": ["0", "1", "2"]})
     with pytest.raises(InputError, match=r"item '3' is not in .*tiny.inter.json"):
-        evaluate_floors(tmp_path / "tiny.inter.json", prompts)
+        evaluate_floors(inter, prompts)

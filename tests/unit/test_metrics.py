@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -12,9 +12,14 @@ from gream_verl.evaluation.metrics import (
     CUTOFFS,
     bootstrap_difference,
     bootstrap_mean,
+    coverage,
+    mean_of_recommended,
+    paired_difference,
+    paired_test,
     pass_at_k,
     rank_of,
     ranking_metrics,
+    user_metric,
 )
 
 
@@ -69,6 +74,68 @@ def test_a_paired_difference_is_sharper_than_its_sides() -> None:
     assert 0.45 < low < 0.5 < high < 0.55
 
 
+def test_the_bootstrap_of_equal_values_is_that_of_users_drawn_one_by_one() -> None:
+    values = np.random.default_rng(3).choice([0.0, 0.3, 1.0], 40, p=[0.7, 0.2, 0.1])
+    drawn = np.random.default_rng(4).choice(values, size=(40_000, 40)).mean(axis=1)
+    assert bootstrap_mean(values, resamples=40_000) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.006)
+
+
+lists = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6, unique=True), min_size=1, max_size=6)
+
+
+@given(lists, st.integers(1, 7), st.sets(st.sampled_from("abcdefghij"), min_size=1))
+def test_coverage_and_means_equal_loops_over_all_places(
+    recommended: list[list[str]], k: int, catalogue: set[str]
+) -> None:
+    covered = {item for items in recommended for place, item in enumerate(items) if place < k and item in catalogue}
+    assert coverage(recommended, catalogue, k) == pytest.approx(len(covered) / len(catalogue))
+    shown = [ord(item) for items in recommended for place, item in enumerate(items) if place < k]
+    assert mean_of_recommended(recommended, ord, k) == pytest.approx(sum(shown) / len(shown) if shown else 0.0)
+
+
+@pytest.mark.parametrize("metric", ["recall", "recall@", "recall@0", "recall@x", "hit@5", "rsvr"])
+def test_an_unknown_ranking_metric_is_refused(metric: str) -> None:
+    with pytest.raises(ValueError, match="ranking metric"):
+        user_metric(metric, [1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
+def test_the_paired_test_approaches_the_count_of_all_signs(users: list[tuple[int, int]]) -> None:
+    left, right = np.array(users, dtype=float).T / 3
+    difference = left - right
+    sums = [abs(np.dot(signs, difference)) for signs in product([-1, 1], repeat=len(users))]
+    exact = np.mean([total >= abs(difference.sum()) - 1e-9 for total in sums])
+    assert paired_test(left, right, resamples=20_000) == pytest.approx(exact, abs=0.015)
+    assert paired_test(left, right) == paired_test(right, left)
+
+
+def test_without_a_difference_p_values_are_uniform_and_with_one_they_are_small() -> None:
+    generator = np.random.default_rng(7)
+    null = []
+    for seed in range(400):
+        users, noise = generator.normal(size=200), generator.normal(size=(2, 200))
+        null.append(paired_test(users + noise[0], users + noise[1], resamples=400, seed=seed))
+    for level in (0.05, 0.25, 0.5, 0.75):
+        deviation = math.sqrt(level * (1 - level) / 400)
+        assert abs(np.mean(np.array(null) <= level) - level) < 3.5 * deviation
+    users, noise = generator.normal(size=200), generator.normal(size=(2, 200))
+    assert paired_test(users + 1 + noise[0], users + noise[1], resamples=999) == 1 / 1000
+
+
+def test_the_paired_test_sees_hits_that_moved_and_ignores_users_without_a_difference() -> None:
+    left, right = np.array([1.0] * 9 + [0.0]), np.array([0.0] * 9 + [1.0])  # 9 users better, 1 worse
+    exact = 2 * (1 + 10) / 2**10
+    assert paired_test(left, right, resamples=100_000) == pytest.approx(exact, abs=0.002)
+    same = np.ones(500)
+    padded = paired_test(np.append(left, same), np.append(right, same), resamples=100_000)
+    assert padded == paired_test(left, right, resamples=100_000)
+    assert paired_test(same, same) == 1.0
+    found = paired_difference(left, right)
+    assert found["difference"] == pytest.approx(0.8)
+    assert (found["low"], found["high"]) == bootstrap_difference(left, right)
+    assert found["p"] == paired_test(left, right)
+
+
 def test_metrics_without_users_or_with_unpaired_users_are_refused() -> None:
     with pytest.raises(ValueError, match="no user"):
         ranking_metrics([])
@@ -76,3 +143,7 @@ def test_metrics_without_users_or_with_unpaired_users_are_refused() -> None:
         bootstrap_mean([])
     with pytest.raises(ValueError, match="same users"):
         bootstrap_difference([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="same users"):
+        paired_test([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="no value"):
+        paired_test([], [])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from assets import make_index
 from rich.console import Console
 
+from gream_verl.evaluation.breakdown import Catalogue, describe
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.report import (
@@ -18,10 +20,10 @@ from gream_verl.evaluation.report import (
     read_srpo_log,
     render_table,
     summarise,
-    table_rows,
     write_report,
 )
 from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.tables import results_table, table_rows
 from gream_verl.files import InputError, read_json
 
 DIRTY = "<script>alert('x')</script> & \"Ça\" <b>"
@@ -37,8 +39,9 @@ def evaluation(mode: str, shift: int) -> Evaluation:
             "user": str(user),
             "target": items[user],
             "recommended": [items[(user + shift + place) % 24] for place in range(-3, 7)],
-            "rsvr": 1.0 if shift < 4 else 0.25,
         }
+        if mode != "popularity":
+            row["rsvr"] = 1.0 if shift < 4 else 0.25
         if mode == "reasoning":
             text = f"<think>{DIRTY}</think>{index.text('0')}{index.text('1')}<answer>{index.text(items[user])}</answer>"
             row["chains"] = [{"text": text, "rsvr": row["rsvr"]}]
@@ -141,17 +144,17 @@ def test_metrics_json_holds_the_table_with_intervals_and_the_paired_difference(
     assert srpo["intervals_95"]["rsvr"] == [1.0, 1.0]
     assert "rsvr" not in summary["results"]["Popularity"]["intervals_95"]
     difference = summary["comparisons"][0]["differences"]["rsvr"]
-    assert difference == {"difference": 0.75, "low": 0.75, "high": 0.75}
+    assert difference == {"difference": 0.75, "low": 0.75, "high": 0.75, "p": pytest.approx(2**-11, abs=5e-4)}
     assert json.loads(json.dumps(summarise(record))) == summary
 
-    rows = {row[0]: row[1:] for row in table_rows(summary)}
+    rows = {row[0]: row[1:] for row in table_rows(summary["results"])}
     assert rows["Popularity"][-3:] == ["1.0000", "–", "12"]
-    assert rows["SRPO, reasoning"][-3:] == ["0.7500", "1.0000", "12"]
+    assert rows["SRPO, reasoning"][-3:] == ["0.7500", "1.0000\n1.0000 to 1.0000", "12"]
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(render_table(summary))
-    shown = console.export_text()
+    shown = " ".join(console.export_text().split())
     assert "SRPO, reasoning" in shown
-    assert "RSVR +0.7500 (95% +0.7500 to +0.7500)" in shown
+    assert "rsvr +0.7500 (95% +0.7500 to +0.7500, p<.001)" in shown
 
 
 def test_a_comparison_of_different_users_is_refused(record: RunRecord) -> None:
@@ -159,6 +162,36 @@ def test_a_comparison_of_different_users_is_refused(record: RunRecord) -> None:
     fewer = Evaluation(left.metrics, left.settings, left.rows[1:])
     with pytest.raises(InputError, match="different users"):
         summarise(RunRecord("x", {"a": left, "b": fewer}, [("a", "b")], record.index, {}, []))
+
+
+def test_the_page_tells_for_whom_by_which_protocol_and_what_cannot_be_compared(
+    record: RunRecord, tmp_path: Path
+) -> None:
+    catalogue = Catalogue({str(item): item % 7 for item in range(24)})
+    protocol = {"split": "test", "history": 20, "drop_history": True}
+    results = {}
+    for name, plain in record.results.items():
+        rows = [{**row, "history_length": 3 * user} for user, row in enumerate(plain.rows)]
+        kept = {**plain.settings, "protocol": protocol | {"history": 5 if name == "Popularity" else 20}}
+        results[name] = describe(Evaluation(plain.metrics, kept, rows), catalogue)
+    write_report(tmp_path, replace(record, results=results))
+    page, _ = read_page(tmp_path)
+    text = "".join(page.text)
+    assert page.tags.count("svg") == 7
+    assert "WARNING: Popularity cannot be compared with SRPO, reasoning: history is 5, not 20." in text
+    assert "Popularity: 5; SFT, reasoning: 20" in text
+    assert "Cov@10" in text
+    summary = read_json(tmp_path / "metrics.json")
+    buckets = summary["results"]["SRPO, reasoning"]["breakdown"]["history length"]
+    assert [bucket["bucket"] for bucket in buckets] == ["0", "1-4", "5-9", "10-19", "20-49"]
+    assert [bucket["users"] for bucket in buckets] == [1, 1, 2, 3, 5]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table(results))
+    shown = console.export_text()
+    assert "WARNING: Popularity" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    for short in ("R@10", "N@10", "Cov@10", "Nov@10", "Popularity", "SRPO"):
+        assert short in shown
 
 
 def test_a_report_without_training_data_is_still_written(record: RunRecord, tmp_path: Path) -> None:
