@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import normalize_token_ids
 
-from gream_verl.files import InputError, read_json
+from gream_verl.files import InputError
 from gream_verl.next_item import NO_TARGET, NextItemRows, drop_oldest
 from gream_verl.options import checked_options
 from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex, find_sids
-from gream_verl.split import INTERACTIONS, training_parts
+from gream_verl.split import INTERACTIONS, read_interactions, training_parts
 from gream_verl.token_text import TokenText
 
 OPTIONS = "data.next_item"
@@ -203,10 +203,7 @@ def _without(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 def _read_sequences(path: Path, index: ItemIndex) -> dict[str, list[str]]:
     """Read ``<D>.inter.json`` and check that every item is in the index."""
-    sequences = read_json(path, "make it with `gream data prepare`")
-    if not isinstance(sequences, dict) or not all(isinstance(items, list) for items in sequences.values()):
-        raise InputError(f"{path}: expected {{user: [item, ...]}}; make it with `gream data prepare`")
-    sequences = {user: list(map(str, items)) for user, items in sequences.items()}
+    sequences = read_interactions(path)
     for user, items in sequences.items():
         if (missing := next((item for item in items if item not in index.readable), None)) is not None:
             raise InputError(f"{path}: user {user!r}: item {missing!r} is not in {index.source}; build the index anew")

