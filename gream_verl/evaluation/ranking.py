@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,28 +173,3 @@ def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
     for place, row in enumerate(rows):
         padded[place, : len(row)] = torch.tensor(row, dtype=torch.long)
     return padded
-
-
-def merge_rankings(rankings: Sequence[Mapping[str, float]], k: int) -> dict[str, float]:
-    """Merge what several chains of one user recommend.
-
-    The chains are samples, so the probability of an item is the mean over chains of its probability given each:
-    the log-sum-exp of its scores, less the logarithm of the number of chains. An item that a chain did not find adds 0.
-
-    Args:
-        rankings: Item to log-probability, for each chain.
-        k: How many items to keep.
-
-    Returns:
-        Item to log-probability, best first; equal scores in the order of first appearance.
-
-    >>> merged = merge_rankings([{"a": -1.0, "b": -2.0}, {"b": -1.0}], k=2)
-    >>> [(item, round(score, 3)) for item, score in merged.items()]
-    [('b', -1.38), ('a', -1.693)]
-    """
-    scores: dict[str, list[float]] = {}
-    for ranking in rankings:
-        for item, score in ranking.items():
-            scores.setdefault(item, []).append(score)
-    merged = {item: float(np.logaddexp.reduce(found) - np.log(len(rankings))) for item, found in scores.items()}
-    return dict(sorted(merged.items(), key=lambda pair: -pair[1])[:k])

@@ -1,133 +1,198 @@
 """Reasoning mode: think freely, then recommend real items.
 
-Each user gets one or more sampled chains. The free answer of each is scored as SRPO scores it. Then the chain is kept
-up to ``<answer>`` and a beam search over the SIDs of real items ranks what could follow (two stages); the rankings of
-several chains are merged by the mean of the items' probabilities.
+Each user gets one or more sampled chains, and the answer of each is scored as SRPO scores it. Then items are ranked:
+
+* ``beam``, two stages: each chain is kept up to ``<answer>``, and a beam search over the SIDs of real items ranks what
+  could follow.
+* ``answers``: the sampled answers themselves, by the log-probability of the answer given its chain; while they are
+  sampled, answers are constrained to real items.
+* ``reference``: the sampled answers by the log-probability of the whole response, as the authors rank.
+
+The rankings of several chains are merged by the mean of the items' probabilities.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.progress import track
 
+from gream_verl.decoding.answer_automaton import AnswerAutomaton
+from gream_verl.decoding.beam_search import Score
 from gream_verl.decoding.prefix_tree import PrefixTree
-from gream_verl.evaluation.metrics import pass_at_k, rank_of, ranking_metrics
-from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, read_prompts
-from gream_verl.evaluation.ranking import ItemRanker, check_prompts, merge_rankings
-from gream_verl.evaluation.results import Evaluation, ProgressFile
-from gream_verl.evaluation.sampling import Engine, HuggingFaceSampler, Sampler, SamplingSettings, VllmSampler
+from gream_verl.evaluation.merging import Merge, Ranking, answer_score, answered_sid, merge_rankings, response_score
+from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
+from gream_verl.evaluation.progress import ProgressFile
+from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, load_tokenizer
+from gream_verl.evaluation.ranking import ItemRanker, check_prompts, shared_prefix
+from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.sampling import (
+    Engine,
+    HuggingFaceSampler,
+    Response,
+    Sampler,
+    SamplingSettings,
+    VllmSampler,
+)
+from gream_verl.evaluation.shards import in_shards
+from gream_verl.files import InputError
 from gream_verl.rsvr import score_response
 from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
 from gream_verl.vocabulary import sid_token_ids
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 ANSWER = "<answer>"
 ROOM_FOR_ANSWER = 32
 """Tokens that the tags may need which ``up_to_answer`` adds to a chain."""
+SCORES: dict[Ranking, str] = {
+    "beam": "probability of the SID after the chain, over the whole vocabulary",
+    "answers": "probability of the SID that was sampled after the chain, over the whole vocabulary",
+    "reference": "probability of the whole response, over the whole vocabulary",
+}
+MERGED: dict[Merge, str] = {"mean": "mean over chains", "max": "best chain"}
+Piece = Sequence[tuple[Prompt, Sequence[int]]]
+"""Users with the token ids of their prompts."""
 
 
 def evaluate_reasoning(
     model_folder: str | os.PathLike[str],
-    prompts_parquet: str | os.PathLike[str],
+    prompts: Sequence[Prompt],
     index_file: str | os.PathLike[str],
     *,
+    protocol: Mapping[str, Any] | None = None,
     engine: Engine = "vllm",
+    ranking: Ranking = "beam",
+    merge: Merge = "mean",
+    constrained: bool | None = None,
     chains: int = 1,
     temperature: float = 0.6,
     top_p: float = 0.8,
     max_tokens: int = 256,
     beams: int = 30,
     batch_size: int = 64,
+    score: Score = "vocabulary",
     drop_history: bool = True,
-    limit: int | None = None,
     seed: int = 0,
+    shards: int = 1,
     progress_file: str | os.PathLike[str] | None = None,
+    endpoint: str | None = None,
+    served_model: str | None = None,
+    concurrency: int = 64,
+    timeout: float = 600.0,
 ) -> Evaluation:
-    """Sample chains of thought for every user, score their free answers, and rank real items given each chain.
+    """Sample chains of thought for every user, score their answers, and rank real items.
 
     Args:
-        model_folder: A Hugging Face model.
-        prompts_parquet: ``<D>-test.parquet`` or ``<D>-val.parquet``; rows of type ``reasoning`` are used.
+        model_folder: A Hugging Face model. With ``engine="server"`` and no beam search it needs no weights.
+        prompts: The users to recommend for.
         index_file: ``<D>.index.json``.
-        engine: Who samples: ``vllm``, or ``hf``, a plain loop.
+        protocol: What the prompts are; kept in the settings.
+        engine: Who samples: ``vllm``, its offline engine; ``hf``, a plain loop; ``server``, what is at ``endpoint``.
+        ranking: ``beam``, ``answers`` or ``reference``; see above.
+        merge: What the score of an item over chains is: ``mean``, its mean probability, to which a chain that did not
+            find it adds nothing, or ``max``, its probability given the best chain. ``reference`` takes the maximum.
+        constrained: Whether answers may only be real items while they are sampled; None: with ``answers`` only. A
+            server must have been started for it, see ``server.py``.
         chains: Samples a user.
         temperature: Sampling temperature.
         top_p: Share of probability that sampling keeps.
         max_tokens: Longest response in tokens.
-        beams: Beams of the second stage, and the length of the recommended list; 0 leaves the second stage out.
-        batch_size: Sequences computed at once.
-        drop_history: Never recommend an item of the user's history. The free answer is not touched by it.
-        limit: Evaluate a random sample of so many users; None takes all.
-        seed: Seed of the sample and of the chains.
-        progress_file: Finished users are added here, and a later call with the same settings goes on from it.
+        beams: Beams of the second stage; also the longest recommended list. 0 leaves the ranking out.
+        batch_size: Sequences computed at once. A piece of work, what a kill loses at most, is as many chains.
+        score: What a beam's probability is a share of; see ``ItemRanker``.
+        drop_history: Never recommend an item of the user's history. The sampled answer is not touched by it.
+        seed: Seed of the chains.
+        shards: Workers of Ray's, see ``shards.py``; the pieces of work, and so the result, do not depend on it.
+        progress_file: Finished users are added here with their chains, and a later call with the same settings goes on
+            from it; see ``ProgressFile``.
+        endpoint: Base URL of the server, such as ``http://127.0.0.1:8000/v1``.
+        served_model: Name of the model at the server; None takes the only one.
+        concurrency: Requests under way at once at the server, for each shard.
+        timeout: Seconds until a request to the server is given up.
 
     Returns:
-        Metrics of the free answers, means over chains and users: ``rsvr``, ``match``, ``format``, ``acc``,
-        ``valid_item`` (as in ``gream_verl.rsvr.Reward``), ``reached_answer``, ``tokens``, and ``pass@k`` for k = 1 and
-        all chains; of the ranking: Recall, NDCG, Precision and MRR. Rows: ``user``, ``target``, ``rsvr``, ``chains``,
-        ``recommended``, ``scores``.
+        Metrics of the sampled answers, means over chains and users: ``rsvr``, ``match``, ``format``, ``acc``,
+        ``valid_item`` (as in ``gream_verl.rsvr.Reward``), ``reached_answer``, ``tokens`` (without the end of the
+        sequence), and ``pass@k`` for k = 1, 5, 10 up to the chains, and all chains; of the ranking: Recall, NDCG,
+        Precision and MRR. Rows: ``user``, ``target``, ``history_length``, ``rsvr``, ``chains``, ``recommended``,
+        ``scores``. Each of the chains has its text, its reward, the ``item`` it answers (None when it answers none),
+        and the log-probability of the item's SID (``answer_score``) and of the whole (``response_score``).
 
     Raises:
-        InputError: When a file or a setting cannot be used.
+        InputError: When a file, a setting or a server cannot be used.
     """
     begin = time.perf_counter()
-    sampling = SamplingSettings(chains, temperature, top_p, max_tokens)
-    prompts, total = read_prompts(prompts_parquet, "reasoning", limit=limit, seed=seed)
+    if (engine == "server") != (endpoint is not None):
+        raise InputError("the engine server needs --endpoint URL, and no other engine takes one")
     index = ItemIndex.load(index_file)
     check_prompts(prompts, index)
-    settings: dict[str, Any] = {
+    [(user, count)] = Counter(prompt.user for prompt in prompts).most_common(1)
+    if count > 1:
+        raise InputError(
+            f"user {user!r} has {count} prompts; finished users are told apart by name, give each one prompt"
+        )
+    config, tokenizer = load_tokenizer(model_folder)
+    sequences = encode(prompts, tokenizer)
+    job = _Job(
+        model_folder=os.fspath(model_folder),
+        index_file=os.fspath(index_file),
+        engine=engine,
+        ranking=ranking,
+        merge="max" if ranking == "reference" else merge,
+        constrained=ranking == "answers" if constrained is None else constrained,
+        sampling=SamplingSettings(chains, temperature, top_p, max_tokens),
+        beams=beams,
+        score=score,
+        drop_history=drop_history,
+        seed=seed,
+        batch_size=batch_size,
+        longest_prompt=max(map(len, sequences)),
+        prefix=shared_prefix(sequences),
+        endpoint=endpoint,
+        served_model=served_model,
+        concurrency=concurrency,
+        timeout=timeout,
+    )
+    answer_room = ROOM_FOR_ANSWER + max(map(len, index.sids.values())) if job.two_stages else 0
+    check_room(sequences, config, max_tokens + answer_room)
+
+    # The pieces are cut from all users, not from those that are left: a resumed run computes the same batches.
+    size = max(1, batch_size // chains)
+    users = list(zip(prompts, sequences, strict=True))
+    pieces = [users[start : start + size] for start in range(0, len(users), size)]
+    identity = {**job.identity(), "sha256": _digests(model_folder, index_file), "prompts": _digest_prompts(prompts)}
+    with ProgressFile(progress_file, identity) as done:
+        missing = [piece for piece in pieces if any(prompt.user not in done.rows for prompt, _ in piece)]
+        if missing:
+            results = in_shards(partial(_Recommender, job), missing, shards)
+            for _, rows in track(results, description="Reasoning mode", total=len(missing)):
+                done.add(rows)
+        rows = [done.rows[prompt.user] for prompt in prompts]
+
+    protocol = dict(protocol or {})
+    settings = {
         "mode": "reasoning",
         "model": os.fspath(model_folder),
-        "prompts": os.fspath(prompts_parquet),
+        "prompts": protocol.get("prompts"),
         "index": os.fspath(index_file),
-        "engine": engine,
-        "chains": chains,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_tokens": max_tokens,
-        "beams": beams,
-        "drop_history": drop_history,
+        **job.identity(),
+        "score": f"{MERGED[job.merge]}: {SCORES[ranking]}" + (", of items only" if score == "items" else ""),
+        "batch_size": batch_size,
         "users": len(prompts),
-        "users_in_file": total,
-        "seed": seed,
-    }
-    inputs = [Path(prompts_parquet), Path(index_file), *sorted(Path(model_folder).glob("*.safetensors"))]
-    done = ProgressFile(progress_file, {**settings, "sha256": {path.name: _digest(path) for path in inputs}})
-    missing = [prompt for prompt in prompts if prompt.user not in done.rows]
-    if missing:
-        model, tokenizer = load_model(model_folder)
-        tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, os.fspath(model_folder))).to(model.device)
-        ranker = ItemRanker(model, tree, list(index.sids), beams, batch_size) if beams else None
-        sequences = encode(missing, tokenizer)
-        check_room(sequences, model, max_tokens + ROOM_FOR_ANSWER + tree.depth)
-        reader, eos = TokenText(tokenizer), tokenizer.eos_token_id
-        sampler: Sampler = (
-            HuggingFaceSampler(model, sampling, eos, batch_size)
-            if engine == "hf"
-            else VllmSampler(model_folder, sampling, eos, batch_size, max(map(len, sequences)), seed)
-        )
-        chunk = max(1, batch_size // chains)
-        for start in track(range(0, len(missing), chunk), description="Reasoning mode"):
-            part = slice(start, start + chunk)
-            done.add(
-                _recommend(
-                    missing[part], sequences[part], tokenizer, reader, sampler, ranker, index, drop_history, seed
-                )
-            )
-    rows = [done.rows[prompt.user] for prompt in prompts]
-    settings |= {
-        "score": "mean over chains of the probability of the SID given the chain, over the whole vocabulary",
+        "users_in_file": protocol.get("users_in_file", len(prompts)),
+        "endpoint": endpoint,
+        "protocol": protocol,
         "seconds": round(time.perf_counter() - begin, 2),
     }
     return Evaluation(_metrics(rows, chains, ranked=beams > 0), settings, rows)
@@ -152,65 +217,176 @@ def up_to_answer(response: str) -> tuple[str, bool]:
     return response + "</think>" * is_open + ANSWER, False
 
 
-def _recommend(
-    prompts: Sequence[Prompt],
-    sequences: Sequence[Sequence[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    reader: TokenText,
-    sampler: Sampler,
-    ranker: ItemRanker | None,
-    index: ItemIndex,
-    drop_history: bool,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Return the rows of some users."""
-    seeds = [zlib.crc32(f"{seed}:{prompt.user}".encode()) for prompt in prompts]
-    rows: list[dict[str, Any]] = []
-    second_stage: list[list[int]] = []
-    for prompt, sequence, responses in zip(prompts, sequences, sampler.sample(sequences, seeds), strict=True):
-        chains = []
-        for ids in responses:
-            text = tokenizer.decode(ids, skip_special_tokens=False)
-            kept, reached = up_to_answer(text)
-            second_stage.append([*sequence, *tokenizer(kept, add_special_tokens=False)["input_ids"]])
-            reward = score_response(reader.read(ids), index.readable[prompt.target], index=index)
-            chains.append(
-                {
-                    "text": text,
-                    "rsvr": reward.score,
-                    "match": reward.match,
-                    "format": reward.format,
-                    "acc": reward.acc,
-                    "valid_item": reward.valid_item,
-                    "reached_answer": float(reached),
-                    "tokens": len(ids),
-                }
-            )
-        rsvr = sum(chain["rsvr"] for chain in chains) / len(chains)
-        rows.append({"user": prompt.user, "target": prompt.target, "rsvr": rsvr, "chains": chains})
+@dataclass(frozen=True)
+class _Job:
+    """What a worker must know; the arguments of ``evaluate_reasoning``."""
 
-    if ranker is not None:
-        count = len(rows[0]["chains"])
-        dropped = [prompt.history if drop_history else () for prompt in prompts for _ in range(count)]
-        ranked = dict(ranker.rank(second_stage, dropped))
-        for place, row in enumerate(rows):
-            merged = merge_rankings([ranked[place * count + chain] for chain in range(count)], ranker.beams)
-            row["recommended"] = list(merged)
-            row["scores"] = [round(score, 5) for score in merged.values()]
-    return rows
+    model_folder: str
+    index_file: str
+    engine: Engine
+    ranking: Ranking
+    merge: Merge
+    constrained: bool
+    sampling: SamplingSettings
+    beams: int
+    score: Score
+    drop_history: bool
+    seed: int
+    batch_size: int
+    longest_prompt: int
+    prefix: tuple[int, ...]
+    endpoint: str | None
+    served_model: str | None
+    concurrency: int
+    timeout: float
+
+    @property
+    def two_stages(self) -> bool:
+        return self.ranking == "beam" and self.beams > 0
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide a row, beside files and prompts: not how fast it is computed, or where."""
+        chosen = ("engine", "ranking", "merge", "constrained", "beams", "score", "drop_history", "seed", "served_model")
+        return {name: getattr(self, name) for name in chosen} | asdict(self.sampling)
+
+
+class _Recommender:
+    """Recommends for the users of a piece; the worker of a shard."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.index = index = ItemIndex.load(job.index_file)
+        model = None
+        if job.engine == "hf" or job.two_stages:
+            model, self.tokenizer = load_model(job.model_folder)
+        else:
+            _, self.tokenizer = load_tokenizer(job.model_folder)
+        self.reader = TokenText(self.tokenizer)
+        self.ranker: ItemRanker | None = None
+        if model is not None and job.two_stages:
+            tree = PrefixTree.from_index(index, sid_token_ids(self.tokenizer, index, job.model_folder))
+            self.ranker = ItemRanker(
+                model, tree.to(model.device), list(index.sids), job.beams, job.batch_size,
+                score=job.score, prefix=job.prefix,
+            )  # fmt: skip
+        eos = self.tokenizer.eos_token_id
+        self.sampler: Sampler
+        if job.engine == "server":
+            from gream_verl.evaluation.server import Connection, ServerSampler
+
+            assert job.endpoint is not None
+            connection = Connection(job.endpoint, job.served_model, job.concurrency, job.timeout)
+            self.sampler = ServerSampler(connection, job.sampling, self.tokenizer, index if job.constrained else None)
+        elif job.engine == "hf":
+            assert model is not None
+            automaton = AnswerAutomaton.build(index, self.tokenizer, job.model_folder) if job.constrained else None
+            self.sampler = HuggingFaceSampler(model, job.sampling, eos, job.batch_size, automaton)
+        else:
+            self.sampler = VllmSampler(
+                job.model_folder, job.sampling, eos, job.batch_size, job.longest_prompt,
+                memory=0.9 if model is None else 0.6,  # the model of the beam search lives beside the engine
+                index_file=job.index_file if job.constrained else None,
+            )  # fmt: skip
+
+    def __call__(self, piece: Piece) -> list[dict[str, Any]]:
+        """Return the rows of some users."""
+        seeds = [zlib.crc32(f"{self.job.seed}:{prompt.user}".encode()) for prompt, _ in piece]
+        responses = self.sampler.sample([sequence for _, sequence in piece], seeds)
+        rows = [self._row(prompt, sampled) for (prompt, _), sampled in zip(piece, responses, strict=True)]
+        if self.job.beams:
+            rankings = self._search(piece, rows) if self.ranker else self._answers(responses)
+            for (prompt, _), row, found in zip(piece, rows, rankings, strict=True):
+                dropped = set(prompt.history if self.job.drop_history else ())
+                kept = [{item: value for item, value in one.items() if item not in dropped} for one in found]
+                merged = merge_rankings(kept, self.job.beams, self.job.merge)
+                row["recommended"] = list(merged)
+                row["scores"] = [round(value, 5) for value in merged.values()]
+        return rows
+
+    def _row(self, prompt: Prompt, responses: Sequence[Response]) -> dict[str, Any]:
+        """Return what is known of a user before the ranking."""
+        chains = [self._chain(prompt, response) for response in responses]
+        return {
+            "user": prompt.user,
+            "target": prompt.target,
+            "history_length": len(prompt.history),
+            "rsvr": sum(chain["rsvr"] for chain in chains) / len(chains),
+            "chains": chains,
+        }
+
+    def _chain(self, prompt: Prompt, response: Response) -> dict[str, Any]:
+        ids = [token for token in response.tokens if token != self.tokenizer.eos_token_id]
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        reward = score_response(self.reader.read(ids), self.index.readable[prompt.target], index=self.index)
+        sid = answered_sid(response, self.reader, self.index, "answers")
+        return {
+            "text": text,
+            "rsvr": reward.score,
+            "match": reward.match,
+            "format": reward.format,
+            "acc": reward.acc,
+            "valid_item": reward.valid_item,
+            "reached_answer": float(up_to_answer(text)[1]),
+            "tokens": len(ids),
+            "item": self.index.items[sid] if sid else None,
+            "answer_score": round(answer_score(response, self.reader, sid), 5) if sid and response.logprobs else None,
+            "response_score": round(response_score(response), 5) if response.logprobs else None,
+        }
+
+    def _answers(self, responses: Sequence[Sequence[Response]]) -> list[list[dict[str, float]]]:
+        """Return what each chain of each user answered, with its score."""
+        if any(response.tokens and not response.logprobs for sampled in responses for response in sampled):
+            raise InputError(
+                f"{self.job.endpoint}: the server gives no log-probabilities, by which answers are ranked; use "
+                "--ranking beam, or a server that gives them (completions with logprobs=1)"
+            )
+        return [[self._ranked_answer(response) for response in sampled] for sampled in responses]
+
+    def _ranked_answer(self, response: Response) -> dict[str, float]:
+        """Return the item that a response answers, if any, with its score."""
+        sid = answered_sid(response, self.reader, self.index, self.job.ranking)
+        if sid is None:
+            return {}
+        if self.job.ranking == "reference":
+            return {self.index.items[sid]: response_score(response)}
+        return {self.index.items[sid]: answer_score(response, self.reader, sid)}
+
+    def _search(self, piece: Piece, rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, float]]]:
+        """Return what a beam search finds behind each chain of each user."""
+        assert self.ranker is not None
+        begun = [
+            [*sequence, *self.tokenizer(up_to_answer(chain["text"])[0], add_special_tokens=False)["input_ids"]]
+            for (_, sequence), row in zip(piece, rows, strict=True)
+            for chain in row["chains"]
+        ]
+        chains = self.job.sampling.chains
+        dropped = [prompt.history if self.job.drop_history else () for prompt, _ in piece for _ in range(chains)]
+        ranked = dict(self.ranker.rank(begun, dropped))
+        return [[ranked[place + chain] for chain in range(chains)] for place in range(0, len(begun), chains)]
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], chains: int, *, ranked: bool) -> dict[str, float]:
     names = ("rsvr", "match", "format", "acc", "valid_item", "reached_answer", "tokens")
     metrics = {name: float(np.mean([[chain[name] for chain in row["chains"]] for row in rows])) for name in names}
     correct = [sum(chain["acc"] for chain in row["chains"]) for row in rows]
-    for k in sorted({1, chains}):
+    for k in sorted({*(k for k in CUTOFFS if k <= chains), chains}):
         metrics[f"pass@{k}"] = float(pass_at_k([chains] * len(rows), correct, k).mean())
     if ranked:
         metrics |= ranking_metrics([rank_of(row["target"], row["recommended"]) for row in rows])
     return metrics
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(model_folder: str | os.PathLike[str], index_file: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the SHA-256 of every file that decides what the model says."""
+    folder = Path(model_folder)
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
+    files += [path for name in ("config.json", "tokenizer.json") if (path := folder / name).is_file()]
+    digests = {}
+    for path in (*files, Path(index_file)):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _digest_prompts(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()

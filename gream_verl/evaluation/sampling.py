@@ -1,7 +1,10 @@
-"""Free sampling of chains of thought, by vLLM or by a plain loop over a Hugging Face model.
+"""Sampling of chains of thought, by vLLM or by a plain loop over a Hugging Face model (a server: ``server.py``).
 
 Every setting is handed over explicitly, so that no ``generation_config.json`` decides a result, and every prompt has a
 seed of its own, so that a chain does not depend on which prompts share its batch.
+
+Log-probabilities are the model's own: at temperature 1, over the whole vocabulary, before top-p and before the
+constraint on answers, however the tokens were drawn.
 """
 
 from __future__ import annotations
@@ -10,20 +13,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from gream_verl.cpu.environment import set_defaults
+from gream_verl.decoding.answer_automaton import FREE, AnswerAutomaton
 from gream_verl.evaluation.prompts import batches
 from gream_verl.files import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Engine = Literal["vllm", "hf"]
+Engine = Literal["vllm", "hf", "server"]
 
 MOST_TOKENS_AT_ONCE = 8192
 """Prompt tokens that vLLM computes in one step."""
@@ -53,43 +58,77 @@ class SamplingSettings:
             )
 
 
+@dataclass(frozen=True)
+class Response:
+    """One sampled response.
+
+    Attributes:
+        tokens: Its token ids, with the end-of-sequence token when it came to its end.
+        logprobs: The log-probability of each token given those before it; empty when a server does not say.
+    """
+
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+
+
 class Sampler(Protocol):
     """Samples responses to prompts."""
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
-        """Return the token ids of every response, without the end-of-sequence token, for every prompt.
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
+        """Return the responses to every prompt.
 
         Args:
             sequences: Token ids of each prompt.
-            seeds: Seed of each prompt.
+            seeds: Seed of each prompt's first chain; the next chain has the next seed.
+
+        Raises:
+            InputError: When a server cannot be used.
         """
         ...
 
 
 class HuggingFaceSampler:
-    """Samples with a Hugging Face model: slower on many prompts, but nothing to start and little memory."""
+    """Samples with a Hugging Face model: slower on many prompts, but nothing to start and little memory.
 
-    def __init__(self, model: PreTrainedModel, settings: SamplingSettings, eos: int, batch_size: int) -> None:
+    Args:
+        model: The model, in evaluation mode.
+        settings: How to sample.
+        eos: The end-of-sequence token.
+        batch_size: Responses computed at once.
+        automaton: Lets answers be real items only; None leaves them free.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        settings: SamplingSettings,
+        eos: int,
+        batch_size: int,
+        automaton: AnswerAutomaton | None = None,
+    ) -> None:
         self.model = model
         self.settings = settings
         self.eos = eos
         self.batch_size = batch_size
+        self.automaton = automaton
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         """See ``Sampler``."""
         chains = self.settings.chains
-        responses: list[list[int]] = [[] for _ in range(len(sequences) * chains)]
+        responses: dict[int, Response] = {}
         repeated = [sequence for sequence in sequences for _ in range(chains)]
         draws = [_uniforms(seed + chain, self.settings.max_tokens) for seed in seeds for chain in range(chains)]
         for places, ids, mask in batches(repeated, self.batch_size):
             sampled = self._sample_batch(ids, mask, torch.stack([draws[place] for place in places]))
-            for place, response in zip(places, sampled.tolist(), strict=True):
-                responses[place] = response[: response.index(self.eos)] if self.eos in response else response
-        return [responses[start : start + chains] for start in range(0, len(responses), chains)]
+            for place, tokens, logprobs in zip(places, *(tensor.tolist() for tensor in sampled), strict=True):
+                length = tokens.index(self.eos) + 1 if self.eos in tokens else len(tokens)
+                responses[place] = Response(tokens[:length], logprobs[:length])
+        ordered = [responses[place] for place in range(len(repeated))]
+        return [ordered[start : start + chains] for start in range(0, len(ordered), chains)]
 
     @torch.inference_mode()
-    def _sample_batch(self, ids: Tensor, mask: Tensor, uniforms: Tensor) -> Tensor:
-        """Return int64 [prompts, max_tokens], end-of-sequence tokens where a response has ended.
+    def _sample_batch(self, ids: Tensor, mask: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens and log-probabilities, [prompts, max_tokens]; end-of-sequence tokens behind a response's end.
 
         Args:
             ids: int64 [prompts, length], padded on the left.
@@ -99,7 +138,9 @@ class HuggingFaceSampler:
         device = self.model.device
         ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
         responses = torch.full(uniforms.shape, self.eos, device=device)
+        logprobs = torch.zeros_like(uniforms)
         alive = torch.arange(len(ids), device=device)
+        states = np.full(len(ids), FREE)
         cache = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         for step in range(self.settings.max_tokens):
@@ -111,18 +152,25 @@ class HuggingFaceSampler:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+            own = logits.float().log_softmax(dim=-1)
+            if self.automaton is not None:
+                logits = self.automaton.constrain(logits, states)
             tokens = choose(logits, uniforms[alive, step], self.settings.temperature, self.settings.top_p)
             responses[alive, step] = tokens
+            logprobs[alive, step] = own.gather(1, tokens[:, None])[:, 0]
             going = tokens != self.eos
             if not going.any():
                 break
+            if self.automaton is not None:
+                states = self.automaton.advance(states, tokens.cpu().numpy(), np.zeros(len(states), dtype=bool))
             ids, mask = tokens[:, None], torch.cat([mask, torch.ones_like(tokens)[:, None]], dim=1)
             positions = mask.sum(dim=1, keepdim=True) - 1
             if not going.all():
                 kept = going.nonzero()[:, 0]
                 alive, ids, mask, positions = alive[kept], ids[kept], mask[kept], positions[kept]
+                states = states[kept.cpu().numpy()]
                 cache.batch_select_indices(kept)
-        return responses
+        return responses, logprobs
 
 
 def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -146,7 +194,17 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
 
 
 class VllmSampler:
-    """Samples with vLLM's offline engine inside this process."""
+    """Samples with vLLM's offline engine inside this process.
+
+    Args:
+        folder: A Hugging Face model.
+        settings: How to sample.
+        eos: The end-of-sequence token.
+        batch_size: Responses computed at once.
+        longest_prompt: Tokens of the longest prompt.
+        memory: Share of an accelerator's memory that the engine may take.
+        index_file: Answers are real items of this index only; None leaves them free.
+    """
 
     def __init__(
         self,
@@ -155,7 +213,8 @@ class VllmSampler:
         eos: int,
         batch_size: int,
         longest_prompt: int,
-        seed: int,
+        memory: float,
+        index_file: str | os.PathLike[str] | None = None,
     ) -> None:
         cpu = not torch.cuda.is_available()
         if cpu:
@@ -164,19 +223,27 @@ class VllmSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM, SamplingParams
 
+        constraint: dict[str, Any] = {}
+        if index_file is not None:
+            constraint = {
+                "logits_processors": ["gream_verl.decoding.vllm_processor:ConstrainedAnswer"],
+                "additional_config": {"gream": {"index_file": os.fspath(index_file), "mode": "reasoning"}},
+            }
         self.engine = LLM(
             model=os.fspath(folder),
             dtype="float32" if cpu else "auto",
             generation_config="vllm",  # vLLM's neutral defaults, not the model's generation_config.json
+            logprobs_mode="raw_logprobs",  # before temperature, penalties and logits processors
             max_model_len=longest_prompt + settings.max_tokens,
             # Where a prompt is cut in two, vLLM 0.27 rewinds its generator, and one on a CPU cannot be rewound.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(MOST_TOKENS_AT_ONCE, longest_prompt + settings.max_tokens),
             max_num_seqs=batch_size,
-            gpu_memory_utilization=0.6,  # the model of the beam search lives beside the engine
+            gpu_memory_utilization=memory,
             enforce_eager=cpu,
             disable_log_stats=True,
-            seed=seed,
+            seed=0,  # of nothing: every request has its own
+            **constraint,
         )
         self.parameters = partial(
             SamplingParams,
@@ -188,23 +255,29 @@ class VllmSampler:
             presence_penalty=0.0,
             frequency_penalty=0.0,
             repetition_penalty=1.0,
+            min_tokens=0,
             max_tokens=settings.max_tokens,
+            # Else vLLM adds the end-of-sequence tokens of generation_config.json, whatever generation_config says
+            # (vllm/sampling_params.py:660).
+            ignore_eos=True,
             stop_token_ids=[eos],
+            logprobs=0,  # of the sampled token only
             detokenize=False,  # we decode the ids ourselves, so that no token is lost
         )
-        self.eos = eos
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         """See ``Sampler``."""
         outputs = self.engine.generate(
             [{"prompt_token_ids": list(sequence)} for sequence in sequences],
             [self.parameters(seed=seed) for seed in seeds],
             use_tqdm=False,
         )
-        return [
-            [[token for token in chain.token_ids if token != self.eos] for chain in output.outputs]
-            for output in outputs
-        ]
+        return [[_response(chain.token_ids, chain.logprobs) for chain in output.outputs] for output in outputs]
+
+
+def _response(tokens: Sequence[int], logprobs: Any) -> Response:
+    """Return a response of vLLM's; ``logprobs`` has a mapping from token to log-probability for every token."""
+    return Response(list(tokens), [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)])
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

@@ -1,27 +1,33 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
-from assets import make_index, make_tiny_model
+from assets import make_index, make_tiny_model, rl_rows, teach_form
 from evaluation_files import write_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gream_verl.evaluation import reasoning
-from gream_verl.evaluation.ranking import merge_rankings
+from gream_verl.evaluation.prompts import encode, load_model, read_prompts
 from gream_verl.evaluation.reasoning import evaluate_reasoning, up_to_answer
-from gream_verl.evaluation.results import Evaluation, ProgressFile
-from gream_verl.evaluation.sampling import SamplingSettings, choose
+from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.sampling import HuggingFaceSampler, Response, SamplingSettings, choose
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 
 USERS = 7
+MANY = 50
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +42,41 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(world: Path, **options: object) -> Evaluation:
     arguments = {"engine": "hf", "max_tokens": 6, "beams": 30, "batch_size": 4} | options
-    return evaluate_reasoning(world / "model", world / "tiny-test.parquet", world / "tiny.index.json", **arguments)
+    prompts, _ = read_prompts(world / "tiny-test.parquet", "reasoning")
+    return evaluate_reasoning(world / "model", prompts, world / "tiny.index.json", **arguments)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers in the right form, of which most items have left the catalogue."""
+    folder = tmp_path_factory.mktemp("taught")
+    known, index = make_index(), make_index(items=12)
+    index.save(folder / "tiny.index.json")
+    make_tiny_model(folder / "model", known)
+    teach_form(folder / "model", known, steps=120)
+    pl.DataFrame(rl_rows(index, MANY)).write_parquet(folder / "many-test.parquet")
+    pl.DataFrame(rl_rows(index, USERS)).write_parquet(folder / "tiny-test.parquet")
+    return folder
+
+
+SAMPLED = {"chains": 8, "max_tokens": 40, "batch_size": 16}
+
+
+def token_scores(model: object, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+    """Return the log-probability of every token of a response, by one plain forward pass."""
+    with torch.inference_mode():
+        log_probs = model(torch.tensor([[*prompt, *response]])).logits[0].float().log_softmax(-1)
+    return [log_probs[len(prompt) - 1 + place, token].item() for place, token in enumerate(response)]
 
 
 class ScriptedSampler:
     """Answers with given texts, so that a random model can be seen to finish."""
 
     def __init__(self, tokenizer: object, texts: Sequence[str]) -> None:
-        self.responses = [tokenizer(text)["input_ids"] for text in texts]
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        self.responses = [Response(tokens, [-1.0] * len(tokens)) for tokens in ids]
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[list[int]]]:
+    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         return [self.responses for _ in sequences]
 
 
@@ -133,14 +164,126 @@ def test_the_batch_size_changes_nothing_and_the_seed_does(world: Path) -> None:
     assert len(set(texts)) > USERS
 
 
-def test_the_generation_config_in_the_folder_changes_nothing(world: Path) -> None:
-    expected = evaluate(world)
-    file = world / "model" / "generation_config.json"
+@pytest.mark.parametrize("constrained", [False, True])
+def test_log_probabilities_are_the_models_own_however_tokens_are_drawn(taught: Path, constrained: bool) -> None:
+    from gream_verl.decoding.answer_automaton import AnswerAutomaton
+
+    model, tokenizer = load_model(taught / "model")
+    automaton = AnswerAutomaton.build(ItemIndex.load(taught / "tiny.index.json"), tokenizer) if constrained else None
+    settings = SamplingSettings(chains=3, temperature=0.5, top_p=0.7, max_tokens=40)
+    prompts = encode(read_prompts(taught / "tiny-test.parquet", "reasoning")[0], tokenizer)[:2]
+    sampler = HuggingFaceSampler(model, settings, tokenizer.eos_token_id, 4, automaton)
+    ended = 0
+    for prompt, responses in zip(prompts, sampler.sample(prompts, [1, 2]), strict=True):
+        for response in responses:
+            assert response.logprobs == pytest.approx(token_scores(model, prompt, response.tokens), abs=1e-4)
+            assert tokenizer.eos_token_id not in response.tokens[:-1]
+            ended += response.tokens[-1] == tokenizer.eos_token_id
+    assert ended
+
+
+def brute_force(
+    taught: Path, row: dict[str, object], sequence: list[int], ranking: str, merge: str
+) -> dict[str, float]:
+    """Rank what the chains of a user answered, from their texts and by plain forward passes."""
+    index = ItemIndex.load(taught / "tiny.index.json")
+    tokenizer = AutoTokenizer.from_pretrained(taught / "model")
+    model = AutoModelForCausalLM.from_pretrained(taught / "model", dtype=torch.float32).eval()
+    found: dict[str, list[float]] = {}
+    for chain in row["chains"]:
+        text = chain["text"]
+        items = [item for item in index.sids if f"<answer>{index.text(item)}</answer>" in text]
+        if not items or (ranking == "answers" and not chain["format"]):
+            continue
+        tokens = tokenizer(text)["input_ids"]
+        ended = [tokenizer.eos_token_id] * (len(tokens) < SAMPLED["max_tokens"])
+        scores = token_scores(model, sequence, [*tokens, *ended])
+        if ranking == "answers":
+            before = len(tokenizer(text[: text.index("<answer>") + len("<answer>")])["input_ids"])
+            scores = scores[before : before + len(index.sids[items[0]])]
+        found.setdefault(items[0], []).append(sum(scores))
+    if merge == "max":
+        return {item: max(scores) for item, scores in found.items()}
+    return {item: float(np.log(sum(np.exp(scores)) / SAMPLED["chains"])) for item, scores in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranking", "merge"), [("answers", "mean"), ("answers", "max"), ("reference", "max"), ("reference", "mean")]
+)
+def test_sampled_answers_are_ranked_as_brute_force_ranks_them(taught: Path, ranking: str, merge: str) -> None:
+    evaluation = evaluate(taught, ranking=ranking, merge=merge, temperature=0.9, top_p=0.95, **SAMPLED)
+    assert evaluation.settings["constrained"] == (ranking == "answers")
+    tokenizer = AutoTokenizer.from_pretrained(taught / "model")
+    prompts, _ = read_prompts(taught / "tiny-test.parquet", "reasoning")
+    lengths = []
+    for prompt, row in zip(prompts, evaluation.rows, strict=True):
+        text = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)
+        merged = "max" if ranking == "reference" else merge
+        scores = brute_force(taught, row, tokenizer(text)["input_ids"], ranking, merged)
+        expected = sorted(set(scores) - set(prompt.history), key=lambda item: -scores[item])
+        assert row["recommended"] == expected
+        assert row["scores"] == pytest.approx([scores[item] for item in expected], abs=1e-3)
+        assert row["history_length"] == len(prompt.history)
+        lengths.append(len(expected))
+    assert max(lengths) > 1
+    if ranking == "answers":
+        hits = [row["target"] in row["recommended"][:5] for row in evaluation.rows]
+        assert evaluation.metrics["recall@5"] == pytest.approx(sum(hits) / USERS)
+
+
+def test_constrained_answers_are_items_and_free_ones_need_not_be(taught: Path) -> None:
+    def shares(**options: object) -> list[float]:
+        rows = evaluate(taught, ranking="answers", **SAMPLED, **options).rows
+        return [chain["valid_item"] for row in rows for chain in row["chains"] if chain["format"]]
+
+    constrained, free = shares(), shares(constrained=False)
+    assert set(constrained) == {1.0}
+    assert len(constrained) > USERS
+    assert 0.0 in free
+
+
+def test_the_batch_size_changes_no_constrained_answer(taught: Path) -> None:
+    options = {"ranking": "answers", "chains": 8, "max_tokens": 40, "temperature": 1.2, "top_p": 1.0}
+    expected, found = (evaluate(taught, **options, batch_size=batch_size).rows for batch_size in (1, 32))
+    for row, other in zip(expected, found, strict=True):
+        assert [chain["text"] for chain in row["chains"]] == [chain["text"] for chain in other["chains"]]
+        assert row["recommended"] == other["recommended"]
+    assert len({chain["tokens"] for row in expected for chain in row["chains"]}) > 5
+
+
+def test_a_chain_has_the_item_it_answers_with_both_scores(taught: Path) -> None:
+    rows = evaluate(taught, ranking="answers", beams=0, **SAMPLED).rows
+    chains = [chain for row in rows for chain in row["chains"]]
+    index = ItemIndex.load(taught / "tiny.index.json")
+    for chain in chains:
+        answered = bool(chain["format"] and chain["valid_item"])
+        assert (chain["item"] is not None) == answered
+        if answered:
+            assert chain["text"].endswith(f"<answer>{index.text(chain['item'])}</answer>")
+            assert chain["response_score"] < chain["answer_score"] < 0
+    assert "recommended" not in rows[0]
+
+
+def test_pass_at_k_for_every_k_up_to_the_chains(world: Path) -> None:
+    def ks(chains: int) -> list[str]:
+        metrics = evaluate(world, chains=chains, beams=0, max_tokens=2).metrics
+        return [name for name in metrics if name.startswith("pass@")]
+
+    assert ks(1) == ["pass@1"]
+    assert ks(7) == ["pass@1", "pass@5", "pass@7"]
+    assert ks(10) == ["pass@1", "pass@5", "pass@10"]
+
+
+def test_the_generation_config_in_the_folder_changes_nothing(taught: Path) -> None:
+    options = {"ranking": "answers", **SAMPLED}
+    expected = evaluate(taught, **options)
+    file = taught / "model" / "generation_config.json"
     before = file.read_text()
     leaking = {"do_sample": True, "temperature": 0.01, "top_k": 1, "repetition_penalty": 9.0, "max_new_tokens": 1}
-    file.write_text(json.dumps(json.loads(before) | leaking))
+    ends = [*range(500)]  # every token of the text vocabulary ends a response
+    file.write_text(json.dumps(json.loads(before) | leaking | {"eos_token_id": ends}))
     try:
-        assert evaluate(world).rows == expected.rows
+        assert evaluate(taught, **options).rows == expected.rows
     finally:
         file.write_text(before)
 
@@ -152,38 +295,72 @@ def test_without_beams_only_the_free_answers_are_scored(world: Path) -> None:
     assert 0 <= evaluation.metrics["rsvr"] <= 1
 
 
-def test_a_killed_run_goes_on_where_it_stopped(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = evaluate(world)
+def test_the_number_of_shards_changes_nothing(world: Path, tmp_path: Path) -> None:
+    progress = tmp_path / "progress.jsonl"
+    options = {"chains": 2, "batch_size": 4}  # pieces of two users, and one of the last
+    expected = evaluate(world, **options)
+    evaluate(world, **options, progress_file=progress)
+    lines = progress.read_text().splitlines(keepends=True)
+    progress.write_text("".join(lines[:4]))  # three users are done: a piece and a half
+    assert evaluate(world, **options, shards=2, progress_file=progress).rows == expected.rows
+    assert sorted(progress.read_text().splitlines()) == sorted("".join(lines).splitlines())
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_reasoning import evaluate_many
+
+evaluate_many(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def evaluate_many(world: Path, progress: Path | None) -> Evaluation:
+    prompts, _ = read_prompts(world / "many-test.parquet", "reasoning")
+    options = {"engine": "hf", "ranking": "answers", "chains": 2, "max_tokens": 40}
+    # pieces of three users; the last has two
+    return evaluate_reasoning(
+        world / "model", prompts, world / "tiny.index.json", **options, batch_size=6, progress_file=progress
+    )
+
+
+def test_a_killed_process_loses_nothing_and_another_goes_on_to_the_same_rows(taught: Path, tmp_path: Path) -> None:
+    progress = tmp_path / "progress.jsonl"
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(taught), str(progress)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not progress.exists() or progress.read_bytes().count(b"\n") <= 0.4 * MANY:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    run.kill()
+    run.wait(30)
+    lines = progress.read_bytes().splitlines(keepends=True)
+    done = [line for line in lines if line.endswith(b"\n")]
+    assert 0.4 * MANY < len(done) <= MANY
+
+    resumed = evaluate_many(taught, progress)
+    assert progress.read_bytes().splitlines(keepends=True)[: len(done)] == done
+    assert progress.read_bytes().count(b"\n") == MANY + 1
+    assert list(resumed.rows) == list(evaluate_many(taught, None).rows)
+
+
+def test_only_what_decides_a_row_decides_whether_a_run_is_gone_on_with(world: Path, tmp_path: Path) -> None:
     progress = tmp_path / "progress.jsonl"
     evaluate(world, progress_file=progress)
-    lines = progress.read_text().splitlines(keepends=True)
-    assert len(lines) == USERS + 1
-    progress.write_text("".join(lines[:5]) + lines[5][:20])  # killed while writing the fifth user
-
-    computed: list[str] = []
-    whole = reasoning._recommend
-
-    def counted(prompts: Sequence[reasoning.Prompt], *arguments: object) -> list[dict[str, object]]:
-        computed.extend(prompt.user for prompt in prompts)
-        return whole(prompts, *arguments)
-
-    monkeypatch.setattr(reasoning, "_recommend", counted)
-    resumed = evaluate(world, progress_file=progress)
-    assert computed == ["4", "5", "6"]
-    assert [row["user"] for row in resumed.rows] == [row["user"] for row in expected.rows]
-    assert [row["recommended"] for row in resumed.rows] == [row["recommended"] for row in expected.rows]
-
-    computed.clear()
-    assert evaluate(world, progress_file=progress).rows == resumed.rows
-    assert computed == []
+    begun = progress.read_bytes()
+    evaluate(world, progress_file=progress, batch_size=2)
+    assert [*tmp_path.iterdir()] == [progress]
+    assert progress.read_bytes() == begun
     evaluate(world, progress_file=progress, temperature=1.0)
-    assert len(computed) == USERS
-
-
-def test_a_progress_file_of_other_settings_is_begun_anew(tmp_path: Path) -> None:
-    ProgressFile(tmp_path / "p.jsonl", {"seed": 0}).add([{"user": "a"}])
-    assert ProgressFile(tmp_path / "p.jsonl", {"seed": 0}).rows == {"a": {"user": "a"}}
-    assert ProgressFile(tmp_path / "p.jsonl", {"seed": 1}).rows == {}
+    [aside] = [path for path in tmp_path.iterdir() if path != progress]
+    assert aside.read_bytes() == begun
+    evaluate(world, progress_file=progress)
+    assert progress.read_bytes() == begun
 
 
 @given(
@@ -216,15 +393,21 @@ def test_a_draw_of_the_largest_number_stays_inside_the_nucleus() -> None:
     assert choose(torch.tensor([[0.0, 5.0, 1.0]]), largest, 1.0, 0.5).item() == 1
 
 
-def test_merged_scores_are_the_mean_probability_over_chains() -> None:
-    merged = merge_rankings([{"a": np.log(0.5), "b": np.log(0.1)}, {"b": np.log(0.7), "c": np.log(0.2)}], 2)
-    assert list(merged) == ["b", "a"]
-    assert np.exp(list(merged.values())) == pytest.approx([0.4, 0.25])
-
-
 @pytest.mark.parametrize(
     "wrong", [{"chains": 0}, {"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}]
 )
 def test_settings_that_cannot_be_sampled_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match="cannot sample"):
         SamplingSettings(**({"chains": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 9} | wrong))
+
+
+def test_an_endpoint_goes_with_the_server_engine_only(world: Path) -> None:
+    for options in ({"engine": "server"}, {"engine": "hf", "endpoint": "http://127.0.0.1:1/v1"}):
+        with pytest.raises(InputError, match="--endpoint"):
+            evaluate(world, **options)
+
+
+def test_two_prompts_of_one_user_are_refused(world: Path) -> None:
+    prompts, _ = read_prompts(world / "tiny-test.parquet", "reasoning")
+    with pytest.raises(InputError, match="user '0' has 2 prompts"):
+        evaluate_reasoning(world / "model", [*prompts, prompts[0]], world / "tiny.index.json", engine="hf")

@@ -1,0 +1,115 @@
+"""A small server of the OpenAI API's completions: a Hugging Face model behind plain HTTP, as text, without vLLM."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from gream_verl.evaluation.prompts import load_model
+from gream_verl.evaluation.sampling import HuggingFaceSampler, SamplingSettings
+from gream_verl.token_text import TokenText
+
+Reply = tuple[int, bytes]
+Change = Callable[[dict[str, Any]], None]
+
+
+class CompletionServer:
+    """Answers on loopback, one request at a time.
+
+    Args:
+        folder: A Hugging Face model.
+        change: What to do to an answer before it is sent.
+
+    Attributes:
+        url: Base URL.
+        requests: The body of every request for a completion, as it came.
+        keys: The header with the API key of each.
+        faults: Replies that go out first, in place of answers.
+        models: What the list of models holds; None: there is no such list.
+    """
+
+    def __init__(self, folder: Path, change: Change | None = None) -> None:
+        self.model, self.tokenizer = load_model(folder)
+        self.pieces = TokenText(self.tokenizer).pieces
+        self.change = change
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.faults: list[Reply] = []
+        self.models: list[str] | None = ["tiny"]
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def running(self) -> Iterator[CompletionServer]:
+        """Serve until the block ends."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if owner.models is None:
+                    return self._reply(404, b"{}")
+                cards = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in owner.models]
+                return self._reply(200, json.dumps({"object": "list", "data": cards}).encode())
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with owner._lock:
+                    owner.requests.append(body)
+                    owner.keys.append(self.headers["Authorization"])
+                    status, reply = owner.faults.pop(0) if owner.faults else (200, owner.complete(body))
+                self._reply(status, reply)
+
+            def _reply(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        return Handler
+
+    def complete(self, body: dict[str, Any]) -> bytes:
+        """Return the body of an answer."""
+        assert body["n"] == 1
+        ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+        settings = SamplingSettings(1, body["temperature"], body["top_p"], body["max_tokens"])
+        eos = self.tokenizer.eos_token_id
+        [[response]] = HuggingFaceSampler(self.model, settings, eos, 1).sample([ids], [body["seed"]])
+        ended = response.tokens[-1] == eos
+        tokens = [self.pieces[token] for token in response.tokens[: len(response.tokens) - ended]]
+        logprobs = {"tokens": tokens, "token_logprobs": list(response.logprobs)[: len(tokens)]}
+        answer = {
+            "id": "x",
+            "object": "text_completion",
+            "choices": [
+                {
+                    "index": 0,
+                    "text": "".join(tokens),
+                    "logprobs": logprobs if body.get("logprobs") else None,
+                    "finish_reason": "stop" if ended else "length",
+                }
+            ],
+            "usage": {"prompt_tokens": len(ids), "completion_tokens": len(response.tokens)},
+        }
+        if self.change:
+            self.change(answer)
+        return json.dumps(answer).encode()
