@@ -4,9 +4,9 @@ All get the same model, prompts and catalogue; the run fails when items or score
 dictionary look-up, as cheap as one can be. Below them is what a user of vLLM's own beam search gets, which knows no
 catalogue: seconds, and how many of its answers are items.
 
-    python -m benchmarks.beam_search                      # a tiny random model: a minute
-    python -m benchmarks.beam_search --model 135m         # the shape of a 135 M model: ten minutes
-    python -m benchmarks.beam_search --checkpoint runs/quickstart/sft --data runs/quickstart/data --dataset ml-100k
+    python benchmarks/beam_search.py                     # a tiny random model: a minute
+    python benchmarks/beam_search.py --model 135m         # the shape of a 135 M model: ten minutes
+    python benchmarks/beam_search.py --checkpoint runs/quickstart/sft --data runs/quickstart/data --dataset ml-100k
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ class ServerSampler:
                 f"{self.connection.endpoint}: the server does not constrain answers to the items of {index.source}; "
                 "start vLLM with --logits-processors gream_verl.decoding.vllm_processor:ConstrainedAnswer "
                 f"""--additional-config '{{"gream": {{"index_file": "{index.source}", "mode": "off"}}}}', """
-                "or leave answers free with --no-constrained"
+                "or leave answers free with --free"
             )
 
     def _input_error(self, error: Exception) -> InputError:

@@ -26,7 +26,8 @@ def run(monkeypatch, capsys, *arguments):
      ["data", "tasks"], ["data", "mix"], ["data", "rl"], ["data", "stats"], ["index", "build"],
      ["index", "embed"], ["index", "report"], ["index", "add"], ["index", "remove"], ["index", "check"],
      ["index", "import"],
-     ["model", "tiny"], ["model", "extend"], ["evaluate"], ["report"], ["inspect"], ["learning"]],
+     ["model", "tiny"], ["model", "extend"], ["evaluate"], ["baseline"], ["compare"],
+     ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):
     status, out, _ = run(monkeypatch, capsys, *command, "--help")

@@ -159,7 +159,7 @@ def test_nobody_there_is_a_sentence(world: Path) -> None:
 
 
 def test_a_server_that_cannot_constrain_is_refused_and_not_believed(world: Path) -> None:
-    with CompletionServer(world / "model").running() as server, pytest.raises(InputError, match="--no-constrained"):
+    with CompletionServer(world / "model").running() as server, pytest.raises(InputError, match="--free"):
         served(world, server, constrained=None)
 
 
