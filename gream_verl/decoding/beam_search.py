@@ -115,6 +115,9 @@ def beam_search(
     Returns:
         ``items`` int64 [users, beams], rows of the index from best to worst, -1 where fewer were found, and ``scores``
         float32 [users, beams], -inf there.
+
+    Raises:
+        InputError: When the model gives no numbers.
     """
     users, device = len(input_ids), input_ids.device
     prefix = prefix or Prefix(model)
@@ -130,6 +133,10 @@ def beam_search(
         past_key_values=cache,
         logits_to_keep=1,
     )
+    if not (logits < float("inf")).all():
+        raise InputError(
+            f"{model.name_or_path}: what the model says is not a number; train it anew, or use another dtype"
+        )
     root = torch.full((users, 1), ROOT, device=device)
     running = _Beams(nodes=root, scores=torch.zeros(root.shape, device=device), tokens=root, parents=root)
     found = _Items(
@@ -190,7 +197,7 @@ class _Head:
         """
         chosen = logits.gather(2, self.columns[edges]).float().masked_fill(~there, NOTHING)
         if self.score == "items":
-            return chosen.log_softmax(dim=2)
+            return chosen.log_softmax(dim=2).masked_fill(chosen == NOTHING, NOTHING)
         rows = logits.flatten(0, 1).split(ROWS_AT_ONCE)
         whole = torch.cat([part.float().logsumexp(dim=1) for part in rows])
         return chosen - whole.view(*logits.shape[:2], 1)
@@ -217,10 +224,8 @@ def _advance(
         closed: The (user, node) pairs that must not be entered, or None.
     """
     beams = found.rows.shape[1]
-    edges, there = tree.children(running.nodes, depth)
+    edges, there = tree.children(running.nodes)
     scores = running.scores[:, :, None] + head.log_probabilities(logits, edges, there)
-    # A dead beam has no probability to hand on (and "items" would divide by none).
-    scores = scores.masked_fill(~there | ~running.scores.isfinite()[:, :, None], NOTHING)
     if closed is not None:
         _close(tree, depth, running.nodes, scores, closed)
 
@@ -238,7 +243,9 @@ def _advance(
     scores = scores.masked_fill(scores <= found.scores[:, -1:], NOTHING)
     best, position = scores.topk(min(beams, scores.shape[1]), dim=1)
     chosen = edges.gather(1, position)
-    return _Beams(chosen + 1, best, tree.tokens[chosen], position // width), found
+    childless = len(tree.rows) - 1  # where dead beams stand: the last node of the tree is an item
+    nodes = (chosen + 1).masked_fill(best == NOTHING, childless)
+    return _Beams(nodes, best, tree.tokens[chosen], position // width), found
 
 
 def _close(tree: PrefixTree, depth: int, nodes: Tensor, scores: Tensor, closed: tuple[Tensor, Tensor]) -> None:
@@ -268,7 +275,8 @@ def check_output_layer(model: PreTrainedModel, tree: PrefixTree) -> None:
     with torch.inference_mode():
         ours, whole = (_Head(model, tree, score)(input_ids=token) for score in ("items", "vocabulary"))
     sid_tokens = tree.tokens.unique()
-    if not torch.allclose(ours.float(), whole[..., sid_tokens].float(), rtol=1e-2, atol=1e-2):
+    tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
+    if not torch.allclose(ours.float(), whole[..., sid_tokens].float(), rtol=tolerance, atol=tolerance):
         raise InputError(
             f"{model.name_or_path}: its logits are not those of its output layer alone, which the score 'items' takes; "
             "use the score 'vocabulary'"

@@ -26,14 +26,12 @@ class Level:
     Attributes:
         first: Number of the first one.
         end: Number of the last one, plus 1.
-        width: Most children that one of them has.
         items: Whether an item ends in one of them.
         branches: Whether one of them has children.
     """
 
     first: int
     end: int
-    width: int
     items: bool
     branches: bool
 
@@ -164,7 +162,9 @@ class PrefixTree:
             raise InputError(f"{path}: not a saved prefix tree ({error}); {remedy}") from error
         nodes, items = len(tree.rows), len(tree.leaves)
         lengths = [len(getattr(tree, field.name)) for field in fields(cls)[1:]]
-        if lengths != [nodes + 1, nodes - 1, nodes, nodes, items, nodes] or tree.firsts[-1] != nodes:
+        fits = lengths == [nodes + 1, nodes - 1, nodes, nodes, items, nodes] and tree.firsts[-1] == nodes
+        # Edge e ends in node e + 1, so the parents say where the edges of each node begin.
+        if not fits or not torch.equal(tree.offsets.diff(), torch.bincount(tree.parents[1:], minlength=nodes)):
             raise InputError(f"{path}: not a saved prefix tree (its parts do not fit together); {remedy}")
         return tree
 
@@ -180,12 +180,11 @@ class PrefixTree:
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The root, its children, and so on: depth + 1 levels."""
-        counts, rows = self.offsets.diff().cpu(), self.rows.cpu()
+        rows = self.rows.cpu()
         return tuple(
             Level(
                 first,
                 end,
-                int(counts[first:end].max()),
                 items=bool((rows[first:end] >= 0).any()),
                 branches=bool((rows[first:end] < 0).any()),
             )
@@ -198,21 +197,21 @@ class PrefixTree:
         moved.__dict__["levels"] = self.levels
         return moved
 
-    def children(self, nodes: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Return the children of many nodes of one depth at once.
+    def children(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the children of many nodes at once.
 
         Args:
-            nodes: int64 [...]; nodes at ``depth``, repeats allowed.
-            depth: How far below the root they are.
+            nodes: int64 [...], repeats allowed.
 
         Returns:
-            ``edges`` int64 [..., width], where width is the most children of a node at that depth, and ``there`` bool
+            ``edges`` int64 [..., width], where width is the most children that one of them has, and ``there`` bool
             of the same shape, False where a node has fewer. Edge ``e`` has the token ``tokens[e]`` and ends in node
             ``e + 1``; where nothing is there it is some edge of the tree.
         """
         starts = self.offsets[nodes]
-        column = torch.arange(self.levels[depth].width, device=nodes.device)
-        there = column < (self.offsets[nodes + 1] - starts)[..., None]
+        counts = self.offsets[nodes + 1] - starts
+        column = torch.arange(int(counts.max()) if counts.numel() else 0, device=nodes.device)
+        there = column < counts[..., None]
         return (starts[..., None] + column).clamp_max(len(self.tokens) - 1), there
 
     def closed_nodes(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search, check_output_layer
 from gream_verl.decoding.prefix_tree import PrefixTree
+from gream_verl.evaluation.memory import HalvedBatches
 from gream_verl.evaluation.prompts import Prompt, batches
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 
 def check_prompts(prompts: Sequence[Prompt], index: ItemIndex) -> None:
@@ -51,8 +49,7 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
 class ItemRanker:
     """Ranks the items of an index by the log-probability of their SIDs after a prompt.
 
-    Attributes:
-        batch_size: Prompts a batch. Where memory runs out it is halved, for good; the beams stay.
+    Where memory runs out the batches are halved, for good; the beams stay.
     """
 
     def __init__(
@@ -86,11 +83,18 @@ class ItemRanker:
         self.tree = tree
         self.items = items
         self.beams = beams
-        self.batch_size = batch_size
         self.score: Score = score
         self._row_of = {item: row for row, item in enumerate(items)}
         self._prefix = Prefix(model, prefix)
         self._prefix_tokens = tuple(prefix)
+        self._batches = HalvedBatches(
+            self._rank_batch, batch_size, f"{beams} beams", "use fewer --beams, a shorter history, or a larger machine"
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts a batch now."""
+        return self._batches.size
 
     def rank(
         self, sequences: Sequence[Sequence[int]], dropped: Sequence[Iterable[str]]
@@ -107,49 +111,26 @@ class ItemRanker:
         Raises:
             InputError: When there is not memory enough for a single prompt.
         """
-        waiting = list(range(len(sequences)))
-        waiting.sort(key=lambda place: -len(sequences[place]))  # the longest first: memory runs out at once or never
-        while waiting:
-            places = waiting[: self.batch_size]
-            found = self._rank_batch([sequences[place] for place in places], [dropped[place] for place in places])
-            if found is None:
-                continue
-            del waiting[: len(places)]
-            yield from zip(places, found, strict=True)
+        # The longest first: memory runs out at once or never.
+        order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place]))
+        for batch, rankings in self._batches([(place, sequences[place], dropped[place]) for place in order]):
+            yield from zip((place for place, _, _ in batch), rankings, strict=True)
 
-    def _rank_batch(
-        self, sequences: Sequence[Sequence[int]], dropped: Sequence[Iterable[str]]
-    ) -> list[dict[str, float]] | None:
-        """Rank items for the prompts of one batch; None, and a smaller batch size, when memory runs out."""
-        [(_, ids, mask)] = batches([self._behind_prefix(sequence) for sequence in sequences], len(sequences))
-        rows = [sorted({self._row_of[item] for item in items if item in self._row_of}) for items in dropped]
-        try:
-            device = self.model.device
-            found, scores = beam_search(
-                self.model,
-                ids.to(device),
-                mask.to(device),
-                self.tree,
-                self.beams,
-                _pad(rows).to(device),
-                score=self.score,
-                prefix=self._prefix,
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if len(sequences) == 1:
-                raise InputError(
-                    f"no memory for a single prompt of {len(sequences[0])} tokens with {self.beams} beams; use fewer "
-                    "--beams, a shorter history, or a larger machine"
-                ) from error
-            self.batch_size = len(sequences) // 2
-            logger.warning("out of memory: %d prompts a batch from now on, %d beams as before", self.batch_size,
-                           self.beams)  # fmt: skip
-            found = None
-        if found is None:  # outside the handler: the traceback of the error holds the memory
-            torch.cuda.empty_cache()
-            return None
+    def _rank_batch(self, batch: Sequence[tuple[int, Sequence[int], Iterable[str]]]) -> list[dict[str, float]]:
+        """Rank items for the prompts of one batch, the longest first."""
+        [(_, ids, mask)] = batches([self._behind_prefix(sequence) for _, sequence, _ in batch], len(batch))
+        rows = [sorted({self._row_of[item] for item in items if item in self._row_of}) for _, _, items in batch]
+        device = self.model.device
+        found, scores = beam_search(
+            self.model,
+            ids.to(device),
+            mask.to(device),
+            self.tree,
+            self.beams,
+            _pad(rows).to(device),
+            score=self.score,
+            prefix=self._prefix,
+        )
         return [
             {self.items[row]: score for row, score in zip(best, values, strict=True) if row >= 0}
             for best, values in zip(found.tolist(), scores.tolist(), strict=True)
@@ -160,11 +141,6 @@ class ItemRanker:
         if tuple(sequence[:length]) != self._prefix_tokens or len(sequence) == length:
             raise ValueError("a prompt does not begin with the prefix, or ends with it")
         return sequence[length:]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, an accelerator's or the machine's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> Tensor:

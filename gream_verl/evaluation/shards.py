@@ -6,6 +6,7 @@ The pieces are the same however many workers there are, so the result is, too.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -61,6 +62,8 @@ def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[
     started_here = not ray.is_initialized()
     if started_here:
         where = {} if cluster else {"address": "local", "num_cpus": max(shards, os.cpu_count() or 1)}
+        if cluster:
+            _check_address(os.environ["RAY_ADDRESS"])
         ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         resources = ray.cluster_resources()
@@ -89,7 +92,7 @@ def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[
             yield number, ray.get(done)
             hand_out(actor)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, InputError) else error from None
+        raise error.cause from (None if isinstance(error.cause, InputError) else error)
     except ray.exceptions.RayActorError as error:
         cause = getattr(error, "cause", None)
         raise InputError(
@@ -98,6 +101,19 @@ def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nobody answers: Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # such as "auto", which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"RAY_ADDRESS {address}: no cluster answers there ({error}); start one with `ray start --head`, or unset it"
+        ) from None
 
 
 class _Actor:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gream_verl.decoding.beam_search import Prefix, Score, beam_search, check_output_layer
-from gream_verl.decoding.prefix_tree import PrefixTree
+from gream_verl.decoding.beam_search import Prefix, Score, _Head, beam_search, check_output_layer
+from gream_verl.decoding.prefix_tree import ROOT, PrefixTree
 from gream_verl.files import InputError
 
 VOCABULARY = 60
@@ -251,3 +251,84 @@ def test_an_output_layer_with_a_bias_is_scored_with_it() -> None:
     paths = random_paths(5, 3, 4, 20, collisions=True)
     ids, mask = random_prompts(5, 2)
     assert_same(ours(model, ids, mask, paths, 40, score="items"), brute_force(model, ids, mask, paths, "items"))
+
+
+@torch.inference_mode()
+def one_by_one(
+    model: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor, paths: torch.Tensor, beams: int, score: Score
+) -> list[list[tuple[int, float]]]:
+    """Return what beam search is by definition: prefixes as tuples, one forward pass for each."""
+    rows = {tuple(token for token in path if token >= 0): row for row, path in enumerate(paths.tolist())}
+    result = []
+    for prompt, real in zip(ids, mask, strict=True):
+        running: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
+        found: list[tuple[tuple[int, ...], float]] = []
+        while running:
+            candidates = []
+            for prefix, value in running:
+                sequence = torch.cat([prompt[real.bool()], torch.tensor(prefix, dtype=torch.long)])
+                logits = model(sequence[None]).logits[0, -1].float()
+                allowed = sorted({path[len(prefix)] for path in rows if path[: len(prefix)] == prefix != path})
+                if score == "items":
+                    logits[[token for token in range(VOCABULARY) if token not in allowed]] = -math.inf
+                log_probs = logits.log_softmax(-1)
+                candidates += [((*prefix, token), value + log_probs[token].item()) for token in allowed]
+            candidates.sort(key=lambda pair: -pair[1])
+            found = sorted(found + [pair for pair in candidates if pair[0] in rows], key=lambda pair: -pair[1])[:beams]
+            running = [pair for pair in candidates if pair[0] not in rows][:beams]
+        result.append([(rows[path], value) for path, value in found])
+    return result
+
+
+@pytest.mark.parametrize("score", get_args(Score))
+@pytest.mark.parametrize("beams", [1, 2, 4, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_sids_of_many_lengths_are_found_as_by_the_definition(seed: int, beams: int, score: Score) -> None:
+    model = tiny_model(seed)
+    short = [[FIRST_SID_TOKEN + 14 + item, -1, -1, -1] for item in range(3)]
+    paths = torch.tensor(random_paths(seed, 3, 4, 30, collisions=True).tolist() + short)
+    ids, mask = random_prompts(seed, 3)
+    found = ours(model, ids, mask, paths, beams, score=score)
+    assert_same(found, one_by_one(model, ids, mask, paths, beams, score))
+
+
+def test_many_rows_of_logits_are_normalised_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(6)
+    paths = random_paths(6, 3, 4, 40)
+    ids, mask = random_prompts(6, 4)
+    expected = ours(model, ids, mask, paths, 7)
+    monkeypatch.setattr("gream_verl.decoding.beam_search.ROWS_AT_ONCE", 3)
+    assert_same(ours(model, ids, mask, paths, 7), expected)
+
+
+@pytest.mark.parametrize("score", get_args(Score))
+def test_logits_in_half_precision_are_normalised_in_single(score: Score) -> None:
+    model = tiny_model(7).to(torch.bfloat16)
+    tree = PrefixTree.from_paths(random_paths(7, 1, 6, 6).numpy())
+    edges, there = tree.children(torch.tensor([[ROOT]]))
+    head = _Head(model, tree, score)
+    logits = head(input_ids=torch.tensor([[3]]))
+    assert logits.dtype == torch.bfloat16
+    exact = logits.double()[0, 0].log_softmax(dim=0)[head.columns]
+    assert head.log_probabilities(logits, edges, there)[0, 0].tolist() == pytest.approx(exact.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("score", get_args(Score))
+def test_a_model_that_gives_no_numbers_is_refused(value: float, score: Score) -> None:
+    model = tiny_model(8)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY).index_fill(0, torch.tensor([30]), value))
+    ids, mask = random_prompts(8, 2)
+    with pytest.raises(InputError, match="not a number"):
+        ours(model, ids, mask, random_paths(8, 2, 6, 30), 4, score=score)
+
+
+def test_items_of_no_probability_are_not_found() -> None:
+    model = tiny_model(9)
+    paths = random_paths(9, 2, 3, 9)
+    bias = torch.zeros(VOCABULARY)
+    bias[FIRST_SID_TOKEN + 3 : FIRST_SID_TOKEN + 6] = -math.inf  # no second token can come
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    ids, mask = random_prompts(9, 2)
+    for score in get_args(Score):
+        assert ours(model, ids, mask, paths, 4, score=score) == [[], []]

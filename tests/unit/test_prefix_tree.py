@@ -30,18 +30,14 @@ def ids_of(index: ItemIndex) -> dict[str, int]:
     return {token: 100 + 7 * number for number, token in enumerate(reversed(index.tokens))}
 
 
-def depth_of(tree: PrefixTree, node: int) -> int:
-    return next(depth for depth, level in enumerate(tree.levels) if level.first <= node < level.end)
-
-
-def children_of(tree: PrefixTree, node: int, depth: int) -> list[tuple[int, int]]:
+def children_of(tree: PrefixTree, node: int) -> list[tuple[int, int]]:
     """Return token and node of every child."""
-    edges, there = tree.children(torch.tensor([node]), depth)
+    edges, there = tree.children(torch.tensor([node]))
     return [(int(tree.tokens[edge]), int(edge) + 1) for edge in edges[there]]
 
 
 def walk(tree: PrefixTree, node: int = ROOT, path: tuple[int, ...] = ()) -> dict[tuple[int, ...], int]:
-    children = children_of(tree, node, len(path))
+    children = children_of(tree, node)
     if not children:
         return {path: int(tree.rows[node])}
     found: dict[tuple[int, ...], int] = {}
@@ -69,12 +65,10 @@ def test_the_tree_holds_exactly_the_sids_of_the_index(index: ItemIndex) -> None:
 @settings(deadline=None)
 def test_children_of_many_nodes_equal_those_of_each(index: ItemIndex, data: st.DataObject) -> None:
     tree = PrefixTree.from_index(index, ids_of(index))
-    depth = data.draw(st.integers(0, tree.depth))
-    level = tree.levels[depth]
-    nodes = data.draw(st.lists(st.integers(level.first, level.end - 1), max_size=8))
-    edges, there = tree.children(torch.tensor(nodes, dtype=torch.long), depth)
-    assert edges.shape == there.shape == (len(nodes), level.width)
+    nodes = data.draw(st.lists(st.integers(0, len(tree.rows) - 1), max_size=8))
+    edges, there = tree.children(torch.tensor(nodes, dtype=torch.long))
     parents = tree.parents.tolist()
+    assert edges.shape == there.shape == (len(nodes), max(map(parents.count, nodes), default=0))
     for node, row, exists in zip(nodes, edges, there, strict=True):
         assert (row[exists] + 1).tolist() == [child for child, parent in enumerate(parents) if parent == node]
 
@@ -90,8 +84,6 @@ def test_levels_say_what_is_at_each_depth(index: ItemIndex) -> None:
         assert level.end - level.first == len(prefixes)
         assert level.items == any(len(sid) == depth for sid in sids)
         assert level.branches == any(len(sid) > depth for sid in sids)
-        below = {sid[: depth + 1] for sid in sids if len(sid) > depth}
-        assert level.width == max((sum(longer[:depth] == prefix for longer in below) for prefix in prefixes), default=0)
 
 
 @given(indexes(), st.data())
@@ -104,7 +96,7 @@ def test_closed_nodes_are_those_with_excluded_items_only(index: ItemIndex, data:
         padded[user, : len(rows)] = torch.tensor(sorted(rows))
 
     def below(node: int) -> set[int]:
-        children = [child for _, child in children_of(tree, node, depth_of(tree, node))]
+        children = [child for _, child in children_of(tree, node)]
         return set().union(*map(below, children)) if children else {int(tree.rows[node])}
 
     slow = {(user, node) for user, rows in enumerate(excluded) for node in range(len(tree.rows)) if below(node) <= rows}
@@ -161,6 +153,11 @@ def test_what_is_no_saved_tree_is_refused(tmp_path: Path) -> None:
     tree.save(file)
     with np.load(file) as arrays:
         np.savez(file, **{**arrays, "rows": arrays["rows"][:-1]})
+    with pytest.raises(InputError, match="do not fit together"):
+        PrefixTree.load(file)
+    tree.save(file)
+    with np.load(file) as arrays:
+        np.savez(file, **{**arrays, "offsets": arrays["offsets"][::-1]})
     with pytest.raises(InputError, match="do not fit together"):
         PrefixTree.load(file)
     np.savez(file, firsts=np.array([{}], dtype=object))

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gream_verl.decoding.prefix_tree import PrefixTree
+from gream_verl.evaluation.memory import out_of_memory
 from gream_verl.evaluation.prompts import load_model
-from gream_verl.evaluation.ranking import ItemRanker, out_of_memory, shared_prefix
+from gream_verl.evaluation.ranking import ItemRanker, shared_prefix
 from gream_verl.files import InputError
 from gream_verl.vocabulary import sid_token_ids
 
@@ -88,13 +89,29 @@ def test_out_of_memory_halves_the_batch_never_the_beams_and_says_so(
     assert ranker.batch_size == 2
     assert [size for size in sizes if size > 3] == [8, 4]
     assert [record.message for record in caplog.records] == [
-        f"out of memory: {size} prompts a batch from now on, 5 beams as before" for size in (4, 2)
+        f"out of memory: batches of {size} from now on, 5 beams as before" for size in (4, 2)
     ]
+
+
+def test_batches_are_halved_from_what_failed_and_not_from_the_size_asked_for(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranker = make_ranker(folder, batch_size=100)
+    sizes = run_out_above(ranker, 3)
+    assert len(list(ranker.rank(prompts(6), [[]] * 6))) == 6
+    assert [size for size in sizes if size > 3] == [6]
+    assert ranker.batch_size == 3
+
+
+def test_an_item_that_is_twice_in_a_history_is_not_recommended(ranker: ItemRanker) -> None:
+    best = next(iter(dict(ranker.rank(prompts(1), [[]]))[0]))
+    [(_, ranking)] = ranker.rank(prompts(1), [[best, "no such item", best]])
+    assert best not in ranking
 
 
 def test_no_memory_for_a_single_prompt_is_one_sentence(ranker: ItemRanker) -> None:
     run_out_above(ranker, 0)
-    with pytest.raises(InputError, match=r"no memory for a single prompt .* use fewer --beams"):
+    with pytest.raises(InputError, match=r"no memory for a batch of one with 5 beams; use fewer --beams"):
         list(ranker.rank(prompts(2), [[], []]))
 
 
@@ -102,6 +119,9 @@ def test_only_a_lack_of_memory_is_taken_for_one() -> None:
     with pytest.raises(RuntimeError) as refused:
         torch.empty(2**60)
     assert out_of_memory(refused.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -23,6 +23,8 @@ def squares(folder: Path | None = None) -> Callable[[], Worker]:
     def square(number: int) -> tuple[int, int]:
         if number == 13:
             raise InputError("13: cannot be squared; take another number")
+        if number == 16:
+            raise LookupError("16")
         if number == 6 and folder is not None and not (folder / "killed").exists():
             (folder / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,6 +75,8 @@ def test_a_worker_that_is_killed_is_started_anew_and_nothing_is_lost(tmp_path: P
 def test_an_error_of_a_worker_is_the_sentence_it_is(shards: int) -> None:
     with pytest.raises(InputError, match=r"^13: cannot be squared; take another number$"):
         results(squares(), 15, shards)
+    with pytest.raises(LookupError, match="16"):
+        list(in_shards(squares(), [16, 16], shards))
 
 
 @pytest.fixture
@@ -107,3 +111,12 @@ def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch:
         assert len(results(squares(), 5, 2)) == 5
     with pytest.raises(InputError, match="--shards 3: Ray has 2 CPUs"):
         results(squares(), 5, 3)
+
+
+def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(InputError, match=r"RAY_ADDRESS 127.0.0.1:1: no cluster answers there .*ray start --head"):
+        results(squares(), 5, 2)
