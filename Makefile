@@ -1,6 +1,6 @@
 # The two commands of the README are `make quickstart` and `make test`; both build .venv when it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint learning lock bench
+.PHONY: help env quickstart test lint learning lock bench recbole
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -23,6 +23,9 @@ lint: env ## ruff and mypy
 
 learning: env ## does SRPO improve on SFT? three seeds, with intervals (about an hour)
 	@gream learning
+
+recbole: env ## the environment of `gream baseline` (SASRec by RecBole), from its own lock
+	@environments/recbole/install.sh
 
 bench: env ## every benchmark, one after the other
 	@for script in $(filter-out %/data_tasks.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; python $$script || exit 1; done

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 
 lock=environments/cpu/requirements.lock
 stamp=.venv/.built-from
-fingerprint=$(cat "$lock" pyproject.toml environments/cpu/install.sh environments/cpu/torchaudio_stub/pyproject.toml \
+fingerprint=$(cat "$lock" pyproject.toml environments/uv.sh environments/cpu/install.sh environments/cpu/torchaudio_stub/pyproject.toml \
     environments/cpu/torchaudio_stub/torchaudio/__init__.py | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$fingerprint" ] && [ -x .venv/bin/python ]; then
     exit 0
@@ -35,35 +35,11 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python -c 
 fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -o '^uv==[^ ]*' "$lock")"
 
-# uv does not read pip's configuration: pass on what pip itself would use.
-pip_setting() {
-    .venv/bin/python -m pip config get "global.$1" 2>/dev/null || .venv/bin/python -m pip config get ":env:.$1" 2>/dev/null || true
-}
-pass_on() { # variable of uv, setting of pip
-    local value
-    value=$(pip_setting "$2")
-    if [ -z "${!1:-}" ] && [ -n "$value" ]; then export "$1=$value"; fi
-}
-pass_on UV_DEFAULT_INDEX index-url
-pass_on UV_INDEX extra-index-url
-pass_on UV_FIND_LINKS find-links
-pass_on SSL_CERT_FILE cert
-UV_FIND_LINKS=$(echo "${UV_FIND_LINKS:-}" | tr -s ' \n' ',') && export UV_FIND_LINKS
-# All indexes count alike, as they do for pip; the hashes in the lock say which files are meant.
-export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
-export UV_LINK_MODE=${UV_LINK_MODE:-copy} UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
-
-uv() { .venv/bin/uv "$@" --python .venv/bin/python; }
-# The CPU build of torch comes from the configured find-links when they hold it, else from PyTorch's own CPU index.
-torch=$(grep '^torch==' "$lock" | tr -d ' \\')
-backend=()
-if ! uv pip install --quiet --dry-run --no-deps "$torch+cpu" 2>/dev/null; then
-    backend=(--torch-backend cpu)
-fi
+. environments/uv.sh
 # Bytecode at install: a training run starts a dozen processes, and each would compile torch and verl for itself.
-uv pip sync ${backend[@]+"${backend[@]}"} --compile-bytecode "$lock"
-uv pip install --quiet --no-deps --no-build-isolation ./environments/cpu/torchaudio_stub
-uv pip install --quiet --no-deps --no-build-isolation --editable .
+sync_with_lock "$lock" .venv/bin/python --compile-bytecode
+.venv/bin/uv pip install --python .venv/bin/python --quiet --no-deps --no-build-isolation ./environments/cpu/torchaudio_stub
+.venv/bin/uv pip install --python .venv/bin/python --quiet --no-deps --no-build-isolation --editable .
 .venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' || {
     echo "make env: a CUDA build of torch was installed; make the CPU wheel visible to pip (find-links) and run it again" >&2
     exit 1
