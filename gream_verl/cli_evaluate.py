@@ -59,7 +59,10 @@ PROMPTS, RANKING, CHAINS = "Prompts", "Ranking", "Chains of thought (reasoning m
 def evaluate(
     model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs") / DEFAULT_RUN / "evaluation",
-    name: Annotated[str, typer.Option(help="Name of the results: NAME-direct.json and so on.")] = "model",
+    name: Annotated[str, typer.Option(help="Name of the results: NAME-direct.json, NAME-val-direct.json.")] = "model",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results there that are of other users or another protocol.")
+    ] = False,
     data: DataOption = DEFAULT_DATA,
     dataset: DatasetOption = DEFAULT_DATASET,
     mode: Annotated[
@@ -114,8 +117,8 @@ def evaluate(
         ),
     ] = True,
     cutoffs: Annotated[
-        list[int] | None,
-        typer.Option(min=1, rich_help_panel=RANKING, help="Lengths of lists to measure, beside 1, 5, 10; repeat it."),
+        list[str] | None,
+        typer.Option(rich_help_panel=RANKING, help="Lengths of lists to measure, beside 1, 5, 10, such as 20,50."),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, rich_help_panel=RANKING, help="Users computed at once: memory, not results.")
@@ -178,6 +181,9 @@ def evaluate(
     from gream_verl.evaluation.protocol import PromptSource
     from gream_verl.evaluation.run import evaluate_modes
 
+    lengths = [length for text in cutoffs or () for length in text.split(",")]
+    if not all(length.strip().isdecimal() and int(length) for length in lengths):
+        raise InputError(f"--cutoffs {','.join(lengths)}: expected numbers of items, at least 1, such as 20,50")
     source = PromptSource(data, dataset, split.value, prompts, history, template, system, limit, seed, skip_missing)
     if mode:
         modes = tuple(one for one in MODES if one in mode)
@@ -195,8 +201,8 @@ def evaluate(
         "endpoint": endpoint, "served_model": served_model, "concurrency": concurrency, "timeout": timeout,
     }  # fmt: skip
     evaluate_modes(
-        model, source, output=output, name=name, modes=modes, search=search, sampling=sampling, cutoffs=cutoffs or (),
-        console=console,
+        model, source, output=output, name=name, modes=modes, search=search, sampling=sampling,
+        cutoffs=[int(length) for length in lengths], overwrite=overwrite, console=console,
     )  # fmt: skip
 
 

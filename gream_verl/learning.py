@@ -47,8 +47,8 @@ def compare(run: Path, dataset: str, *, seeds: int, console: Console) -> dict[st
     baseline = _evaluation(run, folder, dataset, "sft", sft, sft / "model.safetensors", seed=0, chains=CHAINS * seeds)
     trainings = [step for seed in range(seeds) for step in _steps(run, folder, dataset, seed)]
     Pipeline(folder, console).run([baseline, *trainings])
-    before = _user_means(folder / "sft-reasoning.json")
-    after = [_user_means(folder / f"srpo-{seed}-reasoning.json") for seed in range(seeds)]
+    before = _user_means(folder / "sft-val-reasoning.json")
+    after = [_user_means(folder / f"srpo-{seed}-val-reasoning.json") for seed in range(seeds)]
     rows = {f"seed {seed}": _row(after[seed], before) for seed in range(seeds)}
     rows["all seeds"] = _row(np.mean(after, axis=0), before)
     result = {
@@ -96,7 +96,7 @@ def _evaluation(
     reads = [finished, run / "data" / f"{dataset}-val.parquet"]
     return Step(
         f"evaluate-{name}", f"Validation of {name.upper()}", command, reads,
-        [folder / f"{name}-reasoning.json"], timeout=3600,
+        [folder / f"{name}-val-reasoning.json"], timeout=3600,
     )  # fmt: skip
 
 

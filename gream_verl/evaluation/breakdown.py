@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -31,14 +31,21 @@ class Catalogue:
     """All items of a data set, and how often training sees each.
 
     Attributes:
-        popularity: Item to the number of training interactions; 0 for items that are only held out.
+        popularity: Item to the number of training interactions; 0 for items that are only held out, or in no
+            interaction.
+        items: What may be recommended, of which coverage is the share; None: all of ``popularity``.
     """
 
     popularity: Mapping[str, int]
+    items: Collection[str] | None = None
 
     @classmethod
-    def load(cls, inter_file: str | os.PathLike[str]) -> Catalogue:
+    def load(cls, inter_file: str | os.PathLike[str], items: Collection[str] | None = None) -> Catalogue:
         """Read ``<D>.inter.json`` and the split beside it.
+
+        Args:
+            inter_file: ``<D>.inter.json``.
+            items: What may be recommended, those of the index; None: all of the interactions.
 
         Raises:
             InputError: When a file cannot be used.
@@ -46,9 +53,9 @@ class Catalogue:
         sequences = read_interactions(inter_file)
         if not any(sequences.values()):
             raise InputError(f"{inter_file}: no interaction; make it anew with `gream data prepare`")
-        popularity = Counter(dict.fromkeys(chain.from_iterable(sequences.values()), 0))
+        popularity = Counter(dict.fromkeys(chain(items or (), *sequences.values()), 0))
         popularity.update(chain.from_iterable(training_parts(inter_file, sequences).values()))
-        return cls(popularity)
+        return cls(popularity, None if items is None else frozenset(items))
 
     @cached_property
     def _total(self) -> int:
@@ -82,7 +89,9 @@ def describe(evaluation: Evaluation, catalogue: Catalogue, *, k: int = 10, seed:
     metrics = dict(evaluation.metrics)
     if evaluation.depth:
         lists = [row["recommended"] for row in rows]
-        metrics[f"coverage@{k}"] = coverage(lists, catalogue.popularity, k)
+        metrics[f"coverage@{k}"] = coverage(
+            lists, catalogue.popularity if catalogue.items is None else catalogue.items, k
+        )
         metrics[f"novelty@{k}"] = mean_of_recommended(lists, catalogue.information, k)
         metrics[f"popularity@{k}"] = mean_of_recommended(lists, lambda item: catalogue.popularity.get(item, 0), k)
     described = replace(evaluation, metrics=metrics, rows=rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.text import Text
 from gream_verl.evaluation.breakdown import BOUNDS, break_down, labels, main_metrics
 from gream_verl.evaluation.metrics import paired_difference
 from gream_verl.evaluation.results import Evaluation, read_folder
-from gream_verl.evaluation.tables import MARK, render, to_entry, warning_text, warnings
+from gream_verl.evaluation.tables import MARK, merged_protocol, render, to_entry, warning_text, warnings
 from gream_verl.files import InputError, write_json, write_text
 
 
@@ -27,33 +28,49 @@ def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
 
     Returns:
         Label to evaluation, baselines first. Labels are ``<folder>/<file>``, without the folder when there is one
-        argument only. A baseline that several folders have, with the same lists for the same users, is there once.
+        argument only; a name given to a file is its label. A baseline that several folders have, with the same lists
+        for the same users, is there once, by the name of its file where no other has it.
 
     Raises:
         InputError: When nothing is found, or two results would have one label.
     """
-    models: dict[str, Evaluation] = {}
-    baselines: dict[str, list[tuple[str, Evaluation]]] = {}
+    found: list[_Found] = []
     for argument in arguments:
         name, path = _split_name(argument)
         folder = path / "evaluation" if (path / "evaluation").is_dir() else path
-        found = read_folder(folder) if folder.is_dir() else {path.stem: Evaluation.load(path)}
-        for stem, evaluation in found.items():
-            label = name if name and not folder.is_dir() else f"{name or _folder_name(folder)}/{stem}"
-            if len(arguments) == 1 and not name:
-                label = stem
-            if evaluation.is_baseline:
-                alike = baselines.setdefault(stem, [])
-                if not any(_same_lists(evaluation, other) for _, other in alike):
-                    alike.append((label, evaluation))
-            elif label in models:
-                raise InputError(f"{argument}: {label!r} is there twice; name the arguments, as in NAME={path}")
-            else:
-                models[label] = evaluation
-    found = {}
-    for stem, alike in baselines.items():
-        found |= {stem: alike[0][1]} if len(alike) == 1 else dict(alike)
-    return found | models
+        if not folder.is_dir():
+            label = name or (path.stem if len(arguments) == 1 else f"{_folder_name(path)}/{path.stem}")
+            found.append(_Found(argument, label, path.stem, Evaluation.load(path), named=name is not None))
+            continue
+        for stem, evaluation in read_folder(folder).items():
+            label = stem if len(arguments) == 1 and not name else f"{name or _folder_name(folder)}/{stem}"
+            found.append(_Found(argument, label, stem, evaluation))
+    baselines: list[_Found] = []
+    for one in sorted((one for one in found if one.evaluation.is_baseline), key=lambda one: not one.named):
+        if one.named or not any(_same_lists(one.evaluation, other.evaluation) for other in baselines):
+            baselines.append(one)
+    stems = Counter(one.stem for one in baselines if not one.named)
+    results: dict[str, Evaluation] = {}
+    for one in sorted(found, key=lambda one: not one.evaluation.is_baseline):
+        if one.evaluation.is_baseline and one not in baselines:
+            continue
+        alone = one.evaluation.is_baseline and not one.named and stems[one.stem] == 1
+        label = one.stem if alone else one.label
+        if label in results:
+            raise InputError(f"{one.argument}: {label!r} is there twice; name the arguments, NAME=PATH")
+        results[label] = one.evaluation
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A result as an argument names it; ``named`` where the argument names this file alone."""
+
+    argument: str
+    label: str
+    stem: str
+    evaluation: Evaluation
+    named: bool = False
 
 
 def compare(
@@ -124,7 +141,10 @@ def write_comparison(folder: str | os.PathLike[str], summary: Mapping[str, Any])
 
 
 def comparison_table(summary: Mapping[str, Any]) -> Group:
-    """Return the table for the terminal, with warnings and the meaning of the numbers below."""
+    """Return the table for the terminal; warnings, the meaning of the numbers and the protocol below."""
+    from gream_verl.evaluation.protocol import protocol_table
+
+    protocol = merged_protocol(summary["results"])
     baseline, tests = summary["baseline"], summary["tests"]
     sentences = [f"*: best. Third line: difference from {baseline}; fourth: two-sided p of a sign-flip test over users"]
     sentences += [f"{tests} tests, not corrected for their number"] if tests > 1 else []
@@ -134,6 +154,7 @@ def comparison_table(summary: Mapping[str, Any]) -> Group:
         render(summary["results"], title=f"Compared with {baseline}"),
         Text("; ".join(sentences) + ".", style="dim"),
         *map(warning_text, summary["warnings"]),
+        *([protocol_table({"": protocol})] if protocol else []),
     )
 
 
@@ -186,8 +207,8 @@ def _folder_name(folder: Path) -> str:
 
 
 def _same_lists(one: Evaluation, other: Evaluation) -> bool:
-    parts = [[(row["user"], row["target"], row.get("recommended")) for row in each.rows] for each in (one, other)]
-    return parts[0] == parts[1] and not one.disagreements(other)
+    parts = [{row["user"]: (row["target"], row.get("recommended")) for row in each.rows} for each in (one, other)]
+    return parts[0] == parts[1]
 
 
 def _untold(results: Mapping[str, Evaluation]) -> list[str]:
@@ -228,11 +249,7 @@ def _at(name: str, evaluation: Evaluation, k: int, users: set[tuple[str, str]] |
     evaluation = replace(evaluation, metrics=metrics)
     if users is None:
         return evaluation if k == 10 else replace(evaluation, intervals={})
-    places = [place for place, row in enumerate(evaluation.rows) if (row["user"], row["target"]) in users]
-    values_of = {metric: evaluation.values(metric) for metric in metrics}
-    kept = {metric: float(values[places].mean()) for metric, values in values_of.items() if values is not None}
-    rows = [evaluation.rows[place] for place in places]
-    return Evaluation(kept, {**evaluation.settings, "users": len(rows)}, rows)
+    return evaluation.of_users(users)
 
 
 def differences(evaluation: Evaluation, baseline: Evaluation, *, k: int = 10, seed: int = 0) -> dict[str, Any]:

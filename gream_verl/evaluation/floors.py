@@ -6,7 +6,7 @@ Both see what training sees and recommend to the same users as the models, by th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,12 +63,12 @@ def cooccurrence_scores(
     """Score items by their counts with each history; the item k places back weighs 1/k.
 
     Args:
-        counts: [items, items]; from ``cooccurrence``.
+        counts: [items, candidates]; from ``cooccurrence``, all columns or some.
         histories: Rows of items, in time order, for each of u users.
         recent: How many of the last items count.
 
     Returns:
-        float64 [u, items], sparse: what is not stored scores 0.
+        float64 [u, candidates], sparse: what is not stored scores 0.
     """
     flat, user = _flatten([history[-recent:] for history in histories])
     lengths = np.bincount(user, minlength=len(histories))
@@ -84,9 +84,9 @@ def recommend(
     """Return the k best items of each user.
 
     Args:
-        scorer: Gives [users, items] scores above 0 for some histories; what is not stored scores 0.
-        histories: Rows of items for each user.
-        order: All items; of two with equal scores the one that is first here wins.
+        scorer: Gives [users, candidates] scores above 0 for some histories; what is not stored scores 0.
+        histories: Rows of items for each user; candidates are the first rows, others are never recommended.
+        order: All candidates; of two with equal scores the one that is first here wins.
         k: Length of the lists; shorter where fewer items are left.
         drop_history: Leave out the items of the user's history.
     """
@@ -100,7 +100,7 @@ def recommend(
         for user, history in enumerate(chunk):
             stored = slice(*scores.indptr[user : user + 2])
             scored, values = scores.indices[stored], scores.data[stored]
-            dropped = np.asarray(history if drop_history else (), dtype=np.int64)
+            dropped = np.array([item for item in history if drop_history and item < len(order)], dtype=np.int64)
             taken[dropped] = True
             free = ~taken[scored]
             scored, values = scored[free], values[free]
@@ -119,6 +119,7 @@ def evaluate_floors(
     inter_file: str | os.PathLike[str],
     prompts: Sequence[Prompt],
     *,
+    items: Collection[str] | None = None,
     protocol: Mapping[str, Any] | None = None,
     k: int = 30,
     seed: int = 0,
@@ -128,19 +129,22 @@ def evaluate_floors(
     Args:
         inter_file: ``<D>.inter.json``.
         prompts: From ``read_prompts``; of either type, only the items matter.
+        items: What may be recommended, those of the index, known to the interactions or not; None: all of the
+            interactions. Others count in training and in histories all the same.
         protocol: What the prompts say of themselves. Its ``drop_history`` (true where it is not told) is followed: an
             item of the user's history is never recommended.
         k: Length of the recommended lists.
         seed: Seed of the order among items of equal score and popularity.
 
     Raises:
-        InputError: When a file cannot be used or a prompt has an item that the interactions lack.
+        InputError: When a file cannot be used or a prompt has an item that neither the interactions nor ``items`` have.
     """
     protocol = dict(protocol or {})
     drop_history = protocol.get("drop_history", True)
     sequences = read_interactions(inter_file)
-    items = sorted({item for sequence in sequences.values() for item in sequence})
-    row_of = {item: row for row, item in enumerate(items)}
+    known = {item for sequence in sequences.values() for item in sequence}
+    candidates = sorted(known if items is None else set(items))
+    row_of = {item: row for row, item in enumerate([*candidates, *sorted(known.difference(candidates))])}
     train = [[row_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
     try:
         histories = [[row_of[item] for item in prompt.history] for prompt in prompts]
@@ -148,9 +152,9 @@ def evaluate_floors(
         source = protocol.get("prompts", "the prompts")
         raise InputError(f"{source}: item {error} is not in {inter_file}; make both from the same data") from None
 
-    popular = popularity(train, len(items))
-    order = np.lexsort((-np.random.default_rng(seed).permutation(len(items)), -popular))
-    counts, nothing = cooccurrence(train, len(items)), sp.csr_array((USERS_AT_ONCE, len(items)))
+    many = len(candidates)
+    order = np.lexsort((-np.random.default_rng(seed).permutation(many), -popularity(train, len(row_of))[:many]))
+    counts, nothing = cooccurrence(train, len(row_of))[:, :many], sp.csr_array((USERS_AT_ONCE, many))
     scorers: dict[str, Scorer] = {
         "popularity": lambda chunk: nothing,
         "co-occurrence": lambda chunk: cooccurrence_scores(counts, chunk),
@@ -162,7 +166,7 @@ def evaluate_floors(
             {
                 "user": prompt.user,
                 "target": prompt.target,
-                "recommended": [items[row] for row in best],
+                "recommended": [candidates[row] for row in best],
                 "history_length": len(prompt.history),
             }
             for prompt, best in zip(prompts, lists, strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 BLUE, GREY = "#2b6cb0", "#718096"
@@ -60,21 +61,29 @@ def draw_buckets(
         where = [held.index(bucket["bucket"]) + shift for bucket in some]
         ends = [bucket["intervals"][metric] for bucket in some]
         axes.vlines(where, [low for low, _ in ends], [high for _, high in ends], color=color(place), alpha=0.6)
-        axes.plot(where, [bucket[metric] for bucket in some], "o", markersize=4, color=color(place), label=name)
+        axes.plot(where, [bucket[metric] for bucket in some], "o", markersize=4, color=color(place), label=_label(name))
     axes.set_xticks(range(len(held)), held, fontsize=8)
     axes.set_ylim(bottom=0)
 
 
 def color(place: int) -> Any:
     """Return the colour of the recommender at ``place``."""
-    palette = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    first, lighter, more = (matplotlib.colormaps[name].colors for name in ("tab10", "tab20", "tab20b"))  # type: ignore[attr-defined]
+    palette = [*first, *lighter[1::2], *more]
     return palette[place % len(palette)]
 
 
+def _label(name: str) -> str:
+    """Return a name as matplotlib's legends show it: they leave out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def to_svg(figure: Figure) -> str:
-    """Return a figure as SVG, the same bytes for the same data, ready to stand in a page."""
+    """Return a figure as SVG, the same bytes for the same data, ready for a page; $ is text, not mathematics."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "gream", "svg.fonttype": "none"}):
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with matplotlib.rc_context({"svg.hashsalt": "gream", "svg.fonttype": "none", "text.parse_math": False}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]

@@ -6,6 +6,8 @@ nor item nor history), or made of ``<D>.inter.json`` in the very words in which 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import re
@@ -47,6 +49,7 @@ class Prompt:
         history: All items before the target, in time order; only those shown where the file says no more.
         messages: The conversation so far, as ``{"role", "content"}``.
         truth: The SID of the target, as text.
+        whole: Whether the history is all of it, and not only what the messages show.
     """
 
     user: str
@@ -54,6 +57,7 @@ class Prompt:
     history: tuple[str, ...]
     messages: list[dict[str, str]]
     truth: str
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Wording:
     """What prompts have in common.
 
     Attributes:
-        history: The most items that a prompt shows.
+        history: The most items that a prompt may show; of prompts that were read, the most that one of them shows.
         template: The user's turn, with ``{history}``; where there are several, their number and one of them.
         system: The system's turn, "" for none; likewise.
         between_items: What stands between the SIDs of two items; likewise.
@@ -188,6 +192,15 @@ def make_prompts(
     return prompts, len(held_out)
 
 
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Return the SHA-256 of users, targets and messages in their order, in hexadecimal: what a model is asked."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        turns = [[turn["role"], turn["content"]] for turn in prompt.messages]
+        digest.update(json.dumps([prompt.user, prompt.target, turns]).encode())
+    return digest.hexdigest()
+
+
 def wording(prompts: Sequence[Prompt]) -> Wording:
     """Return what the prompts of a file have in common.
 
@@ -272,6 +285,7 @@ def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, st
         ),
         messages=turns,
         truth="".join(sid),
+        whole=history is not None,
     )
 
 

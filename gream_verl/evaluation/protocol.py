@@ -15,7 +15,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from gream_verl.evaluation.prompts import Prompt, Wording, make_prompts, read_prompts, wording
+from gream_verl.evaluation.prompts import Prompt, Wording, make_prompts, prompts_digest, read_prompts, wording
 from gream_verl.files import InputError, read_json
 from gream_verl.next_item import SYSTEM, TEMPLATES
 from gream_verl.rsvr import Mode
@@ -25,6 +25,8 @@ from gream_verl.split import INTERACTIONS, split_file
 HISTORY = 20
 """Items that a prompt shows by default, as `gream data rl` does."""
 AS_IN_FILE = "as in the file"
+WHOLE = "all items before the target"
+SHOWN = "the items that the prompt shows"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Protocol:
         prompts: The file that the prompts were read from or made of.
         prompts_made: Whether they were made of interactions, and not read.
         prompts_sha256: Fingerprint of that file.
+        prompts_digest: Fingerprint of users, targets and messages: equal ones are one evaluation, whatever file they
+            are from.
         index: The item index.
         index_sha256: Its fingerprint.
         held_out: How the held-out interactions were chosen.
@@ -55,6 +59,7 @@ class Protocol:
     prompts: str
     prompts_made: bool
     prompts_sha256: str
+    prompts_digest: str
     index: str
     index_sha256: str
     held_out: str
@@ -85,6 +90,7 @@ class Protocol:
             "prompts": self.prompts,
             "prompts_are": "made of the interactions" if self.prompts_made else "read from the file",
             "prompts_sha256": self.prompts_sha256,
+            "prompts_digest": self.prompts_digest,
             "index": self.index,
             "index_sha256": self.index_sha256,
         }
@@ -179,13 +185,11 @@ class PromptSource:
                 self.interactions, index, mode, split=self.split, history=shown.history, template=shown.template,
                 system=shown.system, limit=self.limit, seed=self.seed, skip=self.skip_missing,
             )  # fmt: skip
-            whole = True
         else:
             prompts, total = read_prompts(
                 file, mode, index=index, limit=self.limit, seed=self.seed, skip=self.skip_missing
             )
             shown = wording(prompts)
-            whole = any(len(prompt.history) > shown.history for prompt in prompts)
         source = file or self.interactions
         protocol = Protocol(
             split=self.split if self.file is None else AS_IN_FILE,
@@ -193,12 +197,13 @@ class PromptSource:
             prompts=os.fspath(source),
             prompts_made=file is None,
             prompts_sha256=fingerprint(source),
+            prompts_digest=prompts_digest(prompts),
             index=os.fspath(self.index),
             index_sha256=fingerprint(self.index),
             held_out=self._held_out(),
             wording=shown,
             drop_history=drop_history,
-            seen="all items before the target" if whole else "the items that the prompt shows",
+            seen=WHOLE if all(prompt.whole for prompt in prompts) else SHOWN,
             items=len(index),
             users=len(prompts),
             users_in_file=total,

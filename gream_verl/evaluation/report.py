@@ -26,7 +26,17 @@ from gream_verl.evaluation.compare import differences
 from gream_verl.evaluation.pictures import BLUE, draw_buckets, new_axes, to_svg
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.evaluation.tables import columns, p_text, render, table_rows, to_entry, warning_text, warnings
+from gream_verl.evaluation.tables import (
+    columns,
+    merged_protocol,
+    p_text,
+    plain,
+    render,
+    table_rows,
+    to_entry,
+    warning_text,
+    warnings,
+)
 from gream_verl.files import InputError, read_json, write_json, write_text
 from gream_verl.semantic_ids import ItemIndex, parse_token
 
@@ -85,7 +95,7 @@ def write_report(folder: str | os.PathLike[str], record: RunRecord, *, users: in
         table=table_rows(summary["results"]),
         comparisons=[_sentence(comparison) for comparison in summary["comparisons"]],
         warnings=summary["warnings"],
-        protocol=_protocol(summary["results"]),
+        protocol={key.replace("_", " "): plain(value) for key, value in merged_protocol(summary["results"]).items()},
         breakdown=_breakdown(summary["results"]),
         curves=_curves(record),
         balance=_balance(record.index),
@@ -93,7 +103,7 @@ def write_report(folder: str | os.PathLike[str], record: RunRecord, *, users: in
         examples=_examples(record, users, seed),
         examples_of=record.examples,
         details={
-            heading: {name: _plain(value) for name, value in values.items()}
+            heading: {name: plain(value) for name, value in values.items()}
             for heading, values in record.details.items()
         },
     )
@@ -171,19 +181,6 @@ def _sentence(comparison: Mapping[str, Any]) -> str:
     return f"{comparison['left']} − {comparison['right']}: {', '.join(parts)}"
 
 
-def _protocol(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the protocol: what all results agree on once, and what they do not by name."""
-    protocols = {name: entry["settings"].get("protocol", {}) for name, entry in entries.items()}
-    shown = {}
-    for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
-        values = {name: _plain(protocol[key]) for name, protocol in protocols.items() if key in protocol}
-        same = len(set(values.values())) == 1
-        shown[key.replace("_", " ")] = (
-            next(iter(values.values())) if same else "; ".join(f"{name}: {value}" for name, value in values.items())
-        )
-    return shown
-
-
 def _breakdown(entries: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each heading, a picture of recall@10 by bucket and the cells of its table."""
     found = []
@@ -237,10 +234,6 @@ def _examples(record: RunRecord, users: int, seed: int) -> list[dict[str, Any]]:
         }
         for row in (rows[place] for place in sorted(chosen))
     ]
-
-
-def _plain(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
 
 
 def _title(record: RunRecord, item: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,12 @@ MODELS = ("direct", "reasoning")
 """What ``settings["mode"]`` of a language model is; anything else is a baseline."""
 DECISIVE = ("split", "held_out", "history", "seen", "drop_history", "candidates", "items")
 """What two protocols must agree on for their numbers to be comparable; template and mode are part of the model."""
+OF_THE_PROMPTS = ("split", "held_out", "history")
+"""What of it is settled where users, targets and messages are the same, as ``prompts_digest`` tells."""
+DECISIVE_FOR_BASELINES = ("drop_history", "items")
+"""The same for baselines, which read no prompt and know the targets only from the rows."""
+VALIDATION = "-val"
+"""Behind the name of a result on the validation split: NAME-val-direct.json, popularity-val.json."""
 REMEDY = "evaluate anew with `gream evaluate`"
 
 
@@ -54,6 +61,15 @@ class Evaluation:
         """Length of the longest recommended list; 0 when nothing was ranked."""
         return max((len(row.get("recommended", ())) for row in self.rows), default=0)
 
+    def reaches(self, k: int) -> bool:
+        """Return whether the first k places are known.
+
+        They are where lists are so long, or where none was cut: when all are shorter than was asked for, as few items
+        were left or few answers sampled, there is nothing beyond them.
+        """
+        asked = self.settings.get("beams") or self.settings.get("k") or self.depth
+        return self.depth > 0 and (0 < k <= self.depth or self.depth < asked)
+
     @property
     def is_baseline(self) -> bool:
         """Whether this is popularity, co-occurrence, SASRec: anything but a language model."""
@@ -71,8 +87,7 @@ class Evaluation:
         name, _, cutoff = metric.partition("@")
         chains: list[list[dict[str, Any]]] = [row.get("chains", []) for row in self.rows]
         if name in RANKING and cutoff.isdecimal():
-            known = self.depth and (metric in self.metrics or 0 < int(cutoff) <= self.depth)
-            return user_metric(metric, self.ranks) if known else None
+            return user_metric(metric, self.ranks) if self.reaches(int(cutoff)) else None
         if all(metric in row for row in self.rows):
             return np.array([row[metric] for row in self.rows], dtype=np.float64)
         if name == "pass" and cutoff.isdecimal() and all(chains) and min(map(len, chains)) >= int(cutoff) > 0:
@@ -82,23 +97,41 @@ class Evaluation:
             return np.array([np.mean([chain[metric] for chain in some]) for some in chains])
         return None
 
+    def of_users(self, users: Collection[tuple[str, str]]) -> Evaluation:
+        """Return the evaluation of some users only.
+
+        Args:
+            users: Users, each with the target; those that are not here are left out.
+
+        Returns:
+            All metrics that are means over users, and no intervals and no breakdown.
+        """
+        places = [place for place, row in enumerate(self.rows) if (row["user"], row["target"]) in users]
+        values_of = {metric: self.values(metric) for metric in self.metrics}
+        metrics = {metric: float(values[places].mean()) for metric, values in values_of.items() if values is not None}
+        return Evaluation(metrics, {**self.settings, "users": len(places)}, [self.rows[place] for place in places])
+
     def disagreements(self, other: Evaluation) -> list[str]:
         """Return why the numbers of ``other`` must not be paired with these; nothing when they may.
 
-        Users, targets and what ``DECISIVE`` names must be the same. What a file does not tell is not compared: those
-        made before protocols were kept tell ``drop_history`` only.
+        Users, targets and what ``DECISIVE`` names must be the same; where one is a baseline, what
+        ``DECISIVE_FOR_BASELINES`` names; less of it where the prompts are the same, see ``OF_THE_PROMPTS``. What a file
+        does not tell is not compared: those made before protocols were kept tell ``drop_history`` only.
         """
         ours, theirs = ({row["user"]: row["target"] for row in each.rows} for each in (self, other))
         common = ours.keys() & theirs.keys()
         found = []
         if len(common) < max(len(ours), len(theirs)):
-            found.append(f"different users ({len(theirs):,}, not {len(ours):,}; {len(common):,} in common)")
+            found.append(f"{len(common):,} of {max(len(ours), len(theirs)):,} users in common")
         if others := sum(ours[user] != theirs[user] for user in common):
             found.append(f"{others:,} users have another target")
         here, there = ({**each.settings, **each.settings.get("protocol", {})} for each in (self, other))
+        keys: tuple[str, ...] = DECISIVE_FOR_BASELINES if self.is_baseline or other.is_baseline else DECISIVE
+        if here.get("prompts_digest", "") == there.get("prompts_digest"):
+            keys = tuple(key for key in keys if key not in OF_THE_PROMPTS)
         found += [
             f"{key.replace('_', ' ')} is {there[key]!r}, not {here[key]!r}"
-            for key in DECISIVE
+            for key in keys
             if key in here and key in there and here[key] != there[key]
         ]
         return found
@@ -122,11 +155,34 @@ class Evaluation:
         try:
             intervals = {metric: (low, high) for metric, (low, high) in content.get("intervals", {}).items()}
             rows = [json.loads(line) for line in lines]
-            if not all(row.keys() >= {"user", "target"} for row in rows):
-                raise KeyError("user or target of a row")
-            return cls(content["metrics"], content["settings"], rows, intervals, content.get("breakdown", {}))
+            _check(content, rows)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not the result of an evaluation ({error!r}); {REMEDY}") from error
+        if len(rows) != content["settings"]["users"]:
+            users = content["settings"]["users"]
+            raise InputError(f"{rows_path(path)}: {len(rows):,} rows, but the result is of {users:,} users; {REMEDY}")
+        [(user, count)] = Counter(row["user"] for row in rows).most_common(1)
+        if count > 1:
+            raise InputError(f"{rows_path(path)}: user {user!r} has {count} rows; {REMEDY}")
+        return cls(content["metrics"], content["settings"], rows, intervals, content.get("breakdown", {}))
+
+
+def _check(content: Any, rows: Sequence[Any]) -> None:
+    """Raise what ``load`` catches where a file does not hold what ``save`` wrote."""
+    settings, metrics = content["settings"], content["metrics"]
+    if not isinstance(settings["users"], int) or not isinstance(settings.get("protocol", {}), dict):
+        raise TypeError("users or protocol of the settings")
+    if not all(isinstance(value, int | float) for value in metrics.values()):
+        raise TypeError("a metric is not a number")
+    buckets = [bucket for some in content.get("breakdown", {}).values() for bucket in some]
+    if not all(bucket.keys() >= {"bucket", "users", "intervals"} for bucket in buckets):
+        raise KeyError("bucket, users or intervals of the breakdown")
+    ranked = any("recommended" in row for row in rows) or any(metric.partition("@")[0] in RANKING for metric in metrics)
+    needed = {"user": str, "target": str} | ({"recommended": list} if ranked else {})
+    for number, row in enumerate(rows, start=1):
+        for key, kind in needed.items():
+            if not isinstance(row[key], kind):
+                raise TypeError(f"{key} of row {number}")
 
 
 def rows_path(path: str | os.PathLike[str]) -> Path:
@@ -140,12 +196,31 @@ def read_folder(folder: str | os.PathLike[str]) -> dict[str, Evaluation]:
     Raises:
         InputError: When there is none, or one is damaged.
     """
-    paths = [path for path in sorted(Path(folder).glob("*.json")) if rows_path(path).is_file()]
-    if not paths:
+    found = {path.stem: Evaluation.load(path) for path, _ in _results(folder)}
+    if not found:
         raise InputError(f"{folder}: no result of an evaluation (NAME.json and NAME.rows.jsonl); {REMEDY}")
-    found = {path.stem: Evaluation.load(path) for path in paths}
     return dict(sorted(found.items(), key=lambda pair: (not pair[1].is_baseline, _place(pair[0]), pair[0])))
 
 
+def read_baselines(folder: str | os.PathLike[str]) -> dict[str, Evaluation]:
+    """Read the baselines of a folder, by the names of their files, floors first; there may be none.
+
+    Raises:
+        InputError: When one is damaged.
+    """
+    paths = [path for path, mode in _results(folder) if mode not in MODELS]
+    return {path.stem: Evaluation.load(path) for path in sorted(paths, key=lambda path: (_place(path.stem), path))}
+
+
+def _results(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Any]]:
+    """Yield the results of a folder, by name, with their mode; other JSON files, such as compare.json, are none."""
+    for path in sorted(Path(folder).glob("*.json")):
+        content = read_json(path, REMEDY)
+        settings = content.get("settings") if isinstance(content, dict) else None
+        if rows_path(path).is_file() or (settings is not None and "metrics" in content):
+            yield path, settings.get("mode") if isinstance(settings, dict) else None
+
+
 def _place(name: str) -> int:
-    return BASELINES.index(name) if name in BASELINES else len(BASELINES)
+    floor = name.removesuffix(VALIDATION)
+    return BASELINES.index(floor) if floor in BASELINES else len(BASELINES)

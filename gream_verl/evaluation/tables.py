@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,6 +21,8 @@ Entry = Mapping[str, Any]
 LENGTHS = {"ndcg": 5, "mrr": 10, "pass": 2}
 """The shortest lists, or fewest samples, that a column is for; any where it is not said."""
 NOT_IN_TERMINALS = {"ndcg@5", "mrr", "pass"}
+MOST_IN_TERMINALS = 3
+"""Lengths of lists that a terminal has room for, the longest."""
 HEADINGS = {"recall": "R", "ndcg": "N", "mrr": "M", "pass": "Pass", "coverage": "Cov", "novelty": "Nov"}
 MARK = " (!)"
 """Behind the name of what must not be compared with the baseline."""
@@ -45,10 +49,11 @@ def columns(entries: Collection[Entry], *, terminal: bool = False) -> dict[str, 
         entries: The rows.
         terminal: Leave out what a terminal of 80 columns has no room for.
     """
-    known = {metric for entry in entries for metric in _metrics(entry)}
+    known = {metric for entry in entries for metric in entry["metrics"]}
     found: dict[str, str] = {}
     for name in ("recall", "ndcg", "mrr", "valid_item", "rsvr", "pass", "coverage", "novelty"):
         cutoffs = sorted(int(metric.split("@")[1]) for metric in known if metric.startswith(f"{name}@"))
+        cutoffs = cutoffs[-MOST_IN_TERMINALS:] if terminal else cutoffs
         here = {f"{name}@{k}": f"{HEADINGS[name]}@{k}" for k in cutoffs if k >= LENGTHS.get(name, 0)}
         here |= {metric: heading for metric, heading in (("valid_item", "Valid"), ("rsvr", "RSVR")) if metric == name}
         found |= {
@@ -80,9 +85,35 @@ def results_table(results: Mapping[str, Evaluation]) -> Group:
 
 
 def warnings(results: Mapping[str, Evaluation], baseline: str) -> list[str]:
-    """Return a sentence for every result that must not be compared with ``baseline``, with all reasons."""
-    found = {name: results[baseline].disagreements(evaluation) for name, evaluation in results.items()}
-    return [f"{name} cannot be compared with {baseline}: {'; '.join(why)}" for name, why in found.items() if why]
+    """Return what must not be compared with ``baseline`` and why, a sentence for all that have the same reasons."""
+    found: dict[str, list[str]] = {}
+    for name, evaluation in results.items():
+        if why := results[baseline].disagreements(evaluation):
+            found.setdefault("; ".join(why), []).append(name)
+    return [f"{' and '.join(names)} cannot be compared with {baseline}: {why}" for why, names in found.items()]
+
+
+def merged_protocol(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Return the protocol of results: what all, or most, agree on once, and what they do not by name."""
+    protocols = {name: entry["settings"].get("protocol", {}) for name, entry in entries.items()}
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
+        told: dict[str, list[str]] = {}
+        for name, protocol in protocols.items():
+            if key in protocol:
+                told.setdefault(plain(protocol[key]), []).append(name)
+                merged[key] = protocol[key]
+        if len(told) > 1:
+            half = sum(map(len, told.values())) / 2
+            by_name = [f"{' and '.join(names)}: {value}" for value, names in told.items() if len(names) <= half]
+            most = [value for value, names in told.items() if len(names) > half]
+            merged[key] = "; ".join([*most, *by_name])
+    return merged
+
+
+def plain(value: Any) -> str:
+    """Return a setting as text."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
 
 
 def warning_text(sentence: str) -> Text:
@@ -112,12 +143,17 @@ def render(entries: Mapping[str, Entry], title: str = "") -> Group:
 
 def signed(value: float) -> str:
     """Return a difference as ``+.0021``."""
-    return f"{value:+.4f}".replace("0.", ".", 1)
+    return _short(f"{value:+.4f}")
 
 
 def p_text(p: float) -> str:
     """Return a p-value as ``p=.031`` or ``p<.001``."""
-    return "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1)
+    return "p<.001" if p < 0.001 else _short(f"p={p:.3f}")
+
+
+def _short(number: str) -> str:
+    """Leave out the 0 before the point."""
+    return re.sub(r"(?<!\d)0\.", ".", number)
 
 
 def _metrics(entry: Entry) -> dict[str, float]:
@@ -145,7 +181,7 @@ def _terminal_cell(entry: Entry, metric: str) -> Text:
     cell = Text(short + "*" * best, style="bold green" if best else "")
     if metric in entry["intervals_95"]:
         low, high = entry["intervals_95"][metric]
-        cell.append(f"\n±{(high - low) / 2:.4f}".replace("0.", ".", 1), style="not bold default")
+        cell.append(_short(f"\n±{(high - low) / 2:.4f}"), style="not bold default")
     if metric in entry.get("differences", ()):
         difference = entry["differences"][metric]
         cell.append(f"\n{signed(difference['difference'])}\n{p_text(difference['p'])}", style="not bold default")

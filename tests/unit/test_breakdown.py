@@ -97,7 +97,7 @@ def test_intervals_are_of_the_values_of_users() -> None:
         {"user": str(user), "target": "3", "recommended": ["1", "3"][: 1 + user % 2], "rsvr": user / 9}
         for user in range(10)
     ]
-    described = describe(evaluation(rows), CATALOGUE, seed=4)
+    described = describe(evaluation(rows, beams=30), CATALOGUE, seed=4)
     assert described.intervals["recall@10"] == bootstrap_mean([user % 2 for user in range(10)], seed=4)
     assert described.intervals["rsvr"] == bootstrap_mean([user / 9 for user in range(10)], seed=4)
     assert list(described.breakdown) == ["popularity of the target"]  # these rows do not tell their histories
@@ -119,6 +119,17 @@ def test_the_catalogue_counts_training_only(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(InputError, match="no interaction"):
         Catalogue.load(file)
+
+
+def test_coverage_is_of_what_may_be_recommended(tmp_path: Path) -> None:
+    file = tmp_path / "D.inter.json"
+    file.write_text(json.dumps({"u": ["retired", "b", "retired", "c", "d"], "v": ["retired", "e", "b"]}))
+    catalogue = Catalogue.load(file, ["b", "c", "new", "newer"])
+    assert catalogue.popularity == {"retired": 3, "b": 1, "c": 0, "d": 0, "e": 0, "new": 0, "newer": 0}
+    assert sum(2 ** -catalogue.information(item) for item in catalogue.popularity) == pytest.approx(1)
+    rows = [{"user": "u", "target": "b", "recommended": ["b", "new", "retired"]}]
+    assert describe(evaluation(rows), catalogue).metrics["coverage@10"] == 2 / 4
+    assert describe(evaluation(rows), Catalogue.load(file)).metrics["coverage@10"] == 2 / 5
 
 
 def test_results_are_kept_whole_and_older_files_still_load(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from gream_verl import cli
 from gream_verl.evaluation.breakdown import Catalogue, describe
 from gream_verl.evaluation.compare import compare, comparison_table, read_results, write_comparison
 from gream_verl.evaluation.metrics import bootstrap_difference, paired_test, rank_of, ranking_metrics
-from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.results import DECISIVE, Evaluation, read_folder
 from gream_verl.files import InputError
 
 ITEMS = [str(item) for item in range(40)]
@@ -103,8 +105,8 @@ def test_differences_are_those_of_the_same_users_whatever_the_order_of_the_rows(
         ({"protocol": PROTOCOL | {"history": 50}}, "history is 50, not 20"),
         ({"protocol": PROTOCOL | {"drop_history": False}}, "drop history is False, not True"),
         ({"protocol": PROTOCOL | {"split": "val"}}, "split is 'val', not 'test'"),
-        ({"protocol": PROTOCOL | {"candidates": "x"}, "users": 50}, "different users (50, not 60; 50 in common)"),
-        ({"protocol": PROTOCOL, "first": 10}, "different users (60, not 60; 50 in common)"),
+        ({"protocol": PROTOCOL | {"candidates": "x"}, "users": 50}, "50 of 60 users in common"),
+        ({"protocol": PROTOCOL, "first": 10}, "50 of 60 users in common"),
         ({"protocol": PROTOCOL, "shift": 1}, "60 users have another target"),
     ],
 )
@@ -120,6 +122,133 @@ def test_what_was_measured_in_another_way_is_shown_but_never_paired(
     shown = " ".join(show(summary).split())
     assert "WARNING: b/sft-direct cannot be compared with a/sft-direct" in shown
     assert reason in shown
+
+
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "split": ("test", "val"),
+    "held_out": ("leave-one-out", "temporal"),
+    "history": (20, 5),
+    "seen": ("all items before the target", "the items that the prompt shows"),
+    "drop_history": (True, False),
+    "candidates": ("all items", "some"),
+    "items": (40, 41),
+}
+
+
+@pytest.mark.parametrize("key", [*DIFFERENT, *sorted(set(DECISIVE) - DIFFERENT.keys())])
+def test_what_is_decisive_must_agree_and_for_baselines_less(runs: Path, key: str) -> None:
+    here, there = DIFFERENT[key]
+    for run, value in (("a", here), ("b", there)):
+        for name, mode in (("sft-direct", "direct"), ("popularity", "popularity")):
+            make(runs / run / "evaluation" / f"{name}.json", mode, skill=0.1, protocol=PROTOCOL | {key: value})
+    a, b = (read_folder(runs / run / "evaluation") for run in "ab")
+    told = [f"{key.replace('_', ' ')} is {there!r}, not {here!r}"]
+    assert a["sft-direct"].disagreements(b["sft-direct"]) == told
+    for one, other in (("sft-direct", "popularity"), ("popularity", "sft-direct"), ("popularity", "popularity")):
+        assert a[one].disagreements(b[other]) == (told if key in ("drop_history", "items") else [])
+
+
+def test_the_same_prompts_are_one_protocol_from_whatever_file(runs: Path) -> None:
+    named = PROTOCOL | {"split": "as in the file", "held_out": "as in the file", "prompts_digest": "1"}
+    for digest, disagreements in (("1", 0), ("2", 2)):
+        made = PROTOCOL | {"split": "test", "held_out": "leave-one-out", "prompts_digest": digest}
+        one, other = (make(runs / "x.json", "direct", skill=0.1, protocol=protocol) for protocol in (named, made))
+        assert len(one.disagreements(other)) == disagreements
+
+
+def test_warnings_of_one_reason_are_one_sentence(runs: Path) -> None:
+    for name in ("x", "y"):
+        make(runs / "b" / "evaluation" / f"{name}.json", "direct", skill=0.6, protocol=PROTOCOL | {"split": "val"})
+    summary = compare(read_results([str(runs / "a"), str(runs / "b")]))
+    assert summary["warnings"] == ["b/x and b/y cannot be compared with a/sft-direct: split is 'val', not 'test'"]
+    # popularity has 2 tests (no reward), b/sft-direct has 3.
+    assert summary["tests"] == 5
+    assert "5 tests, not corrected" in " ".join(show(summary).split())
+
+
+def test_the_protocol_is_told_once_and_by_name_where_it_differs(runs: Path) -> None:
+    make(runs / "b" / "evaluation" / "sft-direct.json", "direct", skill=0.6, protocol=PROTOCOL | {"history": 5})
+    shown = show(compare(read_results([str(runs / "a"), str(runs / "b")])))
+    assert re.search(r"split +│ test ", shown)
+    assert re.search(r"history +│ 20; b/sft-direct: 5 ", shown)
+
+
+def test_labels_are_unique_and_given_names_are_kept(runs: Path) -> None:
+    floor, model = (runs / "a" / "evaluation" / name for name in ("popularity.json", "sft-direct.json"))
+    with pytest.raises(InputError, match="'popularity' is there twice; name the arguments, NAME=PATH"):
+        read_results([str(floor), f"popularity={model}"])
+    assert list(read_results([f"MyPop={floor}", str(model)])) == ["MyPop", "a/sft-direct"]
+    assert list(read_results([str(runs / "b"), f"MyPop={floor}"])) == ["MyPop", "b/sft-direct"]
+    make(runs / "c" / "a" / "evaluation" / "popularity.json", "popularity", skill=0.9, protocol=PROTOCOL)
+    with pytest.raises(InputError, match="'a/popularity' is there twice"):
+        read_results([str(runs / "a"), str(runs / "c" / "a")])
+
+
+def test_equal_floors_are_there_once_whatever_their_protocol_and_order(runs: Path) -> None:
+    make(runs / "b" / "evaluation" / "popularity.json", "popularity", skill=0.1,
+         protocol=PROTOCOL | {"history": 5}, shuffled=True)  # fmt: skip
+    assert list(read_results([str(runs / "a"), str(runs / "b")])) == ["popularity", "a/sft-direct", "b/sft-direct"]
+
+
+def test_what_lists_do_not_reach_is_not_measured(runs: Path) -> None:
+    made = make(runs / "a" / "evaluation" / "sft-direct.json", "direct", skill=0.2, protocol=PROTOCOL)
+    short = Evaluation(made.metrics, {**made.settings, "beams": 20}, made.rows)
+    assert short.values("recall@20") is not None
+    assert short.values("recall@21") is None
+    exhausted = Evaluation(made.metrics, {**made.settings, "beams": 30}, made.rows)
+    values = exhausted.values("recall@30")
+    assert values is not None
+    assert values.tolist() == (exhausted.ranks > 0).tolist()
+
+
+def damage_rows(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        rows = path.with_suffix(".rows.jsonl")
+        rows.write_text("".join(change(rows.read_text().splitlines(keepends=True))))
+
+    return damage
+
+
+def damage_content(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_rows(lambda rows: rows[:-1]), "rows.jsonl: 59 rows, but the result is of 60 users; evaluate anew"),
+        (damage_rows(lambda rows: [*rows[:-1], rows[0]]), "rows.jsonl: user '0' has 2 rows; evaluate anew"),
+        (damage_rows(lambda rows: [rows[0].replace("recommended", "x"), *rows[1:]]), "recommended"),
+        (damage_rows(lambda rows: [row.replace("recommended", "x") for row in rows]), "recommended"),
+        (damage_rows(lambda rows: [*rows[:-1], rows[-1][:20]]), "not the result of an evaluation"),
+        (damage_rows(lambda rows: [*rows[:-1], "3\n"]), "not the result of an evaluation"),
+        (damage_content(lambda content: content["settings"].pop("users")), "users"),
+        (damage_content(lambda content: content.update(metrics=[1])), "not the result of an evaluation"),
+        (damage_content(lambda content: content.update(metrics={"recall@10": "x"})), "a metric is not a number"),
+        (damage_content(lambda content: content.update(settings=[1])), "not the result of an evaluation"),
+        (damage_content(lambda content: content.update(breakdown={"history length": [{}]})), "breakdown"),
+        (damage_content(lambda content: content.pop("settings")), "settings"),
+        (lambda path: path.with_suffix(".rows.jsonl").unlink(), "rows.jsonl: no such file; evaluate anew"),
+    ],
+)
+def test_a_damaged_result_is_told_in_one_sentence(runs: Path, damage: Callable[[Path], None], message: str) -> None:
+    path = runs / "a" / "evaluation" / "sft-direct.json"
+    damage(path)
+    with pytest.raises(InputError, match=message):
+        Evaluation.load(path)
+    with pytest.raises(InputError, match=message):
+        read_folder(path.parent)
+
+
+def test_json_files_that_are_no_results_are_passed_over(runs: Path) -> None:
+    write_comparison(runs / "a" / "evaluation", compare(read_results([str(runs / "a")])))
+    (runs / "a" / "evaluation" / "other.json").write_text("[1]")
+    assert list(read_folder(runs / "a" / "evaluation")) == ["popularity", "sft-direct"]
 
 
 def test_another_template_is_part_of_the_model(runs: Path) -> None:

@@ -41,16 +41,23 @@ def test_scores_weigh_the_last_items_by_recency(
     assert cooccurrence_scores(counts, histories, recent=recent).toarray() == pytest.approx(slow)
 
 
-@given(sequences, sequences, st.permutations(range(ITEMS)), st.integers(1, ITEMS + 2), st.booleans())
+@given(
+    sequences,
+    sequences,
+    st.integers(1, ITEMS).flatmap(lambda candidates: st.permutations(range(candidates))),
+    st.integers(1, ITEMS + 2),
+    st.booleans(),
+)
 @settings(deadline=None)
-def test_lists_are_those_of_sorting_all_items(
+def test_lists_are_those_of_sorting_all_candidates(
     train: list[list[int]], histories: list[list[int]], order: list[int], k: int, drop_history: bool
 ) -> None:
     counts = cooccurrence(train, ITEMS)
     scores = cooccurrence_scores(counts, histories).toarray()
+    counts = counts[:, : len(order)]
     slow = [
         sorted(
-            (item for item in range(ITEMS) if not (drop_history and item in history)),
+            (item for item in range(len(order)) if not (drop_history and item in history)),
             key=lambda item, user=user: (-scores[user, item], order.index(item)),
         )[:k]
         for user, history in enumerate(histories)
@@ -110,7 +117,43 @@ def test_the_protocol_decides_on_the_history_and_is_kept(
             assert sorted(row["recommended"]) == sorted({str(item) for item in range(24)} - dropped)
 
 
+@given(
+    train=st.lists(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=7), min_size=1, max_size=5),
+    candidates=st.sets(st.integers(0, ITEMS + 1), min_size=1),
+    drop_history=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_only_candidates_are_recommended_but_training_counts_all(
+    tmp_path_factory: pytest.TempPathFactory, train: list[list[int]], candidates: set[int], drop_history: bool
+) -> None:
+    inter = {str(user): [str(item) for item in [*items, 0, 0]] for user, items in enumerate(train)}
+    file = write_interactions(tmp_path_factory.mktemp("floors") / "D.inter.json", inter)
+    prompts = [Prompt(user, str(min(candidates)), tuple(sequence[:-1]), [], "") for user, sequence in inter.items()]
+    floors = evaluate_floors(
+        file, prompts, items=[str(item) for item in candidates], protocol={"drop_history": drop_history}
+    )
+    popular = popularity(train, ITEMS + 2)
+    near = cooccurrence(train, ITEMS + 2)
+    for name, evaluation in floors.items():
+        for prompt, row in zip(prompts, evaluation.rows, strict=True):
+            history = [int(item) for item in prompt.history]
+            scores = popular if name == "popularity" else cooccurrence_scores(near, [history]).toarray()[0]
+            left = candidates - set(history if drop_history else ())
+            found = [int(item) for item in row["recommended"]]
+            assert sorted(found) == sorted(left)
+            assert [scores[item] for item in found] == pytest.approx(sorted(scores[item] for item in left)[::-1])
+
+
+def test_naming_the_items_of_the_interactions_changes_nothing(tmp_path: Path, prompts: list[Prompt]) -> None:
+    inter = {str(user): [str((user * user + step) % 24) for step in range(9)] for user in range(24)}
+    file = write_interactions(tmp_path / "t.inter.json", inter)
+    items = {str(item): ("<|a_1|>",) for item in reversed(range(24))}
+    assert evaluate_floors(file, prompts, items=items) == evaluate_floors(file, prompts)
+
+
 def test_an_item_that_the_interactions_lack_is_named(tmp_path: Path, prompts: list[Prompt]) -> None:
     inter = write_interactions(tmp_path / "tiny.inter.json", {"u": ["0", "1", "2"]})
     with pytest.raises(InputError, match=r"item '3' is not in .*tiny.inter.json"):
         evaluate_floors(inter, prompts)
+    with pytest.raises(InputError, match=r"item '4' is not in .*tiny.inter.json"):
+        evaluate_floors(inter, prompts, items=["0", "3"])

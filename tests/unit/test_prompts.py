@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gream_verl.evaluation.prompts import (
     load_model,
     load_tokenizer,
     make_prompts,
+    prompts_digest,
     read_prompts,
     types_of,
     wording,
@@ -157,6 +159,7 @@ def test_a_file_of_the_authors_says_what_ours_says(
         (str(number), prompt.target, prompt.truth, prompt.history[-5:]) for number, prompt in enumerate(ours)
     ]
     assert [prompt.messages for prompt in read] == [row["prompt"] for row in rows]
+    assert not any(prompt.whole for prompt in read)
     assert wording(read) == Wording(5, "Had {history}. Next?", "Think.", separator)
 
 
@@ -273,6 +276,18 @@ def test_the_wording_of_our_files_is_found(folder: DataFolder, index: ItemIndex)
 def test_different_wordings_are_counted() -> None:
     prompts = [Prompt(str(user), "1", (), [turn(text)], "") for user, text in enumerate(["A <|a_1|>", "B", "B"])]
     assert wording(prompts) == Wording(1, "2 different ones, most often 'B'", "", "")
+
+
+def test_the_digest_is_of_users_targets_and_messages_in_order() -> None:
+    one, two = (Prompt(user, "7", ("1",), [turn("S", "system"), turn("A?")], "") for user in "12")
+    digest = prompts_digest([one, two])
+    assert digest == prompts_digest([replace(one, truth="t", history=(), whole=False), two])
+    others = [
+        replace(one, user="3"), replace(one, target="8"), replace(one, messages=[turn("A?")]),
+        replace(one, messages=[turn("S"), turn("A?")]), replace(one, messages=[turn("S", "system"), turn("B?")]),
+    ]  # fmt: skip
+    different = [[two, one], [one], *([other, two] for other in others)]
+    assert len({digest, *map(prompts_digest, different)}) == 1 + len(different)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import polars as pl
 import pytest
 from rich.console import Console
 from small_data import make_data
@@ -17,10 +19,11 @@ from gream_verl.evaluation.prompts import make_prompts, read_prompts
 from gream_verl.evaluation.protocol import PromptSource, protocol_table
 from gream_verl.files import InputError, write_json
 from gream_verl.next_item import SYSTEM, TEMPLATES
+from gream_verl.rsvr import Mode
 from gream_verl.semantic_ids import ItemIndex
 
-KEYS = {"split", "mode", "history", "template", "system", "drop_history", "candidates", "users",
-        "users_in_file", "seed", "prompts", "index_sha256"}  # fmt: skip
+KEYS = {"split", "held_out", "mode", "history", "template", "system", "drop_history", "seen", "candidates", "items",
+        "users", "users_in_file", "seed", "prompts", "prompts_digest", "index_sha256"}  # fmt: skip
 
 
 @pytest.fixture
@@ -87,11 +90,80 @@ def test_validation_in_direct_mode_has_a_file_of_its_own(folder: DataFolder, ind
     assert val.read("direct", index)[0] == made
 
 
+@pytest.mark.parametrize("limit", [None, 5])
+@pytest.mark.parametrize("mode", ["direct", "reasoning"])
+def test_our_file_is_the_same_evaluation_whether_made_found_or_named(
+    folder: DataFolder, index: ItemIndex, mode: Mode, limit: int | None
+) -> None:
+    made, told_made = source(folder, limit=limit).read(mode, index)
+    write_prompts(folder, seed=0)
+    found, told_found = source(folder, limit=limit).read(mode, index)
+    named, told_named = source(folder, file=folder.test, limit=limit).read(mode, index)
+    assert made == found == named
+    assert told_made.prompts_digest == told_found.prompts_digest == told_named.prompts_digest
+    keys = ("seen", "drop_history", "candidates", "items", "users", "users_in_file")
+    told = [[each.describe()[key] for key in keys] for each in (told_made, told_found, told_named)]
+    assert told[0] == told[1] == told[2]
+    assert max(len(prompt.history) for prompt in made) < 20, "or it would show nothing of `seen`"
+    assert told_made.seen == "all items before the target"
+    assert source(folder, history=2, limit=limit).read(mode, index)[1].prompts_digest != told_made.prompts_digest
+
+
+@pytest.mark.parametrize("history", [2, 20])
+@pytest.mark.parametrize(
+    ("kept", "seen"),
+    [
+        (lambda number: True, "all items before the target"),
+        (lambda number: False, "the items that the prompt shows"),
+        (lambda number: number > 0, "the items that the prompt shows"),
+    ],
+)
+def test_whether_rows_carry_the_history_decides_what_was_seen(
+    folder: DataFolder, index: ItemIndex, kept: Callable[[int], bool], seen: str, history: int
+) -> None:
+    write_prompts(folder, seed=0, history=history)
+    file = folder.root / "other.parquet"
+    rows = [row for row in pl.read_parquet(folder.test).to_dicts() if row["extra_info"]["type"] == "reasoning"]
+    for number, row in enumerate(rows):
+        if not kept(number):
+            row["extra_info"]["history"] = None
+    pl.DataFrame(rows).write_parquet(file)
+    prompts, protocol = source(folder, file=file).read("reasoning", index)
+    assert protocol.seen == protocol.describe()["seen"] == seen
+    sequences = folder.read_inter()
+    for number, prompt in enumerate(prompts):
+        past = sequences[prompt.user][:-1]
+        assert list(prompt.history) == (past if kept(number) else past[-history:])
+
+
 def test_a_named_file_says_what_it_shows(folder: DataFolder, index: ItemIndex) -> None:
     write_prompts(folder, seed=0)
     told = source(folder, file=folder.val).read("reasoning", index)[1].describe()
     assert told["split"] == told["held_out"] == "as in the file"
     assert told["prompts"] == str(folder.val)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "held_out"), [(None, "leave-one-out"), ({}, "temporal"), ({"kind": "other"}, "other")]
+)
+def test_how_interactions_were_held_out_is_told(
+    folder: DataFolder, index: ItemIndex, kind: dict[str, str] | None, held_out: str, written: bool
+) -> None:
+    if kind is not None:
+        users = {user: [len(items) - 2, len(items) - 2, len(items) - 1] for user, items in folder.read_inter().items()}
+        write_json(folder.split, {**kind, "users": users})
+    if written:
+        write_prompts(folder, seed=0)
+    for mode in ("direct", "reasoning"):
+        assert source(folder).read(mode, index)[1].describe()["held_out"] == held_out
+
+
+def test_without_interactions_nobody_knows_what_was_held_out(folder: DataFolder, index: ItemIndex) -> None:
+    write_prompts(folder, seed=0)
+    folder.inter.unlink()
+    told = source(folder).read("direct", index)[1].describe()
+    assert (told["split"], told["held_out"]) == ("test", "as in the file")
 
 
 def test_a_split_by_time_is_said_and_kept(folder: DataFolder, index: ItemIndex) -> None:

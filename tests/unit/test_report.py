@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gream_verl.evaluation.breakdown import Catalogue, describe
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
+from gream_verl.evaluation.pictures import color
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.report import (
     RunRecord,
@@ -23,7 +24,7 @@ from gream_verl.evaluation.report import (
     write_report,
 )
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.evaluation.tables import results_table, table_rows
+from gream_verl.evaluation.tables import results_table, signed, table_rows
 from gream_verl.files import InputError, read_json
 
 DIRTY = "<script>alert('x')</script> & \"Ça\" <b>"
@@ -160,7 +161,7 @@ def test_metrics_json_holds_the_table_with_intervals_and_the_paired_difference(
 def test_a_comparison_of_different_users_is_refused(record: RunRecord) -> None:
     left = record.results["SRPO, reasoning"]
     fewer = Evaluation(left.metrics, left.settings, left.rows[1:])
-    with pytest.raises(InputError, match="different users"):
+    with pytest.raises(InputError, match="11 of 12 users in common"):
         summarise(RunRecord("x", {"a": left, "b": fewer}, [("a", "b")], record.index, {}, []))
 
 
@@ -172,14 +173,14 @@ def test_the_page_tells_for_whom_by_which_protocol_and_what_cannot_be_compared(
     results = {}
     for name, plain in record.results.items():
         rows = [{**row, "history_length": 3 * user} for user, row in enumerate(plain.rows)]
-        kept = {**plain.settings, "protocol": protocol | {"history": 5 if name == "Popularity" else 20}}
+        kept = {**plain.settings, "protocol": protocol | {"drop_history": name != "Popularity"}}
         results[name] = describe(Evaluation(plain.metrics, kept, rows), catalogue)
     write_report(tmp_path, replace(record, results=results))
     page, _ = read_page(tmp_path)
     text = "".join(page.text)
     assert page.tags.count("svg") == 7
-    assert "WARNING: Popularity cannot be compared with SRPO, reasoning: history is 5, not 20." in text
-    assert "Popularity: 5; SFT, reasoning: 20" in text
+    assert "WARNING: Popularity cannot be compared with SRPO, reasoning: drop history is False, not True." in text
+    assert "drop historyTrue; Popularity: False" in text.replace("\n", "")
     assert "Cov@10" in text
     summary = read_json(tmp_path / "metrics.json")
     buckets = summary["results"]["SRPO, reasoning"]["breakdown"]["history length"]
@@ -214,3 +215,32 @@ def test_logs_of_both_frameworks_are_read(tmp_path: Path) -> None:
     first.write_text("rubbish\n")
     with pytest.raises(InputError, match="line 1"):
         read_srpo_log([first])
+
+
+def test_names_are_text_in_pictures_and_all_are_in_the_legend(record: RunRecord, tmp_path: Path) -> None:
+    catalogue = Catalogue({str(item): item % 7 for item in range(24)})
+    described = describe(record.results["Popularity"], catalogue)
+    names = [r"a$b_{$", "_private", *(f"model {number}" for number in range(10))]
+    write_report(tmp_path, replace(record, results=dict.fromkeys(names, described), comparisons=[], examples=None))
+    _, html = read_page(tmp_path)
+    svg = next(part for part in html.split("<svg")[1:] if "popularity of the target" in part)
+    for name in names:
+        assert name in svg
+    assert len({tuple(color(place)) for place in range(20)}) == 20
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(10.5, "+10.5000"), (-0.25, "-.2500"), (0.0021, "+.0021"), (-20.0, "-20.0000")]
+)
+def test_differences_leave_out_a_zero_before_the_point_only(value: float, text: str) -> None:
+    assert signed(value) == text
+
+
+def test_a_cell_of_the_terminal_has_half_of_the_interval(record: RunRecord) -> None:
+    entry = {"metrics": {"recall@10": 0.5}, "settings": {"mode": "direct", "users": 4}}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render_table({"title": "x", "results": {"m": entry | {"intervals_95": {"recall@10": [0.25, 0.7]}}},
+                                "comparisons": [], "warnings": []}))  # fmt: skip
+    shown = console.export_text()
+    assert "±.2250" in shown
+    assert ".5000" in shown

@@ -3,12 +3,13 @@ import json
 import polars as pl
 import pytest
 from assets import TITLES, make_index, make_tiny_model
+from rich.console import Console
 from small_data import make_data
 from transformers import AutoTokenizer
 
 from data_processing.rl import write_prompts
 from data_processing.sft.mix import write_mix
-from gream_verl import cli
+from gream_verl import cli, cli_evaluate
 from gream_verl.evaluation.prompts import make_prompts
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.run import report_run, resolve_model
@@ -53,6 +54,30 @@ def test_a_report_is_made_of_a_run_that_the_pipeline_ran(run):
     page = (run / "report.html").read_text()
     assert "A &lt; B" in page
     assert "SRPO: mean reward" in page
+
+
+def test_a_report_takes_the_baselines_that_are_there(run):
+    folder = run / "evaluation"
+    report_run(run, "small")
+    computed = read_json(run / "metrics.json")["results"]
+    assert computed["popularity"]["breakdown"]
+    assert "coverage@10" in computed["popularity"]["metrics"]
+    rows = [
+        {"user": row["user"], "target": row["target"], "recommended": [row["target"]]}
+        for row in Evaluation.load(folder / "sft-direct.json").rows
+    ]
+    for name in ("popularity", "co-occurrence", "gru4rec"):
+        Evaluation({"recall@10": 1.0}, {"mode": name, "users": len(rows), "k": 30}, rows).save(folder / f"{name}.json")
+    report_run(run, "small")
+    shown = read_json(run / "metrics.json")["results"]
+    assert list(shown)[:3] == ["popularity", "co-occurrence", "gru4rec"]
+    assert all(shown[name]["metrics"]["recall@10"] == 1 for name in ("popularity", "co-occurrence", "gru4rec"))
+    assert computed["popularity"]["metrics"]["recall@10"] < 1
+    Evaluation({"recall@10": 1.0}, {"mode": "popularity", "users": 3, "k": 30}, rows[:3]).save(
+        folder / "popularity.json"
+    )
+    report_run(run, "small")
+    assert read_json(run / "metrics.json")["results"]["popularity"] == computed["popularity"]
 
 
 def test_a_run_without_its_evaluations_names_the_command(tmp_path):
@@ -112,6 +137,7 @@ def evaluate(monkeypatch, capsys, root, *options, model="special", status=0):
     output = root / "evaluation" / "-".join([model, *map(str, options)]).replace("/", "_")
     arguments = ["--model", root / model, "--data", root / "data", "--dataset", "small", "--output", output, *options]
     monkeypatch.setattr("sys.argv", ["gream", "evaluate", *map(str, arguments)])
+    monkeypatch.setattr(cli_evaluate, "console", Console(width=300))
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -146,8 +172,8 @@ def test_the_authors_files_evaluate_with_one_command(monkeypatch, capsys, author
 def test_the_prompts_of_the_authors_are_taken_where_they_are(monkeypatch, capsys, authors):
     options = ["--split", "val", "--engine", "hf", "--max-tokens", "6", "--beams", "4", "--chains", "2"]
     output, printed = evaluate(monkeypatch, capsys, authors, *options)
-    assert not (output / "model-direct.json").exists(), "validation is in reasoning mode"
-    evaluation = Evaluation.load(output / "model-reasoning.json")
+    assert not list(output.glob("model*-direct.json")), "validation is in reasoning mode"
+    evaluation = Evaluation.load(output / "model-val-reasoning.json")
     inter = read_json(authors / "data" / "small.inter.json")
     assert [(row["user"], row["target"]) for row in evaluation.rows] == [
         (str(number), row[-2]) for number, row in enumerate(inter.values())
@@ -177,14 +203,26 @@ def test_a_file_of_prompts_is_named_or_the_wording_is(monkeypatch, capsys, autho
 
 
 def test_metrics_are_measured_at_the_lengths_asked_for(monkeypatch, capsys, authors):
-    output, _ = evaluate(monkeypatch, capsys, authors, "--mode", "direct", "--cutoffs", "2", "--cutoffs", "20")
+    output, _ = evaluate(monkeypatch, capsys, authors, "--mode", "direct", "--cutoffs", "2,11", "--cutoffs", "20")
     for name in ("model-direct", "popularity", "co-occurrence"):
         evaluation = Evaluation.load(output / f"{name}.json")
-        for k in (1, 2, 5, 10, 20):
+        for k in (1, 2, 5, 10, 11, 20):
             found = sum(row["target"] in row["recommended"][:k] for row in evaluation.rows) / len(evaluation.rows)
             assert evaluation.metrics[f"recall@{k}"] == pytest.approx(found)
     _, printed = evaluate(monkeypatch, capsys, authors, "--beams", "5", "--cutoffs", "7", status=1)
     assert "--cutoffs 7: a list is only as long as --beams, 5" in printed
+    _, printed = evaluate(monkeypatch, capsys, authors, "--cutoffs", "2,x", status=1)
+    assert "--cutoffs 2,x: expected numbers of items" in printed
+
+
+def test_nothing_is_measured_beyond_the_beams(monkeypatch, capsys, authors):
+    output, _ = evaluate(monkeypatch, capsys, authors, "--mode", "direct", "--beams", "4", "--cutoffs", "3")
+    evaluation = Evaluation.load(output / "model-direct.json")
+    assert {metric.partition("@")[2] for metric in evaluation.metrics} == {"1", "3", ""}
+    assert list(evaluation.intervals) == ["rsvr"]
+    output, _ = evaluate(monkeypatch, capsys, authors, "--mode", "direct", "--beams", "12")
+    for name in ("model-direct", "popularity", "co-occurrence"):
+        assert {len(row["recommended"]) for row in Evaluation.load(output / f"{name}.json").rows} == {12}
 
 
 def test_without_interactions_there_are_no_floors(monkeypatch, capsys, authors, tmp_path):
@@ -196,22 +234,58 @@ def test_without_interactions_there_are_no_floors(monkeypatch, capsys, authors, 
                                "--max-tokens", "2")  # fmt: skip
     assert "No floors: " in printed
     assert not (output / "popularity.json").exists()
-    assert Evaluation.load(output / "model-reasoning.json").settings["protocol"]["held_out"] == "as in the file"
+    assert Evaluation.load(output / "model-val-reasoning.json").settings["protocol"]["held_out"] == "as in the file"
     _, printed = evaluate(monkeypatch, capsys, tmp_path, status=1)
     assert "small.inter.json: no such file" in printed
 
 
-def test_a_baseline_is_shown_when_it_is_of_the_same_users(monkeypatch, capsys, authors):
-    options = ["--mode", "direct", "--limit", "6"]
-    output, printed = evaluate(monkeypatch, capsys, authors, *options)
-    assert "sasrec" not in printed
-    popular = Evaluation.load(output / "popularity.json")
-    popular.save(output / "sasrec.json")
-    assert "sasrec" in evaluate(monkeypatch, capsys, authors, *options)[1].replace("sasrec.json", "")
-    Evaluation(popular.metrics, popular.settings, popular.rows[1:]).save(output / "sasrec.json")
+def test_baselines_are_shown_for_the_users_of_the_evaluation(monkeypatch, capsys, authors):
+    whole, printed = evaluate(monkeypatch, capsys, authors, "--mode", "direct")
+    assert "gru4rec" not in printed
+    popular = Evaluation.load(whole / "popularity.json")
+    options = ["--mode", "direct", "--limit", "6", "--cutoffs", "3"]
+    output, _ = evaluate(monkeypatch, capsys, authors, *options)
+    popular.save(output / "gru4rec.json")
+    told = popular.settings["protocol"] | {"split": "as in the file", "template": "another"}
+    Evaluation(popular.metrics, popular.settings | {"protocol": told}, popular.rows).save(output / "sasrec.json")
+    lines = evaluate(monkeypatch, capsys, authors, *options)[1].splitlines()
+    cells = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("popularity", "gru", "sas"))}
+    assert cells["gru4rec"] == cells["sasrec"] == cells["popularity"]
+    assert cells["popularity"][-1] == "6"
+    Evaluation(popular.metrics, popular.settings | {"users": 5}, popular.rows[:5]).save(output / "sasrec.json")
     printed = evaluate(monkeypatch, capsys, authors, *options)[1]
-    assert "Not shown: " in printed
+    assert "users in common" in next(line for line in printed.splitlines() if line.startswith("Not shown: "))
     assert "sasrec" not in printed.replace("sasrec.json", "")
+
+
+def test_results_of_another_protocol_are_not_lost(monkeypatch, capsys, authors, tmp_path):
+    def run(*options, status=0):
+        arguments = ["--mode", "direct", "--output", tmp_path / "evaluation", *options]
+        return " ".join(evaluate(monkeypatch, capsys, authors, *arguments, status=status)[1].split())
+
+    run()
+    run("--batch-size", "3")  # the same protocol
+    kept = Evaluation.load(tmp_path / "evaluation" / "model-direct.json")
+    run("--split", "val")
+    names = {path.stem for path in (tmp_path / "evaluation").glob("*.json")}
+    assert names == {"model-direct", "model-val-direct", "popularity", "popularity-val", "co-occurrence",
+                     "co-occurrence-val"}  # fmt: skip
+    printed = run("--limit", "3", status=1)
+    assert "popularity.json: holds a result that cannot be compared with this one (3 of 12 users in common)" in printed
+    printed = run("--history", "2", status=1)
+    assert "another --output or --name, or replace it by --overwrite" in printed
+    assert Evaluation.load(tmp_path / "evaluation" / "model-direct.json") == kept
+    run("--history", "2", "--name", "short")
+    run("--limit", "3", "--overwrite")
+    assert len(Evaluation.load(tmp_path / "evaluation" / "popularity.json").rows) == 3
+    # What was made of a file that has changed since is out of date.
+    for name in ("model-direct", "popularity", "co-occurrence"):
+        old = Evaluation.load(tmp_path / "evaluation" / f"{name}.json")
+        protocol = old.settings["protocol"] | {"index_sha256": "another"}
+        Evaluation(old.metrics, old.settings | {"protocol": protocol}, old.rows).save(
+            tmp_path / "evaluation" / f"{name}.json"
+        )
+    run()
 
 
 @pytest.mark.parametrize(
