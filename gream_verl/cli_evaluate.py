@@ -230,6 +230,12 @@ def baseline(
         bool,
         typer.Option("--skip-missing", help="Leave out users whose target is retired or has no semantic ID."),
     ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A parquet file with the users, as for `gream evaluate`.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of other users or another protocol.")
+    ] = False,
     python: Annotated[
         Path | None, typer.Option(help="Python of RecBole's environment. Default: that of `make recbole`.")
     ] = None,
@@ -240,10 +246,10 @@ def baseline(
     from gream_verl.evaluation.recbole_baseline import evaluate_baseline, read_parameters
 
     parameters = read_parameters(set_ or []) | ({} if epochs is None else {"epochs": epochs})
-    source = PromptSource(data, dataset, limit=limit, seed=seed, skip_missing=skip_missing)
+    source = PromptSource(data, dataset, file=prompts, limit=limit, seed=seed, skip_missing=skip_missing)
     evaluate_baseline(
         source, model=model, parameters=parameters, drop_history=drop_history, minutes=minutes, python=python,
-        output=output, console=console,
+        output=output, overwrite=overwrite, console=console,
     )  # fmt: skip
 
 

@@ -102,13 +102,13 @@ def evaluate_modes(
         raise InputError(f"{protocol.prompts}: user {user!r} has {count} prompts; give each user one")
     suffix = VALIDATION if source.split == "val" else ""
     files = {mode: f"{name}{suffix}-{mode}" for mode in modes}
-    users = {mode: _unranked(prompts, protocol.describe()) for mode, (prompts, protocol) in asked.items()}
+    users = {mode: unranked(prompts, protocol.describe()) for mode, (prompts, protocol) in asked.items()}
     catalogue = Catalogue.load(source.interactions, index.sids) if source.interactions.is_file() else None
     if not overwrite:
         for floor in BASELINES if catalogue is not None else ():
-            _refuse_to_lose(output / f"{floor}{suffix}.json", users[modes[0]], "--output")
+            refuse_to_lose(output / f"{floor}{suffix}.json", users[modes[0]], "--output")
         for mode, file in files.items():
-            _refuse_to_lose(output / f"{file}.json", users[mode], "--output or --name")
+            refuse_to_lose(output / f"{file}.json", users[mode], "--output or --name")
 
     results = {}
     if catalogue is None:
@@ -142,7 +142,7 @@ def evaluate_modes(
     console.print(protocol_table(told))
 
 
-def _unranked(prompts: Sequence[Prompt], protocol: Mapping[str, Any]) -> Evaluation:
+def unranked(prompts: Sequence[Prompt], protocol: Mapping[str, Any]) -> Evaluation:
     """Return an evaluation that tells its users and protocol, and nothing else."""
     rows = [{"user": prompt.user, "target": prompt.target} for prompt in prompts]
     return Evaluation({}, {"mode": protocol["mode"], "users": len(rows), "protocol": protocol}, rows)
@@ -163,7 +163,7 @@ def _measure(evaluation: Evaluation, cutoffs: Sequence[int], catalogue: Catalogu
     return replace(evaluation, metrics=known)
 
 
-def _refuse_to_lose(path: Path, new: Evaluation, options: str) -> None:
+def refuse_to_lose(path: Path, new: Evaluation, options: str) -> None:
     """Refuse to replace a result that cannot be made again by the same call.
 
     What is damaged, tells no protocol, or was made of prompts or an index that have changed since, is out of date, and
@@ -232,7 +232,7 @@ def report_run(run: Path, dataset: str) -> None:
     source = PromptSource(data, dataset, limit=limit, seed=settings["seed"], skip_missing=left_out > 0)
     prompts, protocol = source.read("reasoning", index, drop_history=settings.get("drop_history", True))
     catalogue = Catalogue.load(source.interactions, index.sids)
-    baselines = _baselines(run / "evaluation", _unranked(prompts, protocol.describe()))
+    baselines = _baselines(run / "evaluation", unranked(prompts, protocol.describe()))
     if not baselines.keys() >= set(BASELINES):
         floors = evaluate_floors(
             source.interactions, prompts, items=index.sids, protocol=protocol.describe(), seed=source.seed
