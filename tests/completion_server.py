@@ -27,7 +27,8 @@ class CompletionServer:
 
     Attributes:
         url: Base URL.
-        requests: The body of every request for a completion, as it came.
+        requests: The body of every request for a completion, as it came, but for fingerprints.
+        fingerprints: The body of every request at temperature 0.
         keys: The header with the API key of each.
         faults: Replies that go out first, in place of answers.
         models: What the list of models holds; None: there is no such list.
@@ -35,9 +36,11 @@ class CompletionServer:
 
     def __init__(self, folder: Path, change: Change | None = None) -> None:
         self.model, self.tokenizer = load_model(folder)
-        self.pieces = TokenText(self.tokenizer).pieces
+        pieces = TokenText(self.tokenizer).pieces
+        self.pieces = [*pieces, *[""] * (self.model.config.vocab_size - len(pieces))]
         self.change = change
         self.requests: list[dict[str, Any]] = []
+        self.fingerprints: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.faults: list[Reply] = []
         self.models: list[str] | None = ["tiny"]
@@ -70,9 +73,13 @@ class CompletionServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with owner._lock:
-                    owner.requests.append(body)
                     owner.keys.append(self.headers["Authorization"])
-                    status, reply = owner.faults.pop(0) if owner.faults else (200, owner.complete(body))
+                    if body["temperature"] == 0:
+                        owner.fingerprints.append(body)
+                        status, reply = 200, owner.complete(body)
+                    else:
+                        owner.requests.append(body)
+                        status, reply = owner.faults.pop(0) if owner.faults else (200, owner.complete(body))
                 self._reply(status, reply)
 
             def _reply(self, status: int, body: bytes) -> None:
@@ -91,7 +98,8 @@ class CompletionServer:
         """Return the body of an answer."""
         assert body["n"] == 1
         ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
-        settings = SamplingSettings(1, body["temperature"], body["top_p"], body["max_tokens"])
+        greedy = 1e-6  # all but temperature 0
+        settings = SamplingSettings(1, body["temperature"] or greedy, body["top_p"], body["max_tokens"])
         eos = self.tokenizer.eos_token_id
         [[response]] = HuggingFaceSampler(self.model, settings, eos, 1).sample([ids], [body["seed"]])
         ended = response.tokens[-1] == eos

@@ -2,8 +2,8 @@
 
 Each user gets one or more sampled chains, and the answer of each is scored as SRPO scores it. Then items are ranked:
 
-* ``beam``, two stages: each chain is kept up to ``<answer>``, and a beam search over the SIDs of real items ranks what
-  could follow.
+* ``beam``, two stages: the tokens of each chain are kept up to ``<answer>``, and a beam search over the SIDs of real
+  items ranks what could follow.
 * ``answers``: the sampled answers themselves, by the log-probability of the answer given its chain; while they are
   sampled, answers are constrained to real items.
 * ``reference``: the sampled answers by the log-probability of the whole response, as the authors rank.
@@ -18,14 +18,18 @@ import json
 import os
 import time
 import zlib
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Container, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from rich import get_console
 from rich.progress import track
 
 from gream_verl.decoding.answer_automaton import AnswerAutomaton
@@ -43,6 +47,7 @@ from gream_verl.evaluation.sampling import (
     Response,
     Sampler,
     SamplingSettings,
+    UnfinishedError,
     VllmSampler,
 )
 from gream_verl.evaluation.shards import in_shards
@@ -52,9 +57,14 @@ from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
 from gream_verl.vocabulary import sid_token_ids
 
-ANSWER = "<answer>"
-ROOM_FOR_ANSWER = 32
-"""Tokens that the tags may need which ``up_to_answer`` adds to a chain."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gream_verl.evaluation.server import ServerSampler
+
+THOUGHT_END, ANSWER = "</think>", "<answer>"
+BATCHES_A_PIECE = 4
+"""Of an engine that fills its own batches and would idle at the end of every piece."""
 SCORES: dict[Ranking, str] = {
     "beam": "probability of the SID after the chain, over the whole vocabulary",
     "answers": "probability of the SID that was sampled after the chain, over the whole vocabulary",
@@ -109,13 +119,17 @@ def evaluate_reasoning(
         top_p: Share of probability that sampling keeps.
         max_tokens: Longest response in tokens.
         beams: Beams of the second stage; also the longest recommended list. 0 leaves the ranking out.
-        batch_size: Sequences computed at once. A piece of work, what a kill loses at most, is as many chains.
+        batch_size: Sequences computed at once. A piece of work is as many chains for ``hf``, and four times as many
+            for ``vllm``, and for ``server``, where ``concurrency`` counts when it is larger. Users are kept when their
+            piece is done: a kill loses the pieces that the shards are at. Where a request fails for good, the users of
+            that piece with all their chains are kept, too.
         score: What a beam's probability is a share of; see ``ItemRanker``.
         drop_history: Never recommend an item of the user's history. The sampled answer is not touched by it.
         seed: Seed of the chains.
         shards: Workers of Ray's, see ``shards.py``; the pieces of work, and so the result, do not depend on it.
-        progress_file: Finished users are added here with their chains, and a later call with the same settings goes on
-            from it; see ``ProgressFile``.
+        progress_file: Finished users are added here with their chains, and a later call goes on from it when all that
+            decides a row is the same: settings, files, prompts and their tokens, kind of device, and the server's
+            ``fingerprint``. See ``ProgressFile``.
         endpoint: Base URL of the server, such as ``http://127.0.0.1:8000/v1``.
         served_model: Name of the model at the server; None takes the only one.
         concurrency: Requests under way at once at the server, for each shard.
@@ -127,7 +141,9 @@ def evaluate_reasoning(
         sequence), and ``pass@k`` for k = 1, 5, 10 up to the chains, and all chains; of the ranking: Recall, NDCG,
         Precision and MRR. Rows: ``user``, ``target``, ``history_length``, ``rsvr``, ``chains``, ``recommended``,
         ``scores``. Each of the chains has its text, its reward, the ``item`` it answers (None when it answers none),
-        and the log-probability of the item's SID (``answer_score``) and of the whole (``response_score``).
+        and the log-probability of the item's SID (``answer_score``) and of the whole (``response_score``). Settings
+        tell how many users came from the progress file, ``users_from_progress``; ``seconds_of_this_call`` are of the
+        others.
 
     Raises:
         InputError: When a file, a setting or a server cannot be used.
@@ -164,20 +180,34 @@ def evaluate_reasoning(
         concurrency=concurrency,
         timeout=timeout,
     )
-    answer_room = ROOM_FOR_ANSWER + max(map(len, index.sids.values())) if job.two_stages else 0
+    answer_room = 0
+    if job.two_stages:
+        answer_room = len(_closing_tokens(THOUGHT_END + ANSWER, tokenizer)) + max(map(len, index.sids.values()))
     check_room(sequences, config, max_tokens + answer_room)
+    identity = {
+        "files": _digests(model_folder, index_file),
+        "prompts": _digest([asdict(prompt) for prompt in prompts]),
+        "tokens": _digest([sequences, tokenizer.eos_token_id]),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "dtype": str(config.dtype) if torch.cuda.is_available() else "float32",
+    }
+    if engine == "server":
+        with closing(_server(job, tokenizer)) as server:
+            identity["server"] = server.fingerprint(sequences[0])
+        job = replace(job, served_model=server.model)
 
-    # The pieces are cut from all users, not from those that are left: a resumed run computes the same batches.
-    size = max(1, batch_size // chains)
-    users = list(zip(prompts, sequences, strict=True))
-    pieces = [users[start : start + size] for start in range(0, len(users), size)]
-    identity = {**job.identity(), "sha256": _digests(model_folder, index_file), "prompts": _digest_prompts(prompts)}
-    with ProgressFile(progress_file, identity) as done:
-        missing = [piece for piece in pieces if any(prompt.user not in done.rows for prompt, _ in piece)]
+    with ProgressFile(progress_file, {**job.identity(), **identity}) as done:
+        kept = sum(prompt.user in done.rows for prompt in prompts)
+        if kept:
+            told = f"{kept} of {len(prompts)} users taken from {progress_file}"
+            get_console().print(told, style="green", highlight=False, markup=False, soft_wrap=True)
+        missing = job.pieces(list(zip(prompts, sequences, strict=True)), done.rows)
         if missing:
             results = in_shards(partial(_Recommender, job), missing, shards)
-            for _, rows in track(results, description="Reasoning mode", total=len(missing)):
+            for _, (rows, failure) in track(results, description="Reasoning mode", total=len(missing)):
                 done.add(rows)
+                if failure is not None:
+                    raise InputError(failure)
         rows = [done.rows[prompt.user] for prompt in prompts]
 
     protocol = dict(protocol or {})
@@ -193,7 +223,8 @@ def evaluate_reasoning(
         "users_in_file": protocol.get("users_in_file", len(prompts)),
         "endpoint": endpoint,
         "protocol": protocol,
-        "seconds": round(time.perf_counter() - begin, 2),
+        "users_from_progress": kept,
+        "seconds_of_this_call": round(time.perf_counter() - begin, 2),
     }
     return Evaluation(_metrics(rows, chains, ranked=beams > 0), settings, rows)
 
@@ -209,12 +240,39 @@ def up_to_answer(response: str) -> tuple[str, bool]:
     >>> up_to_answer("<think>horror and")
     ('<think>horror and</think><answer>', False)
     """
-    thought_end = response.find("</think>")
+    thought_end = response.find(THOUGHT_END)
     answer = response.find(ANSWER, thought_end) if thought_end >= 0 else -1
     if answer >= 0:
         return response[: answer + len(ANSWER)], True
     is_open = "<think>" in response and thought_end < 0
-    return response + "</think>" * is_open + ANSWER, False
+    return response + THOUGHT_END * is_open + ANSWER, False
+
+
+def tokens_up_to_answer(
+    response: Sequence[int], reader: TokenText, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], bool]:
+    """Return the tokens of a response as they were sampled, cut or closed as ``up_to_answer`` does it with its text.
+
+    Args:
+        response: Token ids, with or without the end-of-sequence token.
+        reader: Reads tokens as the reward does.
+        tokenizer: The model's; only the tags that are added go through it.
+
+    Returns:
+        Token ids, up to and with the one that completes ``<answer>``, and whether the response got there.
+    """
+
+    def reached(length: int) -> bool:
+        return up_to_answer(reader.read(response[:length]))[1]
+
+    # A response that got there does so with everything behind it, too.
+    length = bisect_left(range(len(response) + 1), True, key=reached)
+    if length <= len(response):
+        return list(response[:length]), True
+    text = reader.read(response)
+    ended = len(response) > 0 and response[-1] == tokenizer.eos_token_id
+    added = up_to_answer(text)[0].removeprefix(text)
+    return [*response[: len(response) - ended], *_closing_tokens(added, tokenizer)], False
 
 
 @dataclass(frozen=True)
@@ -244,8 +302,23 @@ class _Job:
     def two_stages(self) -> bool:
         return self.ranking == "beam" and self.beams > 0
 
+    def pieces(self, users: Piece, done: Container[str]) -> list[Piece]:
+        """Return the work that is left, in pieces.
+
+        They are cut from all users, so that a resumed run computes the same batches; a server batches as it likes.
+        """
+        at_once = self.batch_size
+        if self.engine == "server":
+            at_once = max(at_once, self.concurrency)
+            users = [user for user in users if user[0].user not in done]
+        if self.engine != "hf":
+            at_once *= BATCHES_A_PIECE
+        size = max(1, at_once // self.sampling.chains)
+        pieces = [users[start : start + size] for start in range(0, len(users), size)]
+        return [piece for piece in pieces if any(prompt.user not in done for prompt, _ in piece)]
+
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide a row, beside files and prompts: not how fast it is computed, or where."""
+        """Return the settings that decide a row, beside files and prompts: not how fast it is computed."""
         chosen = ("engine", "ranking", "merge", "constrained", "beams", "score", "drop_history", "seed", "served_model")
         return {name: getattr(self, name) for name in chosen} | asdict(self.sampling)
 
@@ -272,11 +345,7 @@ class _Recommender:
         eos = self.tokenizer.eos_token_id
         self.sampler: Sampler
         if job.engine == "server":
-            from gream_verl.evaluation.server import Connection, ServerSampler
-
-            assert job.endpoint is not None
-            connection = Connection(job.endpoint, job.served_model, job.concurrency, job.timeout)
-            self.sampler = ServerSampler(connection, job.sampling, self.tokenizer, index if job.constrained else None)
+            self.sampler = _server(job, self.tokenizer, index if job.constrained else None)
         elif job.engine == "hf":
             assert model is not None
             automaton = AnswerAutomaton.build(index, self.tokenizer, job.model_folder) if job.constrained else None
@@ -288,13 +357,19 @@ class _Recommender:
                 index_file=job.index_file if job.constrained else None,
             )  # fmt: skip
 
-    def __call__(self, piece: Piece) -> list[dict[str, Any]]:
-        """Return the rows of some users."""
+    def __call__(self, piece: Piece) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the rows of some users, and why others have none, if there are any."""
         seeds = [zlib.crc32(f"{self.job.seed}:{prompt.user}".encode()) for prompt, _ in piece]
-        responses = self.sampler.sample([sequence for _, sequence in piece], seeds)
+        try:
+            return self._rows(piece, self.sampler.sample([sequence for _, sequence in piece], seeds)), None
+        except UnfinishedError as error:
+            finished = [piece[place] for place in error.finished]
+            return self._rows(finished, list(error.finished.values())), str(error)
+
+    def _rows(self, piece: Piece, responses: Sequence[Sequence[Response]]) -> list[dict[str, Any]]:
         rows = [self._row(prompt, sampled) for (prompt, _), sampled in zip(piece, responses, strict=True)]
         if self.job.beams:
-            rankings = self._search(piece, rows) if self.ranker else self._answers(responses)
+            rankings = self._search(piece, responses) if self.ranker else self._answers(responses)
             for (prompt, _), row, found in zip(piece, rows, rankings, strict=True):
                 dropped = set(prompt.history if self.job.drop_history else ())
                 kept = [{item: value for item, value in one.items() if item not in dropped} for one in found]
@@ -317,7 +392,8 @@ class _Recommender:
     def _chain(self, prompt: Prompt, response: Response) -> dict[str, Any]:
         ids = [token for token in response.tokens if token != self.tokenizer.eos_token_id]
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        reward = score_response(self.reader.read(ids), self.index.readable[prompt.target], index=self.index)
+        read = self.reader.read(ids)
+        reward = score_response(read, self.index.readable[prompt.target], index=self.index)
         sid = answered_sid(response, self.reader, self.index, "answers")
         return {
             "text": text,
@@ -326,7 +402,7 @@ class _Recommender:
             "format": reward.format,
             "acc": reward.acc,
             "valid_item": reward.valid_item,
-            "reached_answer": float(up_to_answer(text)[1]),
+            "reached_answer": float(up_to_answer(read)[1]),
             "tokens": len(ids),
             "item": self.index.items[sid] if sid else None,
             "answer_score": round(answer_score(response, self.reader, sid), 5) if sid and response.logprobs else None,
@@ -351,18 +427,30 @@ class _Recommender:
             return {self.index.items[sid]: response_score(response)}
         return {self.index.items[sid]: answer_score(response, self.reader, sid)}
 
-    def _search(self, piece: Piece, rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, float]]]:
+    def _search(self, piece: Piece, responses: Sequence[Sequence[Response]]) -> list[list[dict[str, float]]]:
         """Return what a beam search finds behind each chain of each user."""
         assert self.ranker is not None
         begun = [
-            [*sequence, *self.tokenizer(up_to_answer(chain["text"])[0], add_special_tokens=False)["input_ids"]]
-            for (_, sequence), row in zip(piece, rows, strict=True)
-            for chain in row["chains"]
+            [*sequence, *tokens_up_to_answer(response.tokens, self.reader, self.tokenizer)[0]]
+            for (_, sequence), sampled in zip(piece, responses, strict=True)
+            for response in sampled
         ]
         chains = self.job.sampling.chains
         dropped = [prompt.history if self.job.drop_history else () for prompt, _ in piece for _ in range(chains)]
         ranked = dict(self.ranker.rank(begun, dropped))
         return [[ranked[place + chain] for chain in range(chains)] for place in range(0, len(begun), chains)]
+
+
+def _server(job: _Job, tokenizer: PreTrainedTokenizerBase, constrained_to: ItemIndex | None = None) -> ServerSampler:
+    from gream_verl.evaluation.server import Connection, ServerSampler
+
+    assert job.endpoint is not None
+    connection = Connection(job.endpoint, job.served_model, job.concurrency, job.timeout)
+    return ServerSampler(connection, job.sampling, tokenizer, constrained_to)
+
+
+def _closing_tokens(tags: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer.encode(tags, add_special_tokens=False)
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], chains: int, *, ranked: bool) -> dict[str, float]:
@@ -388,5 +476,5 @@ def _digests(model_folder: str | os.PathLike[str], index_file: str | os.PathLike
     return digests
 
 
-def _digest_prompts(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

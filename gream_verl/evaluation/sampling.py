@@ -10,7 +10,7 @@ constraint on answers, however the tokens were drawn.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from gream_verl.cpu.environment import set_defaults
 from gream_verl.decoding.answer_automaton import FREE, AnswerAutomaton
+from gream_verl.evaluation.memory import HalvedBatches
 from gream_verl.evaluation.prompts import batches
 from gream_verl.files import InputError
 
@@ -71,6 +72,18 @@ class Response:
     logprobs: Sequence[float]
 
 
+class UnfinishedError(InputError):
+    """A server failed for good before all prompts had their responses.
+
+    Attributes:
+        finished: Place of a prompt to its responses, of those that have all.
+    """
+
+    def __init__(self, message: str, finished: Mapping[int, list[Response]]) -> None:
+        super().__init__(message)
+        self.finished = finished
+
+
 class Sampler(Protocol):
     """Samples responses to prompts."""
 
@@ -82,7 +95,8 @@ class Sampler(Protocol):
             seeds: Seed of each prompt's first chain; the next chain has the next seed.
 
         Raises:
-            InputError: When a server cannot be used.
+            UnfinishedError: When a server cannot be used, or no longer.
+            InputError: When memory does not hold a single chain, or the model's output is not a number.
         """
         ...
 
@@ -94,7 +108,7 @@ class HuggingFaceSampler:
         model: The model, in evaluation mode.
         settings: How to sample.
         eos: The end-of-sequence token.
-        batch_size: Responses computed at once.
+        batch_size: Responses computed at once. Where memory runs out it is halved, for good; the chains stay.
         automaton: Lets answers be real items only; None leaves them free.
     """
 
@@ -109,8 +123,11 @@ class HuggingFaceSampler:
         self.model = model
         self.settings = settings
         self.eos = eos
-        self.batch_size = batch_size
         self.automaton = automaton
+        self._batches = HalvedBatches(
+            self._sample_batch, batch_size, f"{settings.chains} chains a user",
+            "use fewer --max-tokens, a shorter history, or a larger machine",
+        )  # fmt: skip
 
     def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         """See ``Sampler``."""
@@ -118,23 +135,25 @@ class HuggingFaceSampler:
         responses: dict[int, Response] = {}
         repeated = [sequence for sequence in sequences for _ in range(chains)]
         draws = [_uniforms(seed + chain, self.settings.max_tokens) for seed in seeds for chain in range(chains)]
-        for places, ids, mask in batches(repeated, self.batch_size):
-            sampled = self._sample_batch(ids, mask, torch.stack([draws[place] for place in places]))
-            for place, tokens, logprobs in zip(places, *(tensor.tolist() for tensor in sampled), strict=True):
+        # The longest first: memory runs out at once or never.
+        order = sorted(range(len(repeated)), key=lambda place: -len(repeated[place]))
+        for batch, sampled in self._batches([(place, repeated[place], draws[place]) for place in order]):
+            for (place, _, _), tokens, logprobs in zip(batch, *(tensor.tolist() for tensor in sampled), strict=True):
                 length = tokens.index(self.eos) + 1 if self.eos in tokens else len(tokens)
                 responses[place] = Response(tokens[:length], logprobs[:length])
         ordered = [responses[place] for place in range(len(repeated))]
         return [ordered[start : start + chains] for start in range(0, len(ordered), chains)]
 
     @torch.inference_mode()
-    def _sample_batch(self, ids: Tensor, mask: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample_batch(self, batch: Sequence[tuple[int, Sequence[int], Tensor]]) -> tuple[Tensor, Tensor]:
         """Return tokens and log-probabilities, [prompts, max_tokens]; end-of-sequence tokens behind a response's end.
 
         Args:
-            ids: int64 [prompts, length], padded on the left.
-            mask: int64 [prompts, length].
-            uniforms: float32 [prompts, max_tokens]; random numbers in [0, 1).
+            batch: Place, token ids, and random numbers in [0, 1), float32 [max_tokens], of each prompt; the longest
+                first.
         """
+        [(_, ids, mask)] = batches([sequence for _, sequence, _ in batch], len(batch))
+        uniforms = torch.stack([draws for _, _, draws in batch])
         device = self.model.device
         ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
         responses = torch.full(uniforms.shape, self.eos, device=device)
@@ -153,6 +172,9 @@ class HuggingFaceSampler:
                 logits_to_keep=1,
             ).logits[:, -1]
             own = logits.float().log_softmax(dim=-1)
+            if own.isnan().any():
+                name = self.model.name_or_path
+                raise InputError(f"{name}: the model's output is not a number; train it anew, or use another dtype")
             if self.automaton is not None:
                 logits = self.automaton.constrain(logits, states)
             tokens = choose(logits, uniforms[alive, step], self.settings.temperature, self.settings.top_p)

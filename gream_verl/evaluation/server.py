@@ -21,13 +21,13 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import openai
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from gream_verl.evaluation.sampling import Response, SamplingSettings
+from gream_verl.evaluation.sampling import Response, SamplingSettings, UnfinishedError
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
@@ -40,7 +40,11 @@ logger = logging.getLogger(__name__)
 KEY = "OPENAI_API_KEY"
 RETRIES = 8
 """After a busy server, a lost connection or a timeout, with the client's own growing waits: about 40 seconds in all."""
+FINGERPRINT_PROMPT, FINGERPRINT_TOKENS = 15, 16
+"""Tokens of the prompt, fewer than a block of vLLM's prefix cache, which would change the last digits; and of the
+answer."""
 REMEDIES = {
+    400: "the server takes no such request: start it with a longer context, or take one that knows these settings",
     401: f"set the API key in the environment variable {KEY}",
     403: f"the API key in {KEY} has no right to this",
     404: "check --endpoint (it ends in /v1 for most servers) and --served-model",
@@ -76,6 +80,12 @@ class _Logprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
 
+    @model_validator(mode="after")
+    def _one_for_each_token(self) -> Self:
+        if len(self.tokens) != len(self.token_logprobs):
+            raise ValueError("tokens and token_logprobs differ in length")
+        return self
+
 
 class _Choice(BaseModel):
     text: str
@@ -83,9 +93,17 @@ class _Choice(BaseModel):
     logprobs: _Logprobs | None = None
     token_ids: list[int] | None = None
 
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_in_another_form(cls, value: Any) -> Any:
+        """Some servers send the log-probabilities of a chat, which do not say where a token begins."""
+        there = isinstance(value, dict) and None not in (value.get("tokens"), value.get("token_logprobs"))
+        return value if there else None
+
 
 class _Usage(BaseModel):
     prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class _Completion(BaseModel):
@@ -135,6 +153,35 @@ class ServerSampler:
         """See ``Sampler``."""
         return self._runner.run(self._sample(sequences, seeds))
 
+    def fingerprint(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """Return what tells this server's model from another of the same name: what it says, asked for the most likely.
+
+        Args:
+            prompt: Token ids, of which the last few are asked with. The same ones give the same fingerprint, save
+                where log-probabilities lie at the edge of rounding and the server computes them in changing batches.
+
+        Returns:
+            ``endpoint``, ``model``, ``tokens`` and ``logprobs``, rounded to a tenth; those are empty where the server
+            does not give any.
+
+        Raises:
+            InputError: When the server does not answer.
+        """
+        request = {"temperature": 0.0, "top_p": 1.0, "max_tokens": FINGERPRINT_TOKENS, "seed": 0}
+        completion = self._runner.run(self._complete(prompt[-FINGERPRINT_PROMPT:], request, "off"))
+        response = self._read(completion.choices[0])
+        return {
+            "endpoint": self.connection.endpoint,
+            "model": self.model,
+            "tokens": list(response.tokens),
+            "logprobs": [round(value, 1) + 0.0 for value in response.logprobs],  # no -0.0
+        }
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._runner.run(self._client.close())
+        self._runner.close()
+
     async def _sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         chains = self.settings.chains
         try:
@@ -144,7 +191,14 @@ class ServerSampler:
                     for sequence, seed in zip(sequences, seeds, strict=True)
                 ]
         except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+            if not isinstance(error := group.exceptions[0], InputError):
+                raise error from None
+            finished = {
+                place: [task.result() for task in user]
+                for place, user in enumerate(tasks)
+                if not any(task.cancelled() or task.exception() for task in user)
+            }
+            raise UnfinishedError(str(error), finished) from None
         return [[task.result() for task in user] for user in tasks]
 
     async def _respond(self, sequence: Sequence[int], seed: int) -> Response:
@@ -159,9 +213,10 @@ class ServerSampler:
         completion = await self._complete(sequence, request, self.mode)
         choice = completion.choices[0]
         response = self._read(choice)
-        if choice.finish_reason == "length" and len(response.tokens) < settings.max_tokens:
+        length = _length(completion)
+        if choice.finish_reason == "length" and length is not None and length < settings.max_tokens:
             raise InputError(
-                f"{self.connection.endpoint}: the server ended a response after {len(response.tokens)} of "
+                f"{self.connection.endpoint}: the server ended a response after {length} of "
                 f"{settings.max_tokens} tokens; start it with a longer context, and vLLM with --generation-config vllm"
             )
         seen = completion.usage.prompt_tokens if completion.usage else None
@@ -212,21 +267,28 @@ class ServerSampler:
         try:
             return _Completion.model_validate_json(raw.content)
         except ValidationError as error:
-            raise NoAnswerError(f"no answer but {raw.content[:80]!r}") from error
+            reason = error.errors()[0]["msg"]
+            raise NoAnswerError(f"no answer ({reason}) but {raw.content[:80]!r}") from None
 
     def _read(self, choice: _Choice) -> Response:
-        """Return tokens and log-probabilities of a choice."""
+        """Return tokens and log-probabilities of a choice; none when that of a token is missing."""
         if choice.logprobs is None:
-            tokens = choice.token_ids or self.tokenizer.encode(choice.text, add_special_tokens=False)
-            return Response(tokens, [])
-        values = [value or 0.0 for value in choice.logprobs.token_logprobs]
+            return Response(choice.token_ids or self.tokenizer.encode(choice.text, add_special_tokens=False), [])
+        values = [value for value in choice.logprobs.token_logprobs if value is not None]
+        known = len(values) == len(choice.logprobs.token_logprobs)
         if choice.token_ids is not None:
-            return Response(choice.token_ids, values)
-        tokens, logprobs = [], []
-        for text, value in zip(choice.logprobs.tokens, values, strict=True):
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            tokens += ids
-            logprobs += [value, *[0.0] * (len(ids) - 1)][: len(ids)]
+            return Response(choice.token_ids, values if known else [])
+        pieces = [self.tokenizer.encode(text, add_special_tokens=False) for text in choice.logprobs.tokens]
+        tokens = [token for ids in pieces for token in ids]
+        if not known:
+            return Response(tokens, [])
+        logprobs = []
+        before = 0.0  # of tokens without text, such as the first half of a letter
+        for ids, value in zip(pieces, values, strict=True):
+            before += value
+            if ids:
+                logprobs += [before, *[0.0] * (len(ids) - 1)]
+                before = 0.0
         return Response(tokens, logprobs)
 
     async def _find_model(self) -> tuple[str, bool]:
@@ -273,3 +335,13 @@ class ServerSampler:
             f"{self.connection.endpoint}: {str(cause) or repr(cause)}; start the server or check --endpoint; finished "
             "users are kept, and a further call goes on"
         )
+
+
+def _length(completion: _Completion) -> int | None:
+    """Return how many tokens a response has; None when the server does not tell, and its text does not, either."""
+    if completion.usage and completion.usage.completion_tokens is not None:
+        return completion.usage.completion_tokens
+    choice = completion.choices[0]
+    if choice.logprobs is not None:
+        return len(choice.logprobs.tokens)
+    return None if choice.token_ids is None else len(choice.token_ids)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+import gream_verl.evaluation.progress
 from gream_verl.evaluation.progress import ProgressFile
-from gream_verl.files import InputError
+from gream_verl.files import InputError, hold
 
 
 def rows_of(path: Path, seed: int) -> list[str]:
@@ -62,6 +64,55 @@ def test_two_evaluations_do_not_write_one_file(tmp_path: Path) -> None:
                 ProgressFile(path, {"seed": seed})
         progress.add([{"user": "a"}])
     assert rows_of(path, 0) == ["a"]
+
+
+def test_a_file_that_comes_to_the_place_before_it_is_held_is_not_wiped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.jsonl"
+    for seed in (0, 1):
+        with ProgressFile(path, {"seed": seed}) as progress:
+            progress.add([{"user": f"of {seed}"}])
+    hold, others = gream_verl.evaluation.progress.hold, [0, 1]
+
+    def another_is_faster(file: IO[bytes], refusal: str) -> None:
+        if others:  # between the opening of a file and its lock, of the first and of the next one
+            seed = others.pop(0)
+            with monkeypatch.context() as alone:
+                alone.setattr(gream_verl.evaluation.progress, "hold", hold)
+                assert rows_of(path, seed) == [f"of {seed}"]
+        hold(file, refusal)
+
+    monkeypatch.setattr(gream_verl.evaluation.progress, "hold", another_is_faster)
+    assert rows_of(path, 2) == []
+    assert not others
+    monkeypatch.setattr(gream_verl.evaluation.progress, "hold", hold)
+    for seed in (0, 1):
+        assert rows_of(path, seed) == [f"of {seed}"]
+
+
+def test_a_file_that_cannot_be_used_is_not_held_and_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    for content, sentence in ((b"notes of mine", "no progress file"), (b'{"settings": {}}\n{}\n', "line 2 ")):
+        path.write_bytes(content)
+        for _ in range(2):
+            with pytest.raises(InputError, match=sentence) as kept:  # with its traceback, which has the file
+                ProgressFile(path, {})
+            assert path.read_bytes() == content
+            with path.open("rb") as file:
+                hold(file, "held")
+        del kept
+
+
+def test_finished_users_are_never_overwritten_by_those_of_the_same_settings(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    assert rows_of(path, 0) == rows_of(path, 1) == []
+    [aside] = [other for other in tmp_path.iterdir() if other != path]
+    before = aside.read_bytes()
+    path.write_bytes(before)
+    with pytest.raises(InputError, match="are of the same settings; delete one"):
+        ProgressFile(path, {"seed": 2})
+    assert aside.read_bytes() == path.read_bytes() == before
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,18 @@ import pytest
 import torch
 from assets import make_index, make_tiny_model, rl_rows, teach_form
 from evaluation_files import write_prompts
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gream_verl.evaluation import reasoning
 from gream_verl.evaluation.prompts import encode, load_model, read_prompts
-from gream_verl.evaluation.reasoning import evaluate_reasoning, up_to_answer
+from gream_verl.evaluation.reasoning import evaluate_reasoning, tokens_up_to_answer, up_to_answer
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.sampling import HuggingFaceSampler, Response, SamplingSettings, choose
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
+from gream_verl.token_text import TokenText
 
 USERS = 7
 MANY = 50
@@ -148,6 +150,89 @@ def test_the_second_stage_ranks_real_items_given_the_chain_and_merges_chains(
     hits = sum(row["target"] == "5" for row in evaluation.rows) / USERS
     assert evaluation.metrics["pass@1"] == pytest.approx(hits / 2)
     assert evaluation.metrics["pass@2"] == pytest.approx(hits)
+
+
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</ans", "<", "answer", ">", "a", "b>"]), max_size=9)
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_tokens_of_a_chain_are_kept_as_they_were_sampled(world: Path, pieces: list[str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    reader = TokenText(tokenizer)
+    tokens = [token for piece in pieces for token in tokenizer.encode(piece)]  # not those of the text as a whole
+    places = [place for place in range(len(tokens) + 1) if up_to_answer(reader.read(tokens[:place]))[1]]
+    for response in (tokens, [*tokens, tokenizer.eos_token_id]):
+        kept, reached = tokens_up_to_answer(response, reader, tokenizer)
+        assert reached == bool(places)
+        assert kept[: len(tokens)] == tokens[: min([*places, len(tokens)])]
+        if not reached:
+            assert reader.read(kept) == up_to_answer("".join(pieces))[0]
+            assert tokenizer.eos_token_id not in kept
+
+
+def test_the_second_stage_follows_the_tokens_that_were_sampled_however_they_spell(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
+    index = ItemIndex.load(world / "tiny.index.json")
+    text = "<think>likes it</think><answer>"
+    letters = [token for letter in text for token in tokenizer.encode(letter)]
+    assert len(letters) > len(tokenizer.encode(text))
+    sampler = ScriptedSampler(tokenizer, [])
+    sampler.responses = [Response([*letters, *index_tokens(tokenizer, index, "5")], [])]
+    monkeypatch.setattr(reasoning, "HuggingFaceSampler", lambda *_: sampler)
+    row = evaluate(world, max_tokens=60).rows[0]
+    prompts, _ = read_prompts(world / "tiny-test.parquet", "reasoning")
+    [prompt] = encode(prompts[:1], tokenizer)
+    for item, score in zip(row["recommended"], row["scores"], strict=True):
+        sid = index_tokens(tokenizer, index, item)
+        assert score == pytest.approx(sum(token_scores(model, [*prompt, *letters], sid)), abs=1e-4)
+
+
+def index_tokens(tokenizer: object, index: ItemIndex, item: str) -> list[int]:
+    return tokenizer.encode(index.text(item))
+
+
+@pytest.mark.parametrize("chains", [1, 3])
+def test_where_memory_runs_out_batches_are_halved_and_chains_are_not(
+    world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chains: int
+) -> None:
+    expected = evaluate(world, chains=chains, beams=0)
+
+    def small(folder: Path) -> tuple[object, object]:
+        def refuse(module: object, arguments: object, options: dict[str, torch.Tensor]) -> None:
+            if len(options["input_ids"]) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+        model, tokenizer = load_model(folder)
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
+        return model, tokenizer
+
+    monkeypatch.setattr(reasoning, "load_model", small)
+    room = 2
+    found = evaluate(world, chains=chains, beams=0, batch_size=8)
+    for row, whole in zip(found.rows, expected.rows, strict=True):
+        for chain, same in zip(row["chains"], whole["chains"], strict=True):
+            assert chain["text"] == same["text"]
+            assert chain["response_score"] == pytest.approx(same["response_score"], abs=1e-4)
+    sizes = {1: [3, 1], 3: [3, 1]}[chains]  # of 7 users at once, or 2 with 3 chains each
+    assert [record.args[0] for record in caplog.records if "out of memory" in record.msg] == sizes
+    assert f"{chains} chains a user" in caplog.text
+    room = 0
+    with pytest.raises(InputError, match="use fewer --max-tokens"):
+        evaluate(world, chains=chains, beams=0)
+
+
+def test_a_model_that_says_no_numbers_is_a_sentence(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> tuple[object, object]:
+        model, tokenizer = load_model(folder)
+        model.model.norm.weight.data[0] = float("nan")
+        return model, tokenizer
+
+    monkeypatch.setattr(reasoning, "load_model", broken)
+    with pytest.raises(InputError, match="the model's output is not a number"):
+        evaluate(world)
 
 
 def test_the_batch_size_changes_nothing_and_the_seed_does(world: Path) -> None:
@@ -361,6 +446,81 @@ def test_only_what_decides_a_row_decides_whether_a_run_is_gone_on_with(world: Pa
     assert aside.read_bytes() == begun
     evaluate(world, progress_file=progress)
     assert progress.read_bytes() == begun
+
+
+def test_a_call_tells_what_it_took_from_the_progress_file(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = tmp_path / "progress.jsonl"
+    assert evaluate(world, progress_file=progress).settings["users_from_progress"] == 0
+    assert "taken from" not in capsys.readouterr().out
+    lines = progress.read_text().splitlines(keepends=True)
+    for done in (USERS, 3):
+        progress.write_text("".join(lines[: 1 + done]))
+        settings = evaluate(world, progress_file=progress).settings
+        assert f"{done} of {USERS} users taken from {progress}" in capsys.readouterr().out
+        assert settings["users_from_progress"] == done
+        assert settings["seconds_of_this_call"] > 0
+        assert "seconds" not in settings
+
+
+def other_weights(folder: Path) -> None:
+    make_tiny_model(folder / "model", make_index(), seed=1)
+
+
+def other_template(folder: Path) -> None:
+    file = folder / "model" / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<|im_start|>", "<think>"))
+
+
+def other_end(folder: Path) -> None:
+    file = folder / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|a_1|>"}))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (nothing, {}),
+        (nothing, {"drop_history": False}),
+        (nothing, {"score": "items"}),
+        (nothing, {"merge": "max"}),
+        (nothing, {"ranking": "reference"}),
+        (nothing, {"constrained": True}),
+        (nothing, {"beams": 4}),
+        (nothing, {"chains": 3}),
+        (nothing, {"top_p": 0.5}),
+        (nothing, {"max_tokens": 5}),
+        (nothing, {"seed": 1}),
+        (other_weights, {}),
+        (other_template, {}),
+        (other_end, {}),
+    ],
+)
+def test_whatever_decides_a_row_begins_a_new_file(
+    world: Path, tmp_path: Path, change: Callable[[Path], None], options: dict[str, object]
+) -> None:
+    folder = shutil.copytree(world, tmp_path / "world")
+    progress = tmp_path / "progress.jsonl"
+    evaluate(folder, progress_file=progress, chains=2)
+    change(folder)
+    resumed = evaluate(folder, progress_file=progress, **({"chains": 2} | options))
+    same = change is nothing and not options
+    assert resumed.settings["users_from_progress"] == (USERS if same else 0)
+    assert resumed.rows == evaluate(folder, **({"chains": 2} | options)).rows
+
+
+def test_another_kind_of_device_begins_a_new_file(world: Path, tmp_path: Path) -> None:
+    progress = tmp_path / "progress.jsonl"
+    evaluate(world, progress_file=progress)
+    [header, *lines] = progress.read_text().splitlines()
+    elsewhere = {**json.loads(header)["settings"], "device": "cuda"}
+    progress.write_text("\n".join([json.dumps({"settings": elsewhere}, sort_keys=True), *lines, ""]))
+    assert evaluate(world, progress_file=progress).settings["users_from_progress"] == 0
 
 
 @given(
