@@ -103,7 +103,8 @@ class CompletionServer:
         eos = self.tokenizer.eos_token_id
         [[response]] = HuggingFaceSampler(self.model, settings, eos, 1).sample([ids], [body["seed"]])
         ended = response.tokens[-1] == eos
-        tokens = [self.pieces[token] for token in response.tokens[: len(response.tokens) - ended]]
+        unknown = len(self.pieces) - 1
+        tokens = [self.pieces[min(token, unknown)] for token in response.tokens[: len(response.tokens) - ended]]
         logprobs = {"tokens": tokens, "token_logprobs": list(response.logprobs)[: len(tokens)]}
         answer = {
             "id": "x",

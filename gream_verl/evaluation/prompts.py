@@ -372,6 +372,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrai
     Raises:
         InputError: When the folder is no Hugging Face model, or one that cannot be evaluated.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -382,7 +383,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrai
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto" if device == "cuda" else torch.float32, attn_implementation="sdpa"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the model cannot be loaded ({error}); copy or train it anew") from error
     return model.to(device).eval(), tokenizer
 

@@ -134,3 +134,7 @@ def test_what_cannot_be_used_is_named_with_its_remedy(world: Path, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
     with pytest.raises(InputError, match=r"but the model takes 20; .*shorter history"):
         evaluate_direct(tmp_path, prompts, world / "tiny.index.json")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(InputError, match=r"the model cannot be loaded .*copy or train it anew"):
+        evaluate_direct(tmp_path, prompts, world / "tiny.index.json")
