@@ -47,7 +47,7 @@ def test_the_command_with_ray_gives_the_vectors_of_the_default_model(tmp_path: P
 def cluster() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -13,7 +13,7 @@ from assets import make_index, make_tiny_model, rl_rows, teach_form
 from completion_server import Change, CompletionServer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.prompts import load_model, read_prompts
 from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.sampling import SamplingSettings
@@ -257,14 +257,14 @@ def test_a_file_is_not_gone_on_with_when_another_model_is_served(world: Path, tm
     make_tiny_model(tmp_path / "other", make_index(), seed=1)
     progress = tmp_path / "p.jsonl"
     rows = []
-    for folder in (world / "model", tmp_path / "other"):
-        with CompletionServer(folder).running() as server:
-            server.url = server.url.replace("127.0.0.1", "localhost")
+    with CompletionServer(world / "model").running() as server:
+        for folder in (world / "model", tmp_path / "other"):
+            server.model, _ = load_model(folder)  # at the same address, under the same name
+            before = len(server.requests)
             rows.append(served(world, server, progress_file=progress, max_tokens=8).rows)
-            asked = len(server.requests)
-            assert asked == USERS * CHAINS
+            assert len(server.requests) == before + USERS * CHAINS
             again = served(world, server, progress_file=progress, max_tokens=8)
-            assert len(server.requests) == asked
+            assert len(server.requests) == before + USERS * CHAINS
             assert again.rows == rows[-1]
             assert again.settings["users_from_progress"] == USERS
             assert again.settings["served_model"] == "tiny"

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,9 @@ def cluster(tmp_path: Path):
     port = 20000 + os.getpid() % 20000
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=2", f"--port={port}"]
     command += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--block", "--disable-usage-stats"]
+    # In its own folder (of a short name, for sockets): in the usual one every Ray of this machine would find it.
+    folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    command.append(f"--temp-dir={folder.name}")
     with (tmp_path / "ray.log").open("wb") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -100,6 +104,7 @@ def cluster(tmp_path: Path):
             head.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
+        folder.cleanup()
 
 
 def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
