@@ -162,32 +162,54 @@ def evaluate_floors(
     result = {}
     for name, scorer in scorers.items():
         lists = recommend(scorer, histories, order, k, drop_history=drop_history)
-        rows: list[dict[str, Any]] = [
-            {
-                "user": prompt.user,
-                "target": prompt.target,
-                "recommended": [candidates[row] for row in best],
-                "history_length": len(prompt.history),
-            }
-            for prompt, best in zip(prompts, lists, strict=True)
-        ]
-        settings = {
-            "mode": name,
-            "interactions": os.fspath(inter_file),
-            "train": "the training part of each user",
-            "drop_history": drop_history,
-            "k": k,
-            "users": len(prompts),
-            "users_in_file": protocol.get("users_in_file", len(prompts)),
-            "seed": seed,
-            "protocol": protocol,
-        }
-        if name == "co-occurrence":
-            settings |= {"window": WINDOW, "recent": RECENT}
-        result[name] = Evaluation(
-            ranking_metrics([rank_of(row["target"], row["recommended"]) for row in rows]), settings, rows
-        )
+        more = {"window": WINDOW, "recent": RECENT} if name == "co-occurrence" else {}
+        result[name] = baseline_evaluation(
+            name, inter_file, prompts, [{"recommended": [candidates[row] for row in best]} for best in lists],
+            protocol=protocol, k=k, seed=seed, more=more,
+        )  # fmt: skip
     return result
+
+
+def baseline_evaluation(
+    name: str,
+    inter_file: str | os.PathLike[str],
+    prompts: Sequence[Prompt],
+    found: Sequence[Mapping[str, Any]],
+    *,
+    protocol: Mapping[str, Any],
+    k: int,
+    seed: int,
+    more: Mapping[str, Any],
+) -> Evaluation:
+    """Return the evaluation of a recommender that was trained on the interactions and reads no prompt.
+
+    Args:
+        name: Its name, the mode of the settings.
+        inter_file: ``<D>.inter.json``.
+        prompts: The users.
+        found: What it found for each user: ``recommended``, and more where it is known.
+        protocol: What the prompts say of themselves.
+        k: Length of the lists.
+        seed: Seed of whatever was random.
+        more: Further settings.
+    """
+    rows = [
+        {"user": prompt.user, "target": prompt.target, "history_length": len(prompt.history), **row}
+        for prompt, row in zip(prompts, found, strict=True)
+    ]
+    settings = {
+        "mode": name,
+        "interactions": os.fspath(inter_file),
+        "train": "the training part of each user",
+        "drop_history": protocol.get("drop_history", True),
+        "k": k,
+        "users": len(prompts),
+        "users_in_file": protocol.get("users_in_file", len(prompts)),
+        "seed": seed,
+        "protocol": dict(protocol),
+        **more,
+    }
+    return Evaluation(ranking_metrics([rank_of(row["target"], row["recommended"]) for row in rows]), settings, rows)
 
 
 def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

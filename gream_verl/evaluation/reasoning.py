@@ -39,6 +39,7 @@ from gream_verl.evaluation.merging import Merge, Ranking, answer_score, answered
 from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
 from gream_verl.evaluation.progress import ProgressFile
 from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, load_tokenizer
+from gream_verl.evaluation.protocol import fingerprint
 from gream_verl.evaluation.ranking import ItemRanker, check_prompts, shared_prefix
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.sampling import (
@@ -469,11 +470,7 @@ def _digests(model_folder: str | os.PathLike[str], index_file: str | os.PathLike
     folder = Path(model_folder)
     files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin"))]
     files += [path for name in ("config.json", "tokenizer.json") if (path := folder / name).is_file()]
-    digests = {}
-    for path in (*files, Path(index_file)):
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: fingerprint(path) for path in (*files, Path(index_file))}
 
 
 def _digest(value: Any) -> str:

@@ -21,8 +21,7 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gream_verl.evaluation.breakdown import Catalogue, describe
-from gream_verl.evaluation.floors import evaluate_floors
-from gream_verl.evaluation.metrics import rank_of, ranking_metrics
+from gream_verl.evaluation.floors import baseline_evaluation, evaluate_floors
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.protocol import protocol_table
 from gream_verl.evaluation.results import Evaluation
@@ -182,27 +181,15 @@ def evaluate_recbole(
     if users.tolist() != [row.user for row in tests]:
         raise RuntimeError("RecBole gave back other users than it was given")
 
-    rows: list[dict[str, Any]] = [
+    found = [
         {
-            "user": prompt.user,
-            "target": prompt.target,
-            "history_length": len(prompt.history),
             "recommended": [known[item] for item in best_items if item >= 0],
             "scores": [round(float(score), 5) for item, score in zip(best_items, values, strict=True) if item >= 0],
         }
-        for prompt, best_items, values in zip(prompts, best, scores, strict=True)
+        for best_items, values in zip(best, scores, strict=True)
     ]
     training = said["training"]
-    settings = {
-        "mode": model,
-        "interactions": os.fspath(inter_file),
-        "train": "the training part of each user",
-        "drop_history": drop_history,
-        "k": k,
-        "users": len(prompts),
-        "users_in_file": protocol.get("users_in_file", len(prompts)),
-        "seed": seed,
-        "protocol": protocol,
+    more = {
         "parameters": said["parameters"],
         "trained_parameters": said["trained_parameters"],
         "epochs": training["epochs"],
@@ -216,8 +203,7 @@ def evaluate_recbole(
         "versions": said["versions"],
         "recbole_metrics": said["metrics"],
     }
-    ranks = [rank_of(prompt.target, row["recommended"]) for prompt, row in zip(prompts, rows, strict=True)]
-    return Evaluation(ranking_metrics(ranks), settings, rows)
+    return baseline_evaluation(model, inter_file, prompts, found, protocol=protocol, k=k, seed=seed, more=more)
 
 
 def evaluate_baseline(

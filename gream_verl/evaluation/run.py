@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,9 +96,6 @@ def evaluate_modes(
     prompts, protocol = asked[modes[0]]
     if any([prompt.user for prompt in others] != [prompt.user for prompt in prompts] for others, _ in asked.values()):
         raise InputError(f"{protocol.prompts}: its users differ between the modes; evaluate one --mode at a time")
-    [(user, count)] = Counter(prompt.user for prompt in prompts).most_common(1)
-    if count > 1:
-        raise InputError(f"{protocol.prompts}: user {user!r} has {count} prompts; give each user one")
     suffix = VALIDATION if source.split == "val" else ""
     files = {mode: f"{name}{suffix}-{mode}" for mode in modes}
     users = {mode: unranked(prompts, protocol.describe()) for mode, (prompts, protocol) in asked.items()}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +16,10 @@ from typing import Any
 import pytest
 from assets import make_index, make_tiny_model
 from teacher_server import FaultyProxy
+from vllm_server import vllm_server
 
 from data_processing.layout import DataFolder, Item
 from data_processing.teacher.templates import read_prompts
-from gream_verl.cpu.environment import set_defaults
 from gream_verl.files import write_json
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
@@ -44,40 +39,9 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
     words = [f"{prompt.system} {prompt.user}" for prompt in read_prompts().values()] + CHOICES
     make_tiny_model(folder / "model", make_index(), texts=words, vocabulary=1024)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = dict(os.environ)
-    set_defaults(environment)
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "model")),
-        *("--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "64"),
-        *("--dtype", "float32", "--enforce-eager", "--generation-config", "vllm"),
-        *("--uvicorn-log-level", "warning"),
-    ]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", server, folder / "log")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
-
-
-def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(1)
-    raise AssertionError(f"the server did not come up\n{log.read_text()[-3000:]}")
+    options = ("--max-num-seqs", "64", "--generation-config", "vllm")
+    with vllm_server(folder / "model", folder / "log", *options) as url:
+        yield url
 
 
 def _catalogue(root: Path, count: int) -> DataFolder:
