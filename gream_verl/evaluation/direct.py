@@ -11,7 +11,6 @@ from typing import Any
 from rich.progress import track
 
 from gream_verl.decoding.beam_search import Score
-from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, load_tokenizer
 from gream_verl.evaluation.ranking import ItemRanker, check_prompts, shared_prefix
@@ -19,7 +18,6 @@ from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.rsvr import match_score
 from gream_verl.semantic_ids import ItemIndex
-from gream_verl.vocabulary import sid_token_ids
 
 SCORES: Mapping[Score, str] = {
     "vocabulary": "sum of log-probabilities over the whole vocabulary, no length penalty",
@@ -44,8 +42,7 @@ class DirectWorker:
     ) -> None:
         index = ItemIndex.load(index_file)
         model, tokenizer = load_model(model_folder)
-        tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, os.fspath(model_folder))).to(model.device)
-        self.ranker = ItemRanker(model, tree, list(index.sids), beams, batch_size, score=score, prefix=prefix)
+        self.ranker = ItemRanker.of_index(model, tokenizer, index, beams, batch_size, score=score, prefix=prefix)
         self.machine = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
 
     def __call__(self, batch: Batch) -> tuple[list[dict[str, float]], dict[str, Any]]:

@@ -15,9 +15,10 @@ from gream_verl.evaluation.memory import HalvedBatches
 from gream_verl.evaluation.prompts import Prompt, batches
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
+from gream_verl.vocabulary import sid_token_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_prompts(prompts: Sequence[Prompt], index: ItemIndex) -> None:
@@ -90,6 +91,26 @@ class ItemRanker:
         self._batches = HalvedBatches(
             self._rank_batch, batch_size, f"{beams} beams", "use fewer --beams, a shorter history, or a larger machine"
         )
+
+    @classmethod
+    def of_index(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        index: ItemIndex,
+        beams: int,
+        batch_size: int,
+        *,
+        score: Score = "vocabulary",
+        prefix: Sequence[int] = (),
+    ) -> ItemRanker:
+        """Return a ranker of all items of an index; arguments as above.
+
+        Raises:
+            InputError: When a SID token of the index is missing from the tokenizer, or the logits cannot be scored so.
+        """
+        tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, model.name_or_path))
+        return cls(model, tree.to(model.device), list(index.sids), beams, batch_size, score=score, prefix=prefix)
 
     @property
     def batch_size(self) -> int:

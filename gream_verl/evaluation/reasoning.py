@@ -34,7 +34,6 @@ from rich.progress import track
 
 from gream_verl.decoding.answer_automaton import AnswerAutomaton
 from gream_verl.decoding.beam_search import Score
-from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.evaluation.merging import Merge, Ranking, answer_score, answered_sid, merge_rankings, response_score
 from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
 from gream_verl.evaluation.progress import ProgressFile
@@ -56,7 +55,6 @@ from gream_verl.files import InputError
 from gream_verl.rsvr import score_response
 from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
-from gream_verl.vocabulary import sid_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -338,11 +336,9 @@ class _Recommender:
         self.reader = TokenText(self.tokenizer)
         self.ranker: ItemRanker | None = None
         if model is not None and job.two_stages:
-            tree = PrefixTree.from_index(index, sid_token_ids(self.tokenizer, index, job.model_folder))
-            self.ranker = ItemRanker(
-                model, tree.to(model.device), list(index.sids), job.beams, job.batch_size,
-                score=job.score, prefix=job.prefix,
-            )  # fmt: skip
+            self.ranker = ItemRanker.of_index(
+                model, self.tokenizer, index, job.beams, job.batch_size, score=job.score, prefix=job.prefix
+            )
         eos = self.tokenizer.eos_token_id
         self.sampler: Sampler
         if job.engine == "server":
