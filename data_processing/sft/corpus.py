@@ -15,7 +15,7 @@ import numpy as np
 from data_processing.layout import Item
 from data_processing.sft.texts import Arena, Ints, Slices, join
 from data_processing.sources.clean import cut_text
-from data_processing.teacher.rules import RuleTeacher, short_title
+from data_processing.teacher.rules import NOTES, RuleTeacher, short_title
 from gream_verl.files import InputError
 from gream_verl.next_item import FIRST_REASONING_TARGET
 from gream_verl.semantic_ids import ItemIndex
@@ -38,6 +38,7 @@ class Corpus:
         items: All items; their places are their numbers.
         index: Their semantic IDs.
         history: Longest history of a row, in items.
+        wording: Of the chains that rules write.
         starts: Where the training part of each user begins in :attr:`sequence`, ``[users + 1]``.
         sequence: int32, the item numbers of all training parts, one user after the other. A *target* is a place in it.
         positions: int32, the position of every target in its user's sequence.
@@ -56,6 +57,7 @@ class Corpus:
         preferences: Sentences on the taste of users.
         queries: Search queries of users for their last training item.
         chains: Responses by user and position of the target in the user's sequence.
+        wording: Of the chains that rules write, one of :data:`data_processing.teacher.rules.WORDINGS`.
 
     Raises:
         InputError: When a chain has no target that may be trained, or the answer of another index.
@@ -71,8 +73,10 @@ class Corpus:
         preferences: Mapping[str, Sequence[str]] = NOTHING,
         queries: Mapping[str, Sequence[str]] = NOTHING,
         chains: Mapping[tuple[str, int], str] = NOTHING,
+        wording: str = NOTES,
     ) -> None:
         self.keys, self.items, self.index, self.history = list(items), list(items.values()), index, history
+        self.wording = wording
         numbers = {key: number for number, key in enumerate(items)}
         lengths = np.fromiter(map(len, training.values()), np.int64, len(training))
         self.starts = np.concatenate([[0], np.cumsum(lengths)])

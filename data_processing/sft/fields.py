@@ -14,7 +14,7 @@ import numpy.typing as npt
 from data_processing.compiled import compiled
 from data_processing.sft.corpus import BETWEEN_TITLES, EMPTY, Corpus
 from data_processing.sft.texts import Ints, Slices
-from data_processing.teacher.rules import DOMINANT, KEPT
+from data_processing.teacher.rules import DOMINANT, KEPT, WORDINGS
 
 Specs = npt.NDArray[np.int32]
 """``[rows, 3]``: what a row is made from, in the columns below."""
@@ -137,11 +137,13 @@ class WindowFields:
 
     @property
     def chain_form(self) -> Ints:
-        """Which wording of a chain: two for each number of dominant traits, without and with intent; then the given."""
+        """Which form of a chain, of :func:`data_processing.sft.tasks.chain_templates`."""
+        of_a_wording = 2 * (DOMINANT + 1)
         if len(self._corpus.chains[0]):
-            return np.full(len(self._target), 2 * (DOMINANT + 1))
+            return np.full(len(self._target), of_a_wording * len(WORDINGS))
         dominant, _, intent, _ = self.counted
-        return 2 * (dominant != NONE).sum(axis=1) + (intent != NONE)
+        first = of_a_wording * list(WORDINGS).index(self._corpus.wording)
+        return first + 2 * (dominant != NONE).sum(axis=1) + (intent != NONE)
 
     @property
     def intent(self) -> Slices:

@@ -27,6 +27,7 @@ from data_processing.sft.lengths import LengthLimit, length_table
 from data_processing.sft.picture import draw_mix
 from data_processing.sft.tasks import REASONING, TASKS, Renderer
 from data_processing.sft.texts import Ints, string_array
+from data_processing.teacher.rules import NOTES
 from gream_verl.files import InputError, atomic_path, read_json, write_json
 
 CHUNK = 1 << 15
@@ -59,6 +60,7 @@ def write_mix(
     limit: LengthLimit | None = None,
     dry_run: bool = False,
     output: Path | None = None,
+    wording: str = NOTES,
 ) -> dict[str, Any]:
     """Write ``<D>-mix.parquet``, its report and picture ``<D>-mix.json`` and ``.png``, its entry in dataset_info.json.
 
@@ -75,6 +77,7 @@ def write_mix(
         limit: Shortens histories to a number of tokens, or leaves a row out for another one; none when None.
         dry_run: Plan only, and write nothing.
         output: Another file than ``<D>-mix.parquet``, in the same folder.
+        wording: Of the chains that rules write, one of :data:`data_processing.teacher.rules.WORDINGS`.
 
     Returns:
         ``tasks``: for each task the rows ``asked`` for, those that ``exist`` and those ``made``, fewer only when no
@@ -86,7 +89,7 @@ def write_mix(
     """
     _check_names(rows)
     path = output or folder.mix
-    corpus = _read_corpus(folder, history)
+    corpus = _read_corpus(folder, history, wording)
     exist = {task: TASKS[task].exist(corpus) for task in rows}
     asked = asked_rows(rows, exist, total)
     tasks = [task for task in TASKS if asked.get(task)]  # reasoning is the last
@@ -242,13 +245,15 @@ def _check_names(rows: Mapping[str, int | float]) -> None:
             raise InputError(f"SFT task {task!r}: unknown; {hint}")
 
 
-def _read_corpus(folder: DataFolder, history: int) -> Corpus:
+def _read_corpus(folder: DataFolder, history: int, wording: str) -> Corpus:
     items = folder.read_items()
     index = folder.read_index(items)
     training = folder.read_training(items)
     preferences, queries = folder.read_user_texts(training)
     chains = folder.read_chains(training, index, history)
-    return Corpus(training, items, index, history, preferences=preferences, queries=queries, chains=chains)
+    return Corpus(
+        training, items, index, history, preferences=preferences, queries=queries, chains=chains, wording=wording
+    )
 
 
 def write_rows(path: Path, corpus: Corpus, plan: Plan) -> None:

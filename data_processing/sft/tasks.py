@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from data_processing.sft import prompts
 from data_processing.sft.corpus import Corpus
 from data_processing.sft.fields import TEMPLATE, TITLES_SHOWN, ItemFields, Specs, WindowFields
 from data_processing.sft.texts import Filled, Ints, Templates, render, string_array
-from data_processing.teacher.rules import DOMINANT, KEPT
+from data_processing.teacher.rules import DOMINANT, KEPT, WORDINGS
 from gream_verl.next_item import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 
 CANONICAL_SHARE = 0.5
@@ -213,20 +214,16 @@ def _over_items(user: Sequence[str], assistant: Sequence[str]) -> Task:
 
 
 def chain_templates() -> list[str]:
-    """Return the wordings of :meth:`RuleTeacher.chain`, two for each number of dominant traits.
+    """Return the forms of :meth:`RuleTeacher.chain`: for each wording, two for each number of dominant traits.
 
     The first of two is for a target without a trait; the last of all is the response of a language model.
     """
+    kept = "".join(f"{{kept[{number}]}}" for number in range(KEPT))
     made = []
-    for traits in range(DOMINANT + 1):
-        names = [f"{{dominant[{number}]}}" for number in range(traits)]
-        named = ", ".join(f"{name} {{counts[{number}]}}" for number, name in enumerate(names))
-        evidence = f"{named} of {{length}}; last {{last}}" if names else "last {last}"
-        preference = " and ".join(names[:2]) or "more of the same kind"
-        for intent in ("something close to the last", "{intent}"):
-            thought = f"Evidence: {evidence}. Preference: {preference}. Intent: {intent}."
-            kept = "".join(f"{{kept[{number}]}}" for number in range(KEPT))
-            made.append(f"<think>{thought}</think>{kept}<answer>{{sid}}</answer>")
+    for wording, traits, intent in product(WORDINGS.values(), range(DOMINANT + 1), (None, "{intent}")):
+        named = [(f"{{dominant[{number}]}}", f"{{counts[{number}]}}") for number in range(traits)]
+        thought = wording.thought(named, "{length}", "{last}", intent)
+        made.append(f"<think>{thought}</think>{kept}<answer>{{sid}}</answer>")
     return [*made, "{chain}"]
 
 

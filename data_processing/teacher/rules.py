@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from data_processing.layout import Item
@@ -23,17 +24,81 @@ COMMON = 0.6
 TITLE_WORDS = 8
 
 
+@dataclass(frozen=True)
+class Wording:
+    """How a chain is put into words; of two forms, the second is for when there is nothing to name.
+
+    Attributes:
+        count: A trait of the history and its count: ``{name}``, ``{count}``.
+        more: The same for the traits after the first.
+        evidence: ``{named}`` traits, ``{length}`` of the history, ``{last}`` title in it.
+        preference: ``{names}`` of the two traits in front.
+        intent: ``{intent}``, the target's trait.
+    """
+
+    count: str
+    more: str
+    evidence: tuple[str, str]
+    preference: tuple[str, str]
+    intent: tuple[str, str]
+
+    def thought(self, traits: Sequence[tuple[str, str]], length: str, last: str, intent: str | None) -> str:
+        """Return the text between the ``<think>`` tags.
+
+        Args:
+            traits: Names and counts of the traits in front.
+            length: Length of the history.
+            last: Short title of its last item.
+            intent: The target's trait, None when it has none.
+        """
+        named = ", ".join(
+            (self.more if place else self.count).format(name=name, count=count)
+            for place, (name, count) in enumerate(traits)
+        )
+        names = " and ".join(name for name, _ in traits[:2])
+        return " ".join(
+            [
+                self.evidence[not traits].format(named=named, length=length, last=last),
+                self.preference[not traits].format(names=names),
+                self.intent[intent is None].format(intent=intent),
+            ]
+        )
+
+
+WORDINGS = {
+    "notes": Wording(
+        "{name} {count}",
+        "{name} {count}",
+        ("Evidence: {named} of {length}; last {last}.", "Evidence: last {last}."),
+        ("Preference: {names}.", "Preference: more of the same kind."),
+        ("Intent: {intent}.", "Intent: something close to the last."),
+    ),
+    "sentences": Wording(
+        "{count} are {name}",
+        "{count} {name}",
+        ("Evidence: of the {length} items in this history, {named}; the latest is {last}.",
+         "Evidence: the latest item in this history is {last}."),
+        ("Preference: this user likes {names}.", "Preference: this user likes more of the same kind."),
+        ("Intent: the next item should be {intent}.", "Intent: the next item should be close to the latest."),
+    ),
+}  # fmt: skip
+"""Notes cost few tokens and suit a model that has learnt English here; sentences suit one that is pretrained."""
+NOTES = "notes"
+
+
 class RuleTeacher:
     """Writes the reasoning response for a history and its next item.
 
     Args:
         items: All items.
         index: Their semantic IDs.
+        wording: One of :data:`WORDINGS`.
     """
 
-    def __init__(self, items: Mapping[str, Item], index: ItemIndex) -> None:
+    def __init__(self, items: Mapping[str, Item], index: ItemIndex, wording: str = NOTES) -> None:
         self.items = items
         self.index = index
+        self.wording = WORDINGS[wording]
 
     @cached_property
     def traits(self) -> dict[str, tuple[str, ...]]:
@@ -56,10 +121,13 @@ class RuleTeacher:
         dominant = [name for name, _ in counts.most_common(DOMINANT)]
         intent = self.intent(counts, target)
         kept = self.denoise(history, {*dominant[:2], *intent[:1]})
-        return (
-            f"<think>{self._evidence(history, counts, dominant)} {_preference(dominant)} {_intent(intent)}</think>"
-            f"{''.join(self.index.texts(kept))}<answer>{self.index.text(target)}</answer>"
+        thought = self.wording.thought(
+            [(name, str(counts[name])) for name in dominant],
+            str(len(history)),
+            short_title(self.items[history[-1]].title),
+            next(iter(intent), None),
         )
+        return f"<think>{thought}</think>{''.join(self.index.texts(kept))}<answer>{self.index.text(target)}</answer>"
 
     def intent(self, counts: Mapping[str, int], target: str) -> tuple[str, ...]:
         """Return the target's trait that is most frequent in the history, () when it has none."""
@@ -71,20 +139,7 @@ class RuleTeacher:
         fitting = [item for item in history if wanted.intersection(self.traits[item])]
         return (fitting or list(history))[-KEPT:]
 
-    def _evidence(self, history: Sequence[str], counts: Mapping[str, int], dominant: Sequence[str]) -> str:
-        last = short_title(self.items[history[-1]].title)
-        named = ", ".join(f"{name} {counts[name]}" for name in dominant)
-        return f"Evidence: {named} of {len(history)}; last {last}." if named else f"Evidence: last {last}."
-
 
 def short_title(title: str, words: int = TITLE_WORDS) -> str:
     """Return the first words of a title."""
     return " ".join(title.split()[:words]).rstrip(".,;:")
-
-
-def _preference(dominant: Sequence[str]) -> str:
-    return f"Preference: {' and '.join(dominant[:2])}." if dominant else "Preference: more of the same kind."
-
-
-def _intent(intent: Sequence[str]) -> str:
-    return f"Intent: {intent[0]}." if intent else "Intent: something close to the last."

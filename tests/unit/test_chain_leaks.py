@@ -16,7 +16,7 @@ from data_processing.sft.corpus import Corpus
 from data_processing.sft.fields import LENGTH, TARGET
 from data_processing.sft.tasks import REASONING, TASKS
 from data_processing.teacher.leaks import find_leak
-from data_processing.teacher.rules import RuleTeacher, short_title
+from data_processing.teacher.rules import NOTES, WORDINGS, RuleTeacher, short_title
 from gream_verl.semantic_ids import ItemIndex
 
 Sequences = Mapping[str, Sequence[str]]
@@ -24,10 +24,10 @@ BEAUTY = Path(__file__).parents[3] / "shared" / "data" / "beauty2014"
 
 
 def both_ways(
-    sequences: Sequences, items: Mapping[str, Item], index: ItemIndex, rows: int = sys.maxsize
+    sequences: Sequences, items: Mapping[str, Item], index: ItemIndex, rows: int = sys.maxsize, wording: str = NOTES
 ) -> list[tuple[str | None, str | None]]:
     """Return what is found in every chain by rule, and what the check of one chain alone finds."""
-    corpus, teacher = Corpus(sequences, items, index), RuleTeacher(items, index)
+    corpus, teacher = Corpus(sequences, items, index, wording=wording), RuleTeacher(items, index, wording)
     specs = TASKS[REASONING].draw(corpus, rows, np.random.default_rng(0))
     expected = []
     for target, length in specs[:, [TARGET, LENGTH]].tolist():
@@ -69,18 +69,29 @@ TITLES = [
     "M",
     "???",
 ]
-TITLES += ["Evidence", "the same kind", "Drama of", "War last", "Something close to the lost", "<|a_1|>", "(Crime)"]
+TITLES += ["Likes War", "Evidence", "the same kind", "Drama of", "War last", "Something close to the lost"]
+TITLES += ["<|a_1|>", "(Crime)"]
+    "Likes War",
+    "Evidence",
+    "the same kind",
+    "Drama of",
+    "War last",
+    "Something close to the lost",
+    "<|a_1|>",
+    "(Crime)",
+]
 NAMES = ["War", "Western", "Drama", "Western Drama", "Crime", "ウォー", "é", "---", "Documentaries of Evidence"]
 
 
-def test_what_is_found_is_what_the_check_of_one_chain_finds() -> None:
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_what_is_found_is_what_the_check_of_one_chain_finds(wording: str) -> None:
     for marked in (False, True):
         titles = [title for title in TITLES if marked or "<" not in title]
         found = []
         for turn in range(len(NAMES)):
             names = [(NAMES[(place + turn) % 9], NAMES[place * (turn + 2) % 9]) for place in range(len(titles))]
             items, index = catalogue(titles, [tuple(dict.fromkeys(pair)) for pair in names])
-            found += both_ways(users(items), items, index)
+            found += both_ways(users(items), items, index, wording=wording)
         assert all(fast == slow for fast, slow in found)
         assert len({leak for leak, _ in found}) == 2
         assert 20 < sum(leak is not None for leak, _ in found) < len(found) / 2

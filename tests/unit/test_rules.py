@@ -35,6 +35,18 @@ def test_a_chain_says_evidence_preference_and_intent_then_keeps_what_speaks_for_
     )
 
 
+def test_a_chain_can_be_written_in_sentences(teacher: RuleTeacher) -> None:
+    teacher = RuleTeacher(teacher.items, teacher.index, "sentences")
+    assert teacher.chain(["alien", "fargo", "heat"], "jaws").startswith(
+        "<think>Evidence: of the 3 items in this history, 2 are Crime, 1 Horror, 1 Sci-Fi; the latest is Heat. "
+        "Preference: this user likes Crime and Horror. Intent: the next item should be Thriller.</think>"
+    )
+    assert teacher.chain(["plain"], "plain").startswith(
+        "<think>Evidence: the latest item in this history is Plain. Preference: this user likes more of the same kind. "
+        "Intent: the next item should be close to the latest.</think>"
+    )
+
+
 def test_a_category_of_nearly_all_items_is_not_evidence() -> None:
     items = {str(number): Item(f"T{number}", categories=("Root", GENRES[number % 5])) for number in range(10)}
     teacher = RuleTeacher(items, ItemIndex.from_codes(list(items), [(number,) for number in range(10)]))

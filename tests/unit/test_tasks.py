@@ -18,7 +18,7 @@ from data_processing.sft import prompts
 from data_processing.sft.corpus import Corpus, description, features
 from data_processing.sft.fields import LENGTH, TARGET, TEMPLATE, TITLES_SHOWN
 from data_processing.sft.tasks import REASONING, TASKS, Renderer, Row, draw_items, draw_windows
-from data_processing.teacher.rules import short_title
+from data_processing.teacher.rules import RuleTeacher, short_title
 from gream_verl.next_item import FIRST_REASONING_TARGET, TEMPLATES, messages
 from gream_verl.semantic_ids import ItemIndex, find_sids
 
@@ -135,6 +135,14 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(corpus: Corpu
 @pytest.mark.parametrize("task", TASKS)
 def test_as_many_rows_exist_as_can_be_drawn(corpus: Corpus, task: str) -> None:
     assert len(rows(corpus, task)) == TASKS[task].exist(corpus)
+
+
+def test_chains_in_sentences_are_those_of_the_rules(data: Data) -> None:
+    corpus, teacher = Corpus(*data, history=6, wording="sentences"), RuleTeacher(*data[1:], "sentences")
+    specs = TASKS[REASONING].draw(corpus, 50, np.random.default_rng(0))
+    for row, (target, length, _) in zip(rows(corpus, REASONING, 50), specs.tolist(), strict=True):
+        *history, item = (corpus.keys[number] for number in corpus.sequence[target - length : target + 1])
+        assert row.assistant == teacher.chain(history, item)
 
 
 @pytest.mark.parametrize("task", ["seqrec", REASONING])
