@@ -14,10 +14,7 @@ import numpy as np
 from data_processing.sft.fields import LENGTH, Specs
 from data_processing.sft.tasks import Renderer, Row
 from data_processing.sft.texts import Ints
-from gream_verl.files import InputError
-
-BATCH = 1024
-"""Rows given to a tokenizer at once: what it returns takes a hundred times the memory of the text."""
+from gream_verl.sft.lengths import turn_counter
 
 
 @dataclass(frozen=True)
@@ -59,25 +56,8 @@ def token_counter(tokenizer: Any) -> Callable[[Sequence[Row]], list[int]]:
     Raises:
         InputError: When the tokenizer is not a fast one, or has no chat template.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise InputError(
-            f"{tokenizer.name_or_path}: not a fast tokenizer; save it with tokenizer.json, and load that one"
-        )
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"{tokenizer.name_or_path}: has no chat template; give a tokenizer that has one, as chat models do"
-        )
-
-    def count_tokens(rows: Sequence[Row]) -> list[int]:
-        counts: list[int] = []
-        for start in range(0, len(rows), BATCH):
-            chats = [_chat(row) for row in rows[start : start + BATCH]]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-            counts += map(len, backend.encode_batch_fast(texts, add_special_tokens=False))
-        return counts
-
-    return count_tokens
+    count_turns = turn_counter(tokenizer)
+    return lambda rows: count_turns(rows).sum(1).tolist()
 
 
 def length_table(tokens: Ints, shortened: int, left_out: int) -> dict[str, float]:
@@ -94,8 +74,3 @@ def length_table(tokens: Ints, shortened: int, left_out: int) -> dict[str, float
         "shortened": shortened,
         "left out": left_out,
     }
-
-
-def _chat(row: Row) -> list[dict[str, str]]:
-    turns = [("system", row.system), ("user", row.user), ("assistant", row.assistant)]
-    return [{"role": role, "content": text} for role, text in turns if text]

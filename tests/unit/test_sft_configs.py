@@ -1,4 +1,12 @@
+"""Every SFT config, with every ZeRO stage, through LLaMA-Factory's own parser; and copies that stay copies."""
+
+from __future__ import annotations
+
 import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -6,56 +14,122 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "sft_configs"
-# What may differ between the tiny model on a CPU and Qwen3-4B on GPUs; everything else must not drift apart.
-DIFFERENCES = {
+YAMLS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+STAGES = {path.name: int(path.stem[-1]) for path in sorted(CONFIGS.glob("deepspeed_*.json"))}
+REFERENCE = "qwen3_4b_mix.yaml"
+CPU = {
     "model_name_or_path", "train_on_prompt", "deepspeed", "dataset_dir", "dataset", "cutoff_len", "learning_rate",
     "preprocessing_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
     "use_cpu", "bf16", "flash_attn", "disable_gradient_checkpointing", "output_dir", "save_steps", "save_total_limit",
 }  # fmt: skip
+# In what a config may differ from the reference; everything else must not drift apart.
+DIFFERENCES = {
+    "qwen3_4b_alignment.yaml": {"dataset", "output_dir"},
+    "qwen3_4b_reasoning.yaml": {"model_name_or_path", "learning_rate", "save_steps"},
+    "qwen3_4b_lora.yaml": {"finetuning_type", "adapter_name_or_path", "deepspeed", "learning_rate", "output_dir"},
+    "smollm2_cpu.yaml": CPU | {"template", "default_system"},
+    "tiny_cpu.yaml": CPU,
+}
 
 
-def load(name):
+def load(name: str) -> dict[str, object]:
     return yaml.safe_load((CONFIGS / name).read_text())
 
 
-@pytest.mark.parametrize("name", ["tiny_cpu.yaml", "qwen3_4b_mix.yaml"])
-def test_llamafactory_accepts_the_arguments(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", YAMLS)
+def test_llamafactory_accepts_the_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llamafactory.hparams import get_train_args
 
     monkeypatch.chdir(tmp_path)
-    arguments = load(name) | {"output_dir": str(tmp_path / "out")}
-    # What needs an accelerator or deepspeed itself is left out here; its JSON is checked below.
-    arguments.pop("deepspeed", None)
-    arguments["use_cpu"] = True
-    model, data, training, finetuning, _ = get_train_args(arguments)
-    assert data.template == "qwen3_nothink"
-    assert training.disable_shuffling if hasattr(training, "disable_shuffling") else finetuning.disable_shuffling
+    # On a CPU, and without torchrun, which DeepSpeed needs: that is the next test.
+    given = {key: value for key, value in load(name).items() if key != "deepspeed"} | {"use_cpu": True}
+    model, data, training, finetuning, _ = get_train_args(given)
+    assert finetuning.disable_shuffling
     assert not data.packing
-    assert data.cutoff_len == load(name)["cutoff_len"]
     assert not model.trust_remote_code
+    assert (training.include_num_input_tokens_seen, training.logging_steps) == ("non_padding", 1)
+    assert data.cutoff_len == given["cutoff_len"]
+    assert training.resume_from_checkpoint is None  # nothing there yet
 
 
-def test_an_unknown_key_is_refused(tmp_path):
+PARSE_ALL = """
+import json, sys
+from accelerate.state import AcceleratorState
+from deepspeed.runtime.config import DeepSpeedConfig
+from llamafactory.hparams import get_train_args
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+for arguments in json.loads(sys.stdin.read()):
+    _, _, training, _, _ = get_train_args(arguments)
+    filled = training.hf_deepspeed_config
+    third = is_deepspeed_zero3_enabled()
+    filled.fill_only("zero_optimization.reduce_bucket_size", 1)
+    filled.fill_only("zero_optimization.stage3_prefetch_bucket_size", 1)
+    filled.fill_only("zero_optimization.stage3_param_persistence_threshold", 1)
+    read = DeepSpeedConfig(filled.config)
+    print("read", json.dumps({
+        "stage": int(read.zero_optimization_stage), "third": third, "bf16": read.bfloat16_config.enabled,
+        "batch": read.train_micro_batch_size_per_gpu, "accumulation": read.gradient_accumulation_steps,
+        "clipping": read.gradient_clipping,
+    }))
+    unset_hf_deepspeed_config()
+"""
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed: uv pip install deepspeed (12 MB)")
+def test_llamafactory_and_deepspeed_read_every_config_with_every_stage(tmp_path: Path) -> None:
+    names = [name for name in YAMLS if name.startswith("qwen3")]
+    runs = [(load(name), stage) for name in names for stage in STAGES]
+    arguments = [given | {"deepspeed": str(CONFIGS / stage), "use_cpu": True} for given, stage in runs]
+    torchrun = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PARSE_ALL],
+        input=json.dumps(arguments),
+        env={**os.environ, **torchrun, "DS_ACCELERATOR": "cpu"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("read {")]
+    assert len(read) == len(runs)
+    for (given, stage), got in zip(runs, read, strict=True):
+        assert got == {
+            "stage": STAGES[stage],
+            "third": STAGES[stage] == 3,
+            "bf16": True,
+            "batch": given["per_device_train_batch_size"],
+            "accumulation": given["gradient_accumulation_steps"],
+            "clipping": given["max_grad_norm"],
+        }
+
+
+def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     from llamafactory.hparams import get_train_args
 
     with pytest.raises(ValueError, match="not used"):
         get_train_args(load("tiny_cpu.yaml") | {"output_dir": str(tmp_path), "no_such_key": 1})
 
 
-def test_the_two_configs_do_not_drift_apart():
-    tiny, large = load("tiny_cpu.yaml"), load("qwen3_4b_mix.yaml")
-    drifted = {key for key in tiny.keys() | large.keys() if tiny.get(key) != large.get(key)}
-    assert drifted <= DIFFERENCES
+@pytest.mark.parametrize("name", sorted(set(YAMLS) - {REFERENCE}))
+def test_configs_do_not_drift_apart(name: str) -> None:
+    own, reference = load(name), load(REFERENCE)
+    assert {key for key in own | reference if own.get(key) != reference.get(key)} <= DIFFERENCES[name]
 
 
-def test_the_deepspeed_json_leaves_to_the_trainer_what_the_yaml_says():
-    config = json.loads((ROOT / load("qwen3_4b_mix.yaml")["deepspeed"]).read_text())
-    for key in (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ):
-        assert config[key] == "auto"
-    assert config["bf16"] == {"enabled": "auto"}
-    assert config["zero_optimization"]["stage"] == 2
+def test_a_config_names_a_stage_that_is_there() -> None:
+    named = {Path(str(stage)).name for name in YAMLS if (stage := load(name).get("deepspeed"))}
+    assert named <= STAGES.keys()
+    assert set(STAGES.values()) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_deepspeed_json_leaves_to_the_trainer_what_the_yaml_says(name: str) -> None:
+    given = json.loads((CONFIGS / name).read_text())
+    left = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
+    assert {key for key, value in given.items() if value == "auto"} == left
+    assert given["bf16"] == {"enabled": "auto"}
+    assert given["zero_optimization"]["stage"] == STAGES[name]
