@@ -129,6 +129,6 @@ def make_tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config).to(torch.float32)
-    extend_model(model, tokenizer, index, seed=seed)
-    save_checkpoint(model, tokenizer, output)
+    record = extend_model(model, tokenizer, index, seed=seed)
+    save_checkpoint(model, tokenizer, output, record)
     return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": model.config.vocab_size}

@@ -1,104 +1,359 @@
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from small_data import make_data
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.embedding_rows import ROWS, read_item_texts, text_shares
+from gream_verl.files import InputError, write_json
+from gream_verl.semantic_ids import SID_TOKEN, ItemIndex
 from gream_verl.tiny_model import make_tiny_model, train_tokenizer
-from gream_verl.vocabulary import extend_checkpoint, extend_model, sid_token_ids
+from gream_verl.vocabulary import (
+    MANIFEST,
+    NOISE,
+    RECORD,
+    extend_checkpoint,
+    extend_model,
+    padding_multiple,
+    sid_token_ids,
+)
 
 INDEX = ItemIndex.from_codes([str(n) for n in range(12)], [[n // 4, n % 4] for n in range(12)])
 TEXTS = ["Recommend the next film after Fargo (1996), a Drama.", "Heat is a Crime film <|a_1|><|b_2|>"] * 20
+WORDS = ("Fargo", "Heat", "Drama")
+ITEMS = {str(n): {"title": WORDS[n // 4], "description": "", "categories": ["Crime"]} for n in range(12)}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}\n\n{{ m.content }}<|eot|>{% endfor %}"
 
 
-def padded_base(tied: bool) -> tuple[Qwen3ForCausalLM, object]:
-    """A base with padding rows behind its vocabulary, as Qwen3 has."""
-    tokenizer = train_tokenizer(TEXTS, 320)
+def qwen_tokenizer():
+    """Byte-level BPE with Qwen's word split."""
+    return train_tokenizer(TEXTS, 320)
+
+
+def llama3_tokenizer():
+    """Byte-level BPE that puts a token of its own in front, as Llama 3's does."""
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|eot|>", "<|start|>"]
+    backend.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=special,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A <|begin|>:1 $B:1", special_tokens=[("<|begin|>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|eot|>", chat_template=TEMPLATE
+    )
+
+
+def sentencepiece_tokenizer():
+    """BPE on words that begin with a metaspace, as Llama 2's does."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=140, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    # SID tokens are cut out: without a split into words, merges would make whole ones
+    texts = [SID_TOKEN.sub("", text) for text in TEXTS]
+    backend.train_from_iterator([*texts, "why, then\n"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_base(family, tied, dtype, rows=None):
+    tokenizer = {"qwen3": qwen_tokenizer, "llama3": llama3_tokenizer, "llama2": sentencepiece_tokenizer}[family]()
+    rows = rows or len(tokenizer) + 7
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    kind, config = (Qwen3ForCausalLM, Qwen3Config) if family == "qwen3" else (LlamaForCausalLM, LlamaConfig)
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + 7, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied,
-    )  # fmt: skip
-    return Qwen3ForCausalLM(config), tokenizer
+    keys = {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": tied, **special}
+    return kind(config(vocab_size=rows, **SIZES, **keys)).to(dtype), tokenizer
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_base_rows_keep_their_values_and_every_new_row_is_drawn(tied):
-    model, tokenizer = padded_base(tied)
-    before = model.get_input_embeddings().weight.detach().clone()
-    head_before = model.get_output_embeddings().weight.detach().clone()
+@pytest.fixture
+def files(tmp_path):
+    """A base on disk, an index and its items; returns what `extend_checkpoint` needs first."""
+    model, tokenizer = make_base("qwen3", True, torch.float32, rows=384)
+    model.generation_config.update(do_sample=True, top_k=7)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    INDEX.save(tmp_path / "D.index.json")
+    write_json(tmp_path / "D.item.json", ITEMS)
+    return str(tmp_path / "base"), tmp_path / "D.index.json", tmp_path / "out"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype"),
+    [
+        ("qwen3", True, torch.bfloat16),
+        ("qwen3", False, torch.float32),
+        ("llama3", False, torch.bfloat16),
+        ("llama3", True, torch.float32),
+        ("llama2", True, torch.float32),
+    ],
+)
+def test_base_rows_stay_and_every_new_row_is_drawn_in_each_family(family, tied, dtype, rows):
+    model, tokenizer = make_base(family, tied, dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    special = tokenizer.special_tokens_map, tokenizer.all_special_ids, tokenizer.chat_template
+    greeting = tokenizer.encode("Fargo is a Drama")
     base = len(tokenizer)
-    new = extend_model(model, tokenizer, INDEX, seed=3)
-    assert new == list(range(base, len(tokenizer)))
-    for weight, old in (
-        (model.get_input_embeddings().weight, before),
-        (model.get_output_embeddings().weight, head_before),
-    ):
-        assert torch.equal(weight[:base], old[:base])
-        rows = weight[new].detach()
-        distance = (rows - old[:base].mean(0)).abs().mean(0) / old[:base].std(0)
-        assert (distance < 0.3).all()
-        assert len(torch.unique(rows, dim=0)) == len(new)
-    assert model.config.vocab_size % 64 == 0
-    assert model.config.vocab_size >= len(tokenizer)
+    done = extend_model(model, tokenizer, INDEX, rows=rows, texts={"1": "Fargo", "5": "Heat"}, seed=3)
+
+    assert (done["first_id"], done["last_id"], done["tied"]) == (base, len(tokenizer) - 1, tied)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert (tokenizer.special_tokens_map, tokenizer.all_special_ids, tokenizer.chat_template) == special
+    assert tokenizer.encode("Fargo is a Drama") == greeting
+    after = model.state_dict()
+    grown = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - grown)
+    for name in grown:
+        assert after[name].dtype == dtype
+        assert torch.equal(after[name][:base], before[name][:base])
+        drawn, old = after[name][base:].float(), before[name][:base].float()
+        assert len(torch.unique(drawn, dim=0)) == len(drawn)
+        assert (drawn.norm(dim=1) < 3 * old.norm(dim=1).max()).all()
+    assert model.config.vocab_size == done["rows_after"] == len(after["lm_head.weight"])
+    assert done["rows_after"] % done["multiple"] == 0
+    if not tied:
+        assert not torch.equal(after["lm_head.weight"][base:], after["model.embed_tokens.weight"][base:])
 
 
-def test_extending_twice_changes_nothing():
-    model, tokenizer = padded_base(tied=True)
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "llama2"])
+def test_sid_tokens_are_one_token_each_wherever_they_stand_and_survive_decoding(family):
+    model, tokenizer = make_base(family, True, torch.float32)
     extend_model(model, tokenizer, INDEX)
-    weight = model.get_input_embeddings().weight.detach().clone()
-    assert extend_model(model, tokenizer, INDEX) == []
-    assert torch.equal(model.get_input_embeddings().weight, weight)
-
-
-def test_sid_tokens_are_one_token_each_and_survive_decoding(tmp_path):
-    make_tiny_model(TEXTS, INDEX, tmp_path / "model", vocabulary_size=320, hidden_size=16, layers=1, heads=2)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     ids = sid_token_ids(tokenizer, INDEX)
-    text = "<think>why</think>" + "".join(INDEX.tokens) + "<answer><|a_1|><|b_1|></answer>"
-    encoded = tokenizer.encode(text, add_special_tokens=False)
-    assert [ids[token] for token in INDEX.tokens] == [i for i in encoded if i in ids.values()][: len(ids)]
-    assert tokenizer.decode(encoded, skip_special_tokens=True) == text
+    for text in ("<|a_1|><|b_2|>", "after <|a_3|><|b_4|>, then", "<think>why</think><|a_1|>\n<|b_1|>x"):
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        assert [token for token in tokenizer.convert_ids_to_tokens(encoded) if token in ids] == [
+            token for token in INDEX.tokens if token in text
+        ]
+        decoded = tokenizer.decode(encoded, skip_special_tokens=True)
+        assert decoded.replace(" ", "") == text.replace(" ", "")
     assert not set(ids.values()) & set(tokenizer.all_special_ids)
 
 
-def test_the_same_seed_makes_the_same_bytes(tmp_path):
+def test_mean_rows_lie_close_to_the_mean_and_distribution_rows_spread_as_the_base_does():
+    many = ItemIndex.from_codes([str(n) for n in range(3000)], [[n] for n in range(3000)])
+    drawn = {}
+    for rows in ("mean", "distribution"):
+        model, tokenizer = make_base("qwen3", True, torch.float32)
+        base = len(tokenizer)
+        with torch.no_grad():  # dimensions that go together
+            model.get_input_embeddings().weight[:, 1] = 3 * model.get_input_embeddings().weight[:, 0]
+        extend_model(model, tokenizer, many, rows=rows)
+        weight = model.get_input_embeddings().weight.detach()
+        old, drawn[rows] = weight[:base], weight[base : base + 3000]
+    assert torch.allclose(drawn["mean"].std(0), NOISE * old.std(0), rtol=0.1)
+    assert torch.allclose(drawn["mean"].mean(0), old.mean(0), atol=float(0.01 * old.std(0).max()))
+    assert torch.allclose(torch.cov(drawn["distribution"].T), torch.cov(old.T), atol=float(0.1 * old.var(0).max()))
+
+
+def test_rows_of_texts_are_what_the_module_says():
+    model, tokenizer = make_base("qwen3", True, torch.float32)
+    base, old = len(tokenizer), model.get_input_embeddings().weight.detach().clone()
+    texts = {"0": "Fargo", "1": "Heat Fargo", "4": "Heat", "8": "Drama Drama", "9": ""}
+    extend_model(model, tokenizer, INDEX, rows="texts", texts=texts, seed=1)
+    weight = model.get_input_embeddings().weight.detach()
+    ids = sid_token_ids(tokenizer, INDEX)
+
+    def mean_row(text):
+        return old[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
+
+    told = {
+        "<|a_1|>": (mean_row("Fargo") + mean_row("Heat Fargo")) / 2,
+        "<|a_2|>": mean_row("Heat"),
+        "<|a_3|>": mean_row("Drama Drama"),
+    }
+    level = torch.stack(list(told.values())).mean(0)
+    std = old[:base].std(0)
+    for token, row in told.items():
+        expected = old[:base].mean(0) + std.norm() * (row - level) / (row - level).norm()
+        assert ((weight[ids[token]] - expected).abs() < 5 * NOISE * std).all()
+    for token in ("<|b_3|>", "<|b_4|>"):  # no item of theirs has a text
+        assert ((weight[ids[token]] - old[:base].mean(0)).abs() < 5 * NOISE * std).all()
+
+
+def test_every_item_and_every_token_of_an_item_counts_the_same():
+    tokenizer = qwen_tokenizer()
+    texts = {"0": "Fargo", "1": "Heat Fargo Drama", "2": "Crime"}
+    shares = text_shares(tokenizer, INDEX, texts, len(tokenizer)).toarray()
+    first = sum(
+        torch.bincount(torch.tensor(ids), minlength=len(tokenizer)) / len(ids)
+        for ids in tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
+    )
+    assert torch.allclose(torch.from_numpy(shares[0]), (first / 3).float())
+    assert shares.sum(axis=1).round(5).tolist() == [1, 0, 0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "multiple"), [(151_936, 128), (49_152, 128), (128_256, 128), (32_016, 16), (50_257, 64), (100, 64)]
+)
+def test_the_padding_of_the_base_is_kept(rows, multiple):
+    assert padding_multiple(rows) == multiple
+
+
+def test_tokens_that_fit_behind_the_base_take_its_padding_rows():
+    model, tokenizer = make_base("qwen3", True, torch.float32, rows=1024)
+    done = extend_model(model, tokenizer, INDEX)
+    assert (done["rows_before"], done["rows_after"], done["multiple"]) == (1024, 1024, 128)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model, tokenizer = make_base("qwen3", True, torch.float32, rows=256)
+    with pytest.raises(InputError, match="not of one model"):
+        extend_model(model, tokenizer, INDEX)
+
+
+def test_a_checkpoint_is_extended_and_keeps_what_the_base_had(files):
+    base, index, output = files
+    done, made = extend_checkpoint(base, index, output)
+    assert made
+    assert json.loads((output / RECORD).read_text()) == done
+    assert done["added"] == len(INDEX.tokens) + 2
+    assert done["reasoning_tokens"] == ["<think>", "</think>"]
+    assert (done["rows_before"], done["rows_after"], done["multiple"]) == (384, 384, 128)
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (base, output))
+    assert (output / "chat_template.jinja").read_bytes() == (index.parent / "base/chat_template.jinja").read_bytes()
+    assert (old.eos_token, old.pad_token, old.bos_token) == (new.eos_token, new.pad_token, new.bos_token)
+    loaded = AutoModelForCausalLM.from_pretrained(output)
+    assert loaded.generation_config.top_k == 7
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.get_input_embeddings().num_embeddings == loaded.config.vocab_size
+    assert sid_token_ids(new, INDEX) == {token: done["first_id"] + 2 + n for n, token in enumerate(INDEX.tokens)}
+
+
+def test_the_same_inputs_are_not_done_again_and_others_are_refused_unless_told(files):
+    base, index, output = files
+    _, first = extend_checkpoint(base, index, output)
+    done = (output / RECORD).stat().st_ino
+    assert extend_checkpoint(base, index, output)[1] is False
+    assert first
+    assert (output / RECORD).stat().st_ino == done
+    with pytest.raises(InputError, match="--overwrite"):
+        extend_checkpoint(base, index, output, rows="mean")
+    assert extend_checkpoint(base, index, output, rows="mean", overwrite=True)[0]["rows"] == "mean"
+    assert sorted(path.name for path in output.parent.iterdir()) == ["D.index.json", "D.item.json", "base", "out"]
+
+
+@pytest.mark.parametrize("added", ["trainer_state.json", "checkpoint-4/model.safetensors"])
+def test_a_folder_with_something_of_the_users_is_never_replaced(files, added):
+    base, index, output = files
+    extend_checkpoint(base, index, output)
+    (output / added).parent.mkdir(exist_ok=True)
+    (output / added).write_text("dear")
+    for call in (
+        lambda: extend_checkpoint(base, index, output, rows="mean", overwrite=True),
+        lambda: make_tiny_model(TEXTS, INDEX, output, vocabulary_size=320, hidden_size=16, layers=1, heads=2),
+    ):
+        with pytest.raises(InputError, match="choose another folder"):
+            call()
+    assert (output / added).read_text() == "dear"
+
+
+def test_a_checkpoint_without_its_manifest_or_trained_in_place_is_the_users(files):
+    base, index, output = files
+    shutil.copytree(base, output)
+    with pytest.raises(InputError, match="did not write"):
+        extend_checkpoint(base, index, output, overwrite=True)
+    with pytest.raises(InputError, match="the base itself"):
+        extend_checkpoint(base, index, index.parent / "base", overwrite=True)
+    assert not (output / MANIFEST).exists()
+
+
+def test_a_base_with_sid_tokens_is_refused_with_what_was_added_to_it(files):
+    base, index, output = files
+    extend_checkpoint(base, index, output)
+    with pytest.raises(InputError, match=r"holds 7 SID tokens already, 9 tokens of D.index.json added to .* on 20"):
+        extend_checkpoint(str(output), index, output.with_name("twice"))
+    (output / RECORD).unlink()
+    with pytest.raises(InputError, match=r"holds 7 SID tokens already; .*--grow"):
+        extend_checkpoint(str(output), index, output.with_name("twice"))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, rows):
+    base, index, output = files
+    extend_checkpoint(base, index, output)
+    old = AutoModelForCausalLM.from_pretrained(output).model.embed_tokens.weight
+    sids = {item: list(sid) for item, sid in INDEX.sids.items()}
+    write_json(index, {**sids, "0": [*sids["0"], "<|c_1|>"], "new": [*sids["0"], "<|c_2|>"]})
+    grown = output.with_name("grown")
+    done, _ = extend_checkpoint(str(output), index, grown, rows=rows, grow=True)
+    assert (done["added"], done["earlier"]["added"]) == (2, 9)
+    assert done["reasoning_tokens"] == ["<think>", "</think>"]
+    new = AutoModelForCausalLM.from_pretrained(grown).model.embed_tokens.weight
+    assert torch.equal(new[: done["first_id"]], old[: done["first_id"]])
+    sid_token_ids(AutoTokenizer.from_pretrained(grown), ItemIndex.load(index))
+    with pytest.raises(InputError, match="knows each of its tokens"):
+        extend_checkpoint(str(grown), index, output.with_name("again"), grow=True, rows=rows)
+
+
+def test_the_same_seed_makes_the_same_bytes(files):
+    base, index, output = files
     for name in ("one", "two"):
-        make_tiny_model(TEXTS, INDEX, tmp_path / name, vocabulary_size=320, hidden_size=16, layers=1, heads=2, seed=5)
-    for file in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+        extend_checkpoint(base, index, output.with_name(name), seed=5)
+    for file in (output.with_name("one")).iterdir():
+        assert file.read_bytes() == (output.with_name("two") / file.name).read_bytes()
+    for name in ("three", "four"):
+        folder = output.with_name(name)
+        make_tiny_model(TEXTS, INDEX, folder, vocabulary_size=320, hidden_size=16, layers=1, heads=2, seed=5)
+    for file in (output.with_name("three")).iterdir():
+        assert file.read_bytes() == (output.with_name("four") / file.name).read_bytes()
 
 
-def test_the_chat_template_is_that_of_llamafactory(tmp_path):
+def test_the_chat_template_is_that_of_llamafactory():
     from llamafactory.data.template import TEMPLATES
 
-    tokenizer = train_tokenizer(TEXTS, 320)
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    rendered = qwen_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     template = TEMPLATES["qwen3_nothink"]
     system = template.format_system.apply(content="S")
     user = template.format_user.apply(content="U")
     assert rendered == "".join(system + user)
 
 
-def test_a_checkpoint_is_extended_by_the_same_code(tmp_path):
-    model, tokenizer = padded_base(tied=False)
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    INDEX.save(tmp_path / "D.index.json")
-    added = extend_checkpoint(str(tmp_path / "base"), tmp_path / "D.index.json", tmp_path / "out")
-    assert added == len(INDEX.tokens) + 2
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert loaded.get_input_embeddings().num_embeddings == loaded.config.vocab_size
-    sid_token_ids(AutoTokenizer.from_pretrained(tmp_path / "out"), INDEX)
-
-
-def test_a_base_that_cannot_be_loaded_is_one_sentence(tmp_path):
-    INDEX.save(tmp_path / "D.index.json")
+def test_what_cannot_be_used_is_one_sentence(files):
+    base, index, output = files
     with pytest.raises(InputError, match="cannot be loaded"):
-        extend_checkpoint(str(tmp_path / "absent"), tmp_path / "D.index.json", tmp_path / "out")
+        extend_checkpoint(f"{base}-absent", index, output)
+    items = index.with_name("D.item.json")
+    write_json(items, {"elsewhere": {"title": "Fargo"}})
+    with pytest.raises(InputError, match="no item of it has a text"):
+        extend_checkpoint(base, index, output)
+    items.unlink()
+    with pytest.raises(InputError, match=r"D.item.json: no such file; .*--items"):
+        extend_checkpoint(base, index, output)
+    assert extend_checkpoint(base, index, output, rows="distribution")[1]
+    assert not list(output.parent.glob(".out*"))
+
+
+def test_item_texts_take_the_fields_that_are_there(tmp_path):
+    write_json(tmp_path / "one.json", {"1": {"title": "Heat", "brand": None, "categories": ["Crime", "Drama"]}})
+    assert read_item_texts(tmp_path / "one.json") == {"1": "Heat Crime Drama"}
+    data = make_data(tmp_path)
+    assert set(read_item_texts(data.item)) == set(data.read_items())
 
 
 def test_a_model_without_sid_tokens_names_the_remedy():
     with pytest.raises(InputError, match="gream model extend"):
-        sid_token_ids(train_tokenizer(TEXTS, 320), INDEX)
+        sid_token_ids(qwen_tokenizer(), INDEX)

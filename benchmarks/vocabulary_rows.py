@@ -1,0 +1,120 @@
+"""Which first values of the rows of semantic-ID tokens SFT starts best from: the three of `gream model extend`, and two
+of Hugging Face: its ``mean_resizing``, and rows drawn as for an untrained model.
+
+``python -m benchmarks.vocabulary_rows --base FOLDER --data FOLDER`` trains the same pretrained base on the same rows of
+the SFT mix in the same order, and measures the loss of the responses on rows that no training saw: before the first
+step, on the way and at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gream_verl.embedding_rows import ROWS, read_item_texts
+from gream_verl.semantic_ids import ItemIndex
+from gream_verl.vocabulary import add_sid_tokens, extend_model
+
+ROLES = {"human": "user", "gpt": "assistant"}
+IGNORED = -100
+
+
+def resized(mean_resizing: bool) -> Callable[[Any, Any, ItemIndex], None]:
+    """Return an extension by transformers alone."""
+
+    def extend(model: Any, tokenizer: Any, index: ItemIndex) -> None:
+        add_sid_tokens(tokenizer, index)
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=mean_resizing)
+
+    return extend
+
+
+def batches(mix: Path, tokenizer: Any, batch: int, longest: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Return shuffled batches [batch, tokens] of rows of at most ``longest`` tokens; labels only on responses."""
+    rows = pl.read_parquet(mix).sample(fraction=1.0, shuffle=True, seed=seed).to_dicts()
+    made, kept = [], []
+    for row in rows:
+        messages = [{"role": "system", "content": row["system"]}] if row["system"] else []
+        messages += [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answered = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(asked) + len(answered) <= longest:
+            kept.append((asked, answered))
+        if len(kept) == batch:
+            width = max(len(asked) + len(answered) for asked, answered in kept)
+            ids, labels = torch.zeros(batch, width, dtype=torch.long), torch.full((batch, width), IGNORED)
+            for place, (asked, answered) in enumerate(kept):
+                ids[place, : len(asked) + len(answered)] = torch.tensor(asked + answered)
+                labels[place, len(asked) : len(asked) + len(answered)] = torch.tensor(answered)
+            made.append({"input_ids": ids, "labels": labels})  # right padding: no token looks at what is behind it
+            kept = []
+    return made
+
+
+@torch.inference_mode()
+def held_out_loss(model: Any, rows: list[dict[str, torch.Tensor]]) -> float:
+    return sum(float(model(**batch).loss) for batch in rows) / len(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", type=Path, default=Path("runs/pretrained/base"))
+    parser.add_argument("--data", type=Path, default=Path("runs/pretrained/data"))
+    parser.add_argument("--dataset", default="ml-100k")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a row; longer rows are left out")
+    parser.add_argument("--held-out", type=int, default=4, help="batches that the loss is measured on")
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    console, mix = Console(), given.data / f"{given.dataset}-mix.parquet"
+    for path, remedy in ((given.base, "a pretrained base (--base)"), (mix, "`gream data mix` (--data, --dataset)")):
+        if not path.exists():
+            console.print(f"skipped: {path} is not there; it needs {remedy}", soft_wrap=True)
+            return
+    index = ItemIndex.load(given.data / f"{given.dataset}.index.json")
+    texts = read_item_texts(given.data / f"{given.dataset}.item.json")
+    ways: dict[str, Callable[[Any, Any, ItemIndex], Any]] = {
+        rows: partial(extend_model, rows=rows, texts=texts, seed=given.seed) for rows in ROWS
+    }
+    ways |= {"transformers, mean_resizing": resized(True), "transformers, untrained": resized(False)}
+    points = sorted({0, given.steps // 4, given.steps // 2, given.steps})
+    columns = [Column(f"after {point}", justify="right") for point in points]
+    table = Table("first rows", *columns, Column("seconds", justify="right"), title="Held-out loss", box=SIMPLE_HEAD)
+    for name, extend in ways.items():
+        tokenizer = AutoTokenizer.from_pretrained(given.base)
+        model = AutoModelForCausalLM.from_pretrained(given.base, dtype=torch.float32)
+        extend(model, tokenizer, index)
+        rows = batches(mix, tokenizer, given.batch, given.longest, given.seed)
+        held_out, training = rows[-given.held_out :], rows[: -given.held_out][: given.steps]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=given.rate, weight_decay=0.0)
+        losses, begin = [held_out_loss(model, held_out)], time.perf_counter()
+        for step, batch in enumerate(training, 1):
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in points:
+                losses.append(held_out_loss(model, held_out))
+        cells = [f"{loss:.3f}" for loss in losses]
+        table.add_row(name, *cells, f"{time.perf_counter() - begin:.0f}")
+        console.print(f"{name}: {' '.join(cells)}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
