@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +31,26 @@ from gream_verl.files import InputError, hold, read_json, write_json
 SAMPLE_SECONDS = 5.0
 QUIET_SECONDS = 15.0
 LOG_TAIL = 25
-KNOWN_REASON = re.compile(r"InputError: (?=\S)|(?=\[Errno \d+\])")
-"""Where in a framework's traceback the sentence for the user begins."""
+LOG_END = 1 << 18
+"""Bytes at the end of a log that are searched: each of eight ranks writes its own traceback."""
+FULL = 1 << 20
+"""A disk with fewer bytes left is full."""
+KNOWN_ENDS = (
+    (r"InputError: (?P<said>\S.*)", "{said}"),
+    (  # safetensors and Python; then torch.save, which does not know the reason
+        r"No space left on device|Disk quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos \d+ vs",
+        "{disk}: the disk is full ({left:.1f} GiB left); free some space there and give the same command again: "
+        "a training goes on from its last whole checkpoint",
+    ),
+    (  # LLaMA-Factory's reading of a SFT file
+        r"(?s).*Loading dataset (?P<file>\S+)\.\.\..*?"
+        r"(?P<said>Parquet magic bytes not found|Parquet file size is 0 bytes|Couldn't deserialize thrift"
+        r"|KeyError: '(?:conversations|system|from|value)'|corresponds to no data|ValueError: File \S+ not found)",
+        "{file}: not a whole SFT file ({said}); make it anew with `gream data mix`",
+    ),
+    (r"(?P<said>\[Errno \d+\].*)", "{said}"),
+)
+"""How frameworks end for reasons that a user can mend: a pattern of their log, and the sentence. The first counts."""
 NOISE = re.compile(r"\x1b\[[0-9;]*m|\(\w+ pid=\d+\) ?")
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
@@ -304,11 +323,15 @@ def files_below(path: Path) -> Iterator[Path]:
 
 def last_line(log: Path) -> str:
     """Return the last progress bar in the end of a log, else its last line, without colours and Ray's prefix."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 16384))
-        text = NOISE.sub("", file.read().decode("utf-8", errors="replace"))
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    lines = [line.strip() for line in _end(log, 16384).split("\n") if line.strip()]
     return next((line for line in reversed(lines) if "%|" in line), lines[-1] if lines else "starting")
+
+
+def _end(log: Path, size: int) -> str:
+    """Return the last ``size`` bytes of a log as lines, without colours and Ray's prefix."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - size))
+        return NOISE.sub("", file.read().decode("utf-8", errors="replace")).replace("\r", "\n")
 
 
 def _failure(step: Step, code: int, log: Path) -> str:
@@ -316,8 +339,32 @@ def _failure(step: Step, code: int, log: Path) -> str:
     message = f"step {step.name!r} failed ({reason}); what was finished before it is kept"
     if not step.logged:
         return message
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 16384))
-        lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").splitlines()
-    known = [line[found.end() :] for line in lines if (found := KNOWN_REASON.search(line))]
-    return "\n".join([*(known[-1:] or lines[-LOG_TAIL:]), f"{message}; the whole log is {log}"])
+    text = _end(log, LOG_END)
+    known = explain(text, step, log.parents[1])
+    return "\n".join([*([known] if known else text.splitlines()[-LOG_TAIL:]), f"{message}; the whole log is {log}"])
+
+
+def explain(text: str, step: Step, folder: Path) -> str | None:
+    """Return one sentence that says why a step failed and what to do, or None when its log does not tell.
+
+    Args:
+        text: The end of the log.
+        step: The step.
+        folder: Folder of the run, which holds the log.
+    """
+    caches = Path(os.environ.get("HF_HOME", Path.home())), Path(tempfile.gettempdir())
+    free = {
+        place: shutil.disk_usage(place).free
+        for place in (folder, *(made.parent for made in step.makes), *caches)
+        if place.is_dir()
+    }
+    disk = next((place for place, left in free.items() if left < FULL), folder)
+    if free[disk] < FULL:
+        text += "No space left on device"  # where the log is on that disk, the reason found no place in it
+    paths = {path.name: path for path in step.reads}
+    for pattern, sentence in KNOWN_ENDS:
+        if found := list(re.finditer(pattern, text)):
+            facts = found[-1].groupdict("")
+            file = paths.get(facts.get("file", ""), facts.get("file"))
+            return sentence.format(disk=disk, left=free[disk] / 2**30, file=file, said=facts.get("said"))
+    return None

@@ -2,13 +2,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
 
 from gream_verl.files import InputError
-from gream_verl.steps import Pipeline, Step, last_line
+from gream_verl.steps import Pipeline, Step, explain, last_line
 
 
 @pytest.fixture
@@ -169,3 +170,67 @@ def test_the_last_line_of_a_rewritten_progress_bar_is_shown(tmp_path):
     assert last_line(log) == "Progress: 9%|#"
     log.write_bytes(b"")
     assert last_line(log) == "starting"
+
+
+LOADING = "[INFO|2026-11-24 03:07:48] llamafactory.data.loader:144 >> Loading dataset small-mix.parquet...\n"
+SAFETENSORS = "SafetensorError: Error while serializing: I/O error: No space left on device (os error 28)"
+TORCH = """RuntimeError: basic_ios::clear: iostream error
+
+During handling of the above exception, another exception occurred:
+
+    self.file_like.write_end_of_file()
+RuntimeError: [enforce fail at inline_container.cc:672] . unexpected pos 3520 vs 3412
+ 45%|####      | 20/44 [00:00<00:00, 33.14it/s]"""
+MAGIC = "pyarrow.lib.ArrowInvalid: Parquet magic bytes not found in footer. Either the file is corrupted or this is not"
+KEY = '    raise self._value\nKeyError: {}\n"""\nThe above exception was the direct cause:\nKeyError: {}'
+GENERATION = """OSError: Couldn't deserialize thrift: No more data to read.
+datasets.exceptions.DatasetGenerationError: An error occurred while generating the dataset"""
+MISSING = """    raise ValueError(f"File {local_path} not found.")
+ValueError: File data/small-mix.parquet not found."""
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (f"safetensors._safetensors_rust.{SAFETENSORS}", "the disk is full"),
+        (TORCH, "the disk is full"),
+        (TORCH.partition("\n")[0], "the disk is full"),
+        ("OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("OSError: [Errno 122] Disk quota exceeded", "the disk is full"),
+        (LOADING + "OSError: [Errno 28] No space left on device\n" + GENERATION, "the disk is full"),
+        (LOADING + MAGIC, "data/small-mix.parquet: not a whole SFT file (Parquet magic bytes not found)"),
+        (LOADING + "ArrowInvalid: Parquet file size is 0 bytes", "SFT file (Parquet file size is 0 bytes)"),
+        (LOADING + GENERATION, "SFT file (Couldn't deserialize thrift)"),
+        (LOADING + KEY.format("'conversations'", "'conversations'"), "SFT file (KeyError: 'conversations')"),
+        (LOADING + KEY.format("'from'", "'from'"), "SFT file (KeyError: 'from')"),
+        (LOADING + 'ValueError: Instruction "train" corresponds to no data!', "SFT file (corresponds to no data)"),
+        (LOADING + MISSING, "SFT file (ValueError: File data/small-mix.parquet not found)"),
+        (LOADING.replace("small", "first") + LOADING + MAGIC, "data/small-mix.parquet: not a whole"),
+        ("gream_verl.files.InputError: x.json: missing\nOSError: [Errno 28] No space left", "x.json: missing"),
+        ("PermissionError: [Errno 13] Permission denied: 'sft'", "[Errno 13] Permission denied: 'sft'"),
+    ],
+)
+def test_a_known_end_of_a_framework_is_one_sentence(tmp_path, log, said):
+    step = Step("sft", "SFT", ["x"], [Path("data/small-mix.parquet")], [tmp_path / "sft" / "model.safetensors"])
+    sentence = explain(f"many\nlines\n{log}\n", step, tmp_path)
+    assert said in sentence
+    assert "\n" not in sentence
+    if "disk is full" in said:
+        assert sentence.startswith(f"{tmp_path}: ")
+        assert "free some space there" in sentence
+    if "SFT file" in said:
+        assert sentence.endswith("make it anew with `gream data mix`")
+
+
+@pytest.mark.parametrize("log", ["KeyError: 'value'", LOADING + "KeyError: 'labels'", LOADING + "50%|##", ""])
+def test_an_unknown_end_is_not_explained(tmp_path, log):
+    assert explain(log, Step("sft", "SFT", ["x"]), tmp_path) is None
+
+
+def test_a_full_disk_is_seen_where_the_log_found_no_place_to_say_so(tmp_path, monkeypatch):
+    step = Step("sft", "SFT", ["x"], makes=[tmp_path / "other" / "model.safetensors"])
+    (tmp_path / "other").mkdir()
+    usage = type("Usage", (), {"free": 4096})
+    plenty = type("Usage", (), {"free": 1 << 40})
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage if place.name == "other" else plenty)
+    assert explain("Saving model", step, tmp_path).startswith(f"{tmp_path / 'other'}: the disk is full (0.0 GiB left)")

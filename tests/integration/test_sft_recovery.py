@@ -1,0 +1,187 @@
+"""SFT with real LLaMA-Factory goes on after a kill -9 and after a full disk, and ends in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+from rich.console import Console
+from sft_run import logged, make_sft_run, running, sft_arguments, train
+
+from gream_verl.files import InputError, read_json, write_json
+from gream_verl.sft.checkpoints import drop_torn_checkpoints
+from gream_verl.steps import Pipeline, Step
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+SAVED = 20
+SETTINGS = (
+    "per_device_train_batch_size=4",
+    "gradient_accumulation_steps=2",
+    "num_train_epochs=8",  # 64 steps, of which no checkpoint is at the end of an epoch
+    f"save_steps={SAVED}",
+    "save_total_limit=2",
+    "include_num_input_tokens_seen=non_padding",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and a model with dropout, whose training depends on the state of the random numbers, too."""
+    folder = tmp_path_factory.mktemp("recovery")
+    make_sft_run(folder)
+    config = folder / "model" / "config.json"
+    write_json(config, read_json(config) | {"attention_dropout": 0.2})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> Path:
+    """The output of a training that nothing stopped."""
+    train(folder, *SETTINGS, f"output_dir={folder}/uninterrupted")
+    return folder / "uninterrupted"
+
+
+def kill_when(folder: Path, sft: Path, ready: Callable[[], bool]) -> None:
+    """Start the training and kill -9 all of it as soon as ``ready`` says so."""
+    command = ["llamafactory-cli", "train", *sft_arguments(folder, *SETTINGS, f"output_dir={sft}")]
+    with running(command, folder / "killed.log") as process:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert process.poll() is None, (folder / "killed.log").read_text(errors="replace")[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(10) == -signal.SIGKILL
+
+
+def steps_done(sft: Path) -> int:
+    """Return the last step that LLaMA-Factory logged."""
+    log = sft / "trainer_log.jsonl"
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return max((int(step) for line in lines for step in re.findall(r'"current_steps": (\d+)', line)), default=0)
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Check that two trainings went the same way: every logged number of every step, and the bytes of the weights."""
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (one, other)]
+    for name in ("step", "loss", "grad_norm", "learning_rate", "num_input_tokens_seen"):
+        first, second = (logged(state, name) for state in states)
+        assert first == second
+        assert len(first) == states[0]["global_step"]
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_a_killed_training_goes_on_as_if_nothing_had_been(folder: Path, uninterrupted: Path) -> None:
+    sft = folder / "killed"
+
+    # in the middle of the steps behind a checkpoint
+    kill_when(folder, sft, lambda: steps_done(sft) > SAVED + 5)
+    drop_torn_checkpoints(sft)
+    assert [path.name for path in sft.glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
+    assert not (sft / "model.safetensors").exists()
+
+    # while a checkpoint is written: a file behind its weights waits for a reader that never comes
+    torn = sft / f"checkpoint-{2 * SAVED}"
+    (sft / "trainer_log.jsonl").unlink()  # the next run would add to it
+
+    def is_being_written() -> bool:
+        if not torn.exists() and steps_done(sft) > SAVED + 5:
+            torn.mkdir()
+            os.mkfifo(torn / "optimizer.pt")
+        return (torn / "training_args.bin").exists()
+
+    kill_when(folder, sft, is_being_written)
+    (torn / "optimizer.pt").unlink()
+    assert (torn / "model.safetensors").is_file()
+    drop_torn_checkpoints(sft)
+    assert [path.name for path in sft.glob("checkpoint-*")] == [f"checkpoint-{SAVED}"]
+
+    train(folder, *SETTINGS, f"output_dir={sft}")
+    assert f"checkpoint-{SAVED}." in (folder / "sft.log").read_text()
+    assert_same_training(sft, uninterrupted)
+
+
+def test_the_state_is_the_last_file_of_a_checkpoint(uninterrupted: Path) -> None:
+    for checkpoint in uninterrupted.glob("checkpoint-*"):
+        last = max(checkpoint.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        assert last.name == "trainer_state.json"
+
+
+@pytest.mark.parametrize("kept", [None, 0, 1000])
+def test_a_checkpoint_without_a_whole_state_is_torn(tmp_path: Path, uninterrupted: Path, kept: int | None) -> None:
+    for number in (60, 64):
+        shutil.copytree(uninterrupted / f"checkpoint-{number}", tmp_path / f"checkpoint-{number}")
+    state = tmp_path / "checkpoint-64" / "trainer_state.json"
+    whole = state.read_bytes()
+    state.unlink() if kept is None else state.write_bytes(whole[:kept])
+    drop_torn_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-60"]
+
+
+def sft_step(folder: Path, sft: Path) -> Step:
+    """The SFT step of the quickstart, small."""
+    return Step(
+        "sft",
+        "SFT",
+        ["llamafactory-cli", "train", *sft_arguments(folder, *SETTINGS, f"output_dir={sft}")],
+        [folder / "data" / "small-mix.parquet", folder / "model"],
+        [sft / "model.safetensors"],
+        resumes=[sft],
+        before=lambda: drop_torn_checkpoints(sft),
+        timeout=120,
+        logged=True,
+    )
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own for a run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=960k", "tmpfs"]
+    if subprocess.run(["mount", *options, str(disk)], capture_output=True, timeout=10).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True, timeout=10)
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_call_goes_on(folder: Path, uninterrupted: Path, disk: Path) -> None:
+    run, sft = disk / "run", disk / "run" / "sft"
+    pipeline = Pipeline(run, Console(quiet=True))
+    with pytest.raises(InputError) as caught:
+        pipeline.run([sft_step(folder, sft)])
+    sentence, where = str(caught.value).splitlines()
+    assert sentence.startswith(f"{run}: the disk is full (0.0 GiB left); free some space there")
+    assert str(run / "logs" / "sft.log") in where
+    assert (sft / f"checkpoint-{SAVED}" / "trainer_state.json").is_file()
+
+    subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True, timeout=10)
+    pipeline.run([sft_step(folder, sft)])
+    assert f"Resuming training from {sft}/checkpoint-{SAVED}." in (run / "logs" / "sft.log").read_text()
+    assert_same_training(sft, uninterrupted)
+
+
+@pytest.mark.parametrize("fault", ["cut short", "other columns"])
+def test_an_unreadable_file_is_a_sentence(folder: Path, tmp_path: Path, fault: str) -> None:
+    shutil.copytree(folder / "data", tmp_path / "data")
+    (tmp_path / "model").symlink_to(folder / "model")
+    mix = tmp_path / "data" / "small-mix.parquet"
+    if fault == "cut short":
+        mix.write_bytes(mix.read_bytes()[:-1000])
+    else:
+        pl.DataFrame({"prompt": ["a"], "answer": ["b"]}).write_parquet(mix)
+    with pytest.raises(InputError) as caught:
+        Pipeline(tmp_path / "run", Console(quiet=True)).run([sft_step(tmp_path, tmp_path / "run" / "sft")])
+    sentence, _ = str(caught.value).splitlines()
+    assert sentence.startswith(f"{mix}: not a whole SFT file (")
+    assert sentence.endswith("; make it anew with `gream data mix`")
