@@ -1,6 +1,6 @@
 # The two commands of the README are `make quickstart` and `make test`; both build .venv when it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test lint learning lock bench recbole
+.PHONY: help env quickstart pretrained test lint learning lock bench recbole
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -12,6 +12,9 @@ env: ## build .venv from the committed lock (nothing to do when it is up to date
 
 quickstart: env ## the whole pipeline on this machine, to a trained and evaluated recommender
 	@gream quickstart
+
+pretrained: env ## the same with a real pretrained model, SmolLM2-135M-Instruct (about an hour)
+	@gream quickstart --model smollm2
 
 test: env ## all tests
 	python -m pytest --numprocesses 2 --dist loadgroup

@@ -7,6 +7,7 @@ so that published data drop in. All files of a data set lie in one folder.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ USER_TEXTS = "user_explicit_preference"
 SEARCHES = "user_vague_intention"
 SEARCHED = "searched_item"
 """Keys of :attr:`DataFolder.user_texts`; the last is ours, and says which item the searches of a user are for."""
+OTHER_PARQUET = ("align", "rl", "val", "test", "chains")
+"""What follows the data set's name in files that are no mix."""
 CHAINS = pa.schema(
     [
         ("user", pa.string()),
@@ -158,6 +161,18 @@ class DataFolder:
         """SFT rows in the order in which they are to be trained."""
         return self.root / f"{self.name}-mix.parquet"
 
+    def mix_of(self, name: str) -> Path:
+        """A mix of another name than ``mix``, such as one of chains alone.
+
+        Raises:
+            InputError: When ``name`` cannot be part of a file's name, or is that of another kind of file.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in OTHER_PARQUET:
+            raise InputError(
+                f"a mix named {name!r}: choose letters, digits and '_', and none of {', '.join(OTHER_PARQUET)}"
+            )
+        return self.root / f"{self.name}-{name}.parquet"
+
     @property
     def rl(self) -> Path:
         """RL prompts."""
@@ -183,7 +198,7 @@ class DataFolder:
 
     @property
     def dataset_info(self) -> Path:
-        """What LLaMA-Factory reads to find :attr:`align` and :attr:`mix`."""
+        """What LLaMA-Factory reads to find :attr:`align` and the mixes."""
         return self.root / "dataset_info.json"
 
     def read_items(self, *, enriched: bool = True) -> dict[str, Item]:

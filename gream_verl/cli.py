@@ -17,8 +17,10 @@ from rich.table import Column, Table
 from gream_verl.cli_common import DEFAULT_DATA, DataOption, DatasetOption, Mode, SeedOption, console, print_dict
 from gream_verl.cli_evaluate import evaluate_app
 from gream_verl.cli_index import index_app
+from gream_verl.cli_model import model_app
+from gream_verl.cli_sft import sft_app
 from gream_verl.files import InputError
-from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN, QuickstartOptions
+from gream_verl.quickstart import DEFAULT_DATASET, QuickstartOptions
 
 STOPPED = 130
 UNUSABLE_PLACE = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT)
@@ -30,10 +32,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 data_app = typer.Typer(help="Raw data to training text.", no_args_is_help=True)
-model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 app.add_typer(model_app, name="model")
+app.add_typer(sft_app, name="sft")
 app.add_typer(evaluate_app)
 
 HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
@@ -79,12 +81,26 @@ class Written(StrEnum):
     chains = "chains"
 
 
+class Chains(StrEnum):
+    """Wordings of the chains that rules write."""
+
+    notes = "notes"
+    sentences = "sentences"
+
+
 class Structure(StrEnum):
     """How a server is told the form of an answer."""
 
     json_schema = "json_schema"
     json_object = "json_object"
     none = "none"
+
+
+class Trained(StrEnum):
+    """What the quickstart trains."""
+
+    tiny = "tiny"
+    smollm2 = "smollm2"
 
 
 class Rollout(StrEnum):
@@ -119,7 +135,12 @@ def _fail(sentence: str) -> NoReturn:
 
 @app.command()
 def quickstart(
-    name: Annotated[str, typer.Option(help="The run: everything is kept in runs/NAME.")] = DEFAULT_RUN,
+    model: Annotated[
+        Trained, typer.Option(help="A tiny model, or SmolLM2-135M-Instruct, pretrained (an hour).")
+    ] = Trained.tiny,
+    name: Annotated[
+        str | None, typer.Option(help="The run: everything is kept in runs/NAME. Default: quickstart or pretrained.")
+    ] = None,
     source: Annotated[Source, typer.Option(help="Where the data come from.")] = Source.movielens,
     reviews: Annotated[Path | None, typer.Option(help="Amazon: reviews (JSON lines), or ratings (.csv).")] = None,
     metadata: Annotated[Path | None, typer.Option(help="Amazon: metadata of the items.")] = None,
@@ -133,7 +154,7 @@ def quickstart(
     from gream_verl.quickstart import steps
     from gream_verl.steps import Pipeline
 
-    options = QuickstartOptions(name, source.value, reviews, metadata, rollout.value, seed)
+    options = QuickstartOptions(model.value, name, source.value, reviews, metadata, rollout.value, seed)
     results = Pipeline(options.folder, console).run(steps(options))
     _print_result(options.folder)
     seconds = sum(result.seconds for result in results.values() if not result.reused)
@@ -421,6 +442,10 @@ def mix(
     total: TotalOption = None,
     history: HistoryOption = 20,
     block: BlockOption = 16,
+    name: Annotated[str, typer.Option(help="Write D-NAME.parquet: another mix beside D-mix.parquet.")] = "mix",
+    chains: Annotated[
+        Chains, typer.Option(help="How rules word chains of thought: notes are short, sentences suit a real model.")
+    ] = Chains.notes,
     tokenizer: TokenizerOption = None,
     longest: LongestOption = 2048,
     dry_run: DryRunOption = False,
@@ -435,7 +460,8 @@ def mix(
 
     folder = DataFolder(data, dataset)
     counts: dict[str, int | float] = _row_counts(rows) if rows else {**TINY_MIX}
-    _write_sft(folder, folder.mix, counts, total, history, block, tokenizer, longest, dry_run, seed)
+    output = folder.mix_of(name)
+    _write_sft(folder, output, counts, total, history, block, tokenizer, longest, dry_run, seed, chains.value)
 
 
 def _write_sft(
@@ -449,13 +475,14 @@ def _write_sft(
     longest: int,
     dry_run: bool,
     seed: int,
+    wording: str = "notes",
 ) -> None:
     from data_processing.sft.mix import write_mix
 
     limit = _length_limit(tokenizer, longest) if tokenizer else None
     report = write_mix(
         folder, rows=rows, seed=seed, total=total, history=history, block=block, limit=limit, dry_run=dry_run,
-        output=output,
+        output=output, wording=wording,
     )  # fmt: skip
     _print_rows("SFT rows" + (", not written" if dry_run else ""), report["tasks"], ("asked", "exist", "made"))
     if limit:
@@ -518,56 +545,6 @@ def rl(
 
     made = write_prompts(DataFolder(data, dataset), seed=seed, mode=mode.value, history=history, rl_rows=rl_rows)
     print_dict("Prompts", made)
-
-
-@model_app.command()
-def tiny(
-    output: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")] = Path("runs") / DEFAULT_RUN / "model",
-    data: DataOption = DEFAULT_DATA,
-    dataset: DatasetOption = DEFAULT_DATASET,
-    hidden_size: Annotated[int, typer.Option(min=8)] = 128,
-    layers: Annotated[int, typer.Option(min=1)] = 3,
-    seed: SeedOption = 0,
-) -> None:
-    """Make a tiny untrained Qwen3 with a tokenizer learnt from the SFT text, semantic IDs included."""
-    from gream_verl.semantic_ids import ItemIndex
-    from gream_verl.tiny_model import make_tiny_model, read_sft_texts
-
-    texts = read_sft_texts(data / f"{dataset}-mix.parquet")
-    index = ItemIndex.load(data / f"{dataset}.index.json")
-    made = make_tiny_model(texts, index, output, hidden_size=hidden_size, layers=layers, seed=seed)
-    print_dict("Tiny model", made)
-
-
-@model_app.command()
-def extend(
-    base: Annotated[str, typer.Option(help="The base model, a name or a folder.")],
-    index: Annotated[Path, typer.Option(help="The item index, D.index.json.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
-    seed: SeedOption = 0,
-) -> None:
-    """Add the semantic-ID tokens of an index to a pretrained model, such as Qwen/Qwen3-4B-Instruct-2507."""
-    from gream_verl.vocabulary import extend_checkpoint
-
-    added = extend_checkpoint(base, index, output, seed=seed)
-    console.print(f"{output}: {added} tokens added")
-
-
-@model_app.command()
-def check(
-    model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
-    index: Annotated[Path, typer.Option(help="The item index, D.index.json.")],
-) -> None:
-    """Fail when a semantic-ID token is not one token of the model: before a training, not after it."""
-    from transformers import AutoTokenizer
-
-    from gream_verl.evaluation.run import resolve_model
-    from gream_verl.semantic_ids import ItemIndex
-    from gream_verl.vocabulary import sid_token_ids
-
-    folder = resolve_model(model)
-    ids = sid_token_ids(AutoTokenizer.from_pretrained(folder), ItemIndex.load(index), str(folder))
-    console.print(f"{folder}: all {len(ids)} semantic-ID tokens are there")
 
 
 def _print_result(folder: Path) -> None:

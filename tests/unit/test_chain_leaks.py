@@ -71,15 +71,6 @@ TITLES = [
 ]
 TITLES += ["Likes War", "Evidence", "the same kind", "Drama of", "War last", "Something close to the lost"]
 TITLES += ["<|a_1|>", "(Crime)"]
-    "Likes War",
-    "Evidence",
-    "the same kind",
-    "Drama of",
-    "War last",
-    "Something close to the lost",
-    "<|a_1|>",
-    "(Crime)",
-]
 NAMES = ["War", "Western", "Drama", "Western Drama", "Crime", "ウォー", "é", "---", "Documentaries of Evidence"]
 
 

@@ -3,12 +3,15 @@ import json
 
 import polars as pl
 import pytest
+import yaml
 from assets import make_tiny_model
 from small_data import make_data
+from wheel_build import ROOT
 
 from gream_verl import cli
 from gream_verl.files import InputError
-from gream_verl.quickstart import QuickstartOptions, drop_torn_checkpoints, steps
+from gream_verl.quickstart import PROFILES, QuickstartOptions, steps
+from gream_verl.sft.checkpoints import drop_torn_checkpoints
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -26,7 +29,8 @@ def run(monkeypatch, capsys, *arguments):
      ["data", "tasks"], ["data", "mix"], ["data", "rl"], ["data", "stats"], ["index", "build"],
      ["index", "embed"], ["index", "report"], ["index", "add"], ["index", "remove"], ["index", "check"],
      ["index", "import"],
-     ["model", "tiny"], ["model", "extend"], ["evaluate"], ["baseline"], ["compare"],
+     ["model", "tiny"], ["model", "smollm2"], ["model", "extend"], ["model", "check"], ["model", "adapter"],
+     ["model", "merge"], ["sft", "check"], ["sft", "report"], ["evaluate"], ["baseline"], ["compare"],
      ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):
@@ -254,6 +258,20 @@ def test_histories_are_shortened_to_what_the_trainer_takes(monkeypatch, capsys, 
     assert (tmp_path / "small-mix.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_another_mix_lies_beside_the_first(tmp_path, monkeypatch, capsys):
+    make_data(tmp_path)
+    where = ["data", "mix", "--data", tmp_path, "--dataset", "small"]
+    run(monkeypatch, capsys, *where, "--rows", "seqrec=20")
+    status, _, _ = run(monkeypatch, capsys, *where, "--rows", "reasoning=9", "--name", "thoughts")
+    assert status == 0
+    assert set(pl.read_parquet(tmp_path / "small-thoughts.parquet")["task"]) == {"reasoning"}
+    assert len(pl.read_parquet(tmp_path / "small-mix.parquet")) == 20
+    assert {"small-mix", "small-thoughts"} <= json.loads((tmp_path / "dataset_info.json").read_text()).keys()
+    status, _, error = run(monkeypatch, capsys, *where, "--rows", "reasoning=9", "--name", "chains")
+    assert status == 1
+    assert "none of align, rl, val, test, chains" in error
+
+
 @pytest.mark.parametrize("name", ["../up", "a,b", "a=b", "with blank", ""])
 def test_a_name_that_a_config_would_misread_is_refused(name):
     with pytest.raises(InputError, match="cannot be a name"):
@@ -262,8 +280,10 @@ def test_a_name_that_a_config_would_misread_is_refused(name):
 
 def test_a_killed_checkpoint_is_dropped_and_a_whole_one_kept(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
-    (tmp_path / "checkpoint-10" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_step": 10}')
     (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_st')
     drop_torn_checkpoints(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
 
@@ -276,7 +296,31 @@ def test_the_default_quickstart_runs_the_bare_commands():
     assert commands["srpo"] == ["python", "-m", "verl.trainer.main_ppo", "+recipe=gream_srpo_cpu"]
 
 
-def test_another_name_is_passed_on_to_every_step():
-    for step in steps(QuickstartOptions(name="other", seed=3)):
+def test_a_pretrained_model_is_extended_before_the_mix_and_checked_before_sft():
+    commands = {step.name: list(step.command) for step in steps(QuickstartOptions(model="smollm2"))}
+    order = ["base", "model", "sft-data", "sft-check", "sft", "sft-report", "evaluate-sft", "srpo", "evaluate-srpo"]
+    assert [name for name in commands if name in order] == order
+    assert commands["sft"][2].endswith("sft_configs/smollm2_cpu.yaml")
+    assert len(commands["sft"]) == 3
+    assert commands["sft-check"][3:] == commands["sft"][2:]
+    assert commands["sft-data"][-2:] == ["--tokenizer", "runs/pretrained/model"]
+    assert commands["srpo"][-1] == "+recipe=gream_srpo_smollm2_cpu"
+
+
+@pytest.mark.parametrize("model", PROFILES)
+def test_another_name_is_passed_on_to_every_step(model):
+    for step in steps(QuickstartOptions(model, "other", seed=3)):
         assert any("runs/other" in word for word in step.command)
-        assert not any("runs/quickstart" in word for word in step.command)
+        assert not any(f"runs/{PROFILES[model].run}" in word for word in step.command)
+
+
+@pytest.mark.parametrize("model", PROFILES)
+def test_config_and_recipe_name_the_run_of_their_model(model):
+    profile = PROFILES[model]
+    folder = f"runs/{profile.run}"
+    keys = yaml.safe_load((ROOT / "sft_configs" / profile.config).read_text())
+    assert keys["model_name_or_path"] == f"{folder}/model"
+    assert keys["dataset_dir"] == f"{folder}/data"
+    assert keys["output_dir"] == f"{folder}/sft"
+    recipe = (ROOT / "recipes" / "recipe" / f"{profile.recipe}.yaml").read_text()
+    assert yaml.safe_load(recipe)["gream"]["run"] == folder

@@ -19,7 +19,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import recipes
 from gream_verl import cpu
 
-BASES = ("gream_srpo", "gream_srpo_cpu", "gream_srpo_megatron", "gream_srpo_async", "gream_srpo_lora")
+BASES = (
+    "gream_srpo",
+    "gream_srpo_cpu",
+    "gream_srpo_smollm2_cpu",
+    "gream_srpo_megatron",
+    "gream_srpo_async",
+    "gream_srpo_lora",
+)
 MIX_INS = ("constrained", "direct", "on_the_fly", "no_bonus", "binary_reward", "no_filter")
 MEGATRON_64 = "[gream_srpo_megatron,megatron_64_gpus]"
 RECIPES = (*BASES, MEGATRON_64, *(f"[{base},{mix_in}]" for base in BASES for mix_in in MIX_INS))
