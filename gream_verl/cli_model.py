@@ -21,8 +21,8 @@ OutputOption = Annotated[Path, typer.Option("--output", help="Folder of the new 
 class Initialisation(StrEnum):
     """First values of the rows of new tokens."""
 
-    texts = "texts"
     distribution = "distribution"
+    texts = "texts"
     mean = "mean"
 
 
@@ -61,8 +61,8 @@ def extend(
     output: OutputOption,
     rows: Annotated[
         Initialisation,
-        typer.Option(help="First rows: from the texts of the items under a code, drawn like base rows, or their mean."),
-    ] = Initialisation.texts,
+        typer.Option(help="First rows: drawn like the base's, from texts of the items under a code, or near the mean."),
+    ] = Initialisation.distribution,
     items: Annotated[
         Path | None, typer.Option(help="D.item.json, for --rows texts. Default: beside the index.")
     ] = None,

@@ -199,7 +199,7 @@ def _data_steps(options: QuickstartOptions) -> list[Step]:
                 "model",
                 "Model: the base, extended by the semantic IDs",
                 [*extend, "--overwrite", "--seed", seed],
-                [base, index, tables[1]],
+                [base, index],
                 weights,
             ),
         ]

@@ -152,7 +152,7 @@ def extend_checkpoint(
     output: Path,
     *,
     items: Path | None = None,
-    rows: Rows = "texts",
+    rows: Rows = "distribution",
     seed: int = 0,
     grow: bool = False,
     overwrite: bool = False,

@@ -339,10 +339,10 @@ def test_what_cannot_be_used_is_one_sentence(files):
     items = index.with_name("D.item.json")
     write_json(items, {"elsewhere": {"title": "Fargo"}})
     with pytest.raises(InputError, match="no item of it has a text"):
-        extend_checkpoint(base, index, output)
+        extend_checkpoint(base, index, output, rows="texts")
     items.unlink()
     with pytest.raises(InputError, match=r"D.item.json: no such file; .*--items"):
-        extend_checkpoint(base, index, output)
+        extend_checkpoint(base, index, output, rows="texts")
     assert extend_checkpoint(base, index, output, rows="distribution")[1]
     assert not list(output.parent.glob(".out*"))
 
