@@ -35,22 +35,18 @@ LOG_END = 1 << 18
 """Bytes at the end of a log that are searched: each of eight ranks writes its own traceback."""
 FULL = 1 << 20
 """A disk with fewer bytes left is full."""
-KNOWN_ENDS = (
-    (r"InputError: (?P<said>\S.*)", "{said}"),
-    (  # safetensors and Python; then torch.save, which does not know the reason
-        r"No space left on device|Disk quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos \d+ vs",
-        "{disk}: the disk is full ({left:.1f} GiB left); free some space there and give the same command again: "
-        "a training goes on from its last whole checkpoint",
-    ),
-    (  # LLaMA-Factory's reading of a SFT file
-        r"(?s).*Loading dataset (?P<file>\S+)\.\.\..*?"
-        r"(?P<said>Parquet magic bytes not found|Parquet file size is 0 bytes|Couldn't deserialize thrift"
-        r"|KeyError: '(?:conversations|system|from|value)'|corresponds to no data|ValueError: File \S+ not found)",
-        "{file}: not a whole SFT file ({said}); make it anew with `gream data mix`",
-    ),
-    (r"(?P<said>\[Errno \d+\].*)", "{said}"),
+TRACEBACK = "Traceback (most recent call last)"
+FULL_DISK = re.compile(
+    r".*(?:No space left on device|Disk quota exceeded|iostream error|PytorchStreamWriter failed|unexpected pos \d+).*"
 )
-"""How frameworks end for reasons that a user can mend: a pattern of their log, and the sentence. The first counts."""
+"""What safetensors and Python say of a full disk; then torch.save, which does not know the reason."""
+LOADING, TRAINING = "Loading dataset ", "Running training"
+UNREADABLE = re.compile(
+    r"Parquet magic bytes not found|Parquet file size is 0 bytes|Couldn't deserialize thrift"
+    r"|KeyError: '(?:conversations|system|from|value)'|corresponds to no data|ValueError: File \S+ not found"
+)
+"""What LLaMA-Factory's libraries say of a SFT file, between these two lines of its log."""
+OURS, SYSTEM = re.compile(r"InputError: (\S.*)"), re.compile(r"\[Errno \d+\].*")
 NOISE = re.compile(r"\x1b\[[0-9;]*m|\(\w+ pid=\d+\) ?")
 PR_SET_PDEATHSIG = 1
 """Of linux/prctl.h."""
@@ -352,19 +348,19 @@ def explain(text: str, step: Step, folder: Path) -> str | None:
         step: The step.
         folder: Folder of the run, which holds the log.
     """
-    caches = Path(os.environ.get("HF_HOME", Path.home())), Path(tempfile.gettempdir())
-    free = {
-        place: shutil.disk_usage(place).free
-        for place in (folder, *(made.parent for made in step.makes), *caches)
-        if place.is_dir()
-    }
-    disk = next((place for place, left in free.items() if left < FULL), folder)
-    if free[disk] < FULL:
-        text += "No space left on device"  # where the log is on that disk, the reason found no place in it
-    paths = {path.name: path for path in step.reads}
-    for pattern, sentence in KNOWN_ENDS:
-        if found := list(re.finditer(pattern, text)):
-            facts = found[-1].groupdict("")
-            file = paths.get(facts.get("file", ""), facts.get("file"))
-            return sentence.format(disk=disk, left=free[disk] / 2**30, file=file, said=facts.get("said"))
-    return None
+    if ours := OURS.findall(text):
+        return str(ours[-1])
+    again = "free some space there and give the same command again: a training goes on from its last whole checkpoint"
+    cache = Path(os.environ.get("HF_HOME", Path.home()))
+    for disk in (folder, *(made.parent for made in step.makes), cache, Path(tempfile.gettempdir()), Path("/dev/shm")):
+        if disk.is_dir() and (left := shutil.disk_usage(disk).free) < FULL:
+            return f"{disk}: the disk is full ({left / 2**30:.1f} GiB left); {again}"
+    # From the first on: torchrun puts a traceback of its own behind those of the ranks.
+    if said := FULL_DISK.search(text, max(text.find(TRACEBACK), 0)):
+        return f"{said[0].strip()}: the disk of the run ({folder}), a cache ({cache}) or /dev/shm was full; {again}"
+    _, loading, reading = text.rpartition(LOADING)
+    if loading and TRAINING not in reading and (said := UNREADABLE.search(reading)):
+        name = reading.partition("...")[0]
+        file = next((path for path in step.reads if path.name == name), name)
+        return f"{file}: not a whole SFT file ({said[0]}); make it anew with `gream data mix`"
+    return said[0] if (said := SYSTEM.search(text.rpartition(TRACEBACK)[2])) else None
