@@ -28,6 +28,7 @@ from gream_verl.vocabulary import add_sid_tokens, extend_model
 
 ROLES = {"human": "user", "gpt": "assistant"}
 IGNORED = -100
+WARM_UP = 10
 
 
 def resized(mean_resizing: bool) -> Callable[[Any, Any, ItemIndex], None]:
@@ -66,7 +67,9 @@ def batches(mix: Path, tokenizer: Any, batch: int, longest: int, seed: int) -> l
 
 @torch.inference_mode()
 def held_out_loss(model: Any, rows: list[dict[str, torch.Tensor]]) -> float:
-    return sum(float(model(**batch).loss) for batch in rows) / len(rows)
+    """Return the mean loss of a token of the responses."""
+    tokens = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in rows]
+    return sum(float(model(**batch).loss) * count for batch, count in zip(rows, tokens, strict=True)) / sum(tokens)
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--longest", type=int, default=256, help="tokens of a row; longer rows are left out")
     parser.add_argument("--held-out", type=int, default=4, help="batches that the loss is measured on")
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--rate", type=float, default=1e-4, help="after a linear warm-up of 10 steps")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     console, mix = Console(), given.data / f"{given.dataset}-mix.parquet"
@@ -92,6 +95,15 @@ def main() -> None:
         rows: partial(extend_model, rows=rows, texts=texts, seed=given.seed) for rows in ROWS
     }
     ways |= {"transformers, mean_resizing": resized(True), "transformers, untrained": resized(False)}
+    tokenizer = AutoTokenizer.from_pretrained(given.base)
+    add_sid_tokens(tokenizer, index)
+    rows = batches(mix, tokenizer, given.batch, given.longest, given.seed)
+    if len(rows) < given.steps + given.held_out:
+        parser.error(
+            f"{mix} has {len(rows)} batches of rows of at most {given.longest} tokens, fewer than --steps "
+            f"{given.steps} and --held-out {given.held_out}; lower those or --batch, or raise --longest"
+        )
+    training, held_out = rows[: given.steps], rows[-given.held_out :]
     points = sorted({0, given.steps // 4, given.steps // 2, given.steps})
     columns = [Column(f"after {point}", justify="right") for point in points]
     table = Table("first rows", *columns, Column("seconds", justify="right"), title="Held-out loss", box=SIMPLE_HEAD)
@@ -99,14 +111,14 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(given.base)
         model = AutoModelForCausalLM.from_pretrained(given.base, dtype=torch.float32)
         extend(model, tokenizer, index)
-        rows = batches(mix, tokenizer, given.batch, given.longest, given.seed)
-        held_out, training = rows[-given.held_out :], rows[: -given.held_out][: given.steps]
         optimizer = torch.optim.AdamW(model.parameters(), lr=given.rate, weight_decay=0.0)
+        warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
         losses, begin = [held_out_loss(model, held_out)], time.perf_counter()
         for step, batch in enumerate(training, 1):
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            warm_up.step()
             optimizer.zero_grad()
             if step in points:
                 losses.append(held_out_loss(model, held_out))

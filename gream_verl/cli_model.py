@@ -16,6 +16,10 @@ from gream_verl.quickstart import DEFAULT_DATASET, DEFAULT_RUN
 model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
 IndexOption = Annotated[Path, typer.Option("--index", help="The item index, D.index.json.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder of the new checkpoint.")]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what this command wrote there, when nobody changed it or added to it."),
+]
 
 
 class Initialisation(StrEnum):
@@ -51,7 +55,7 @@ def smollm2(output: OutputOption) -> None:
     from gream_verl.smollm2 import write_smollm2
 
     write_smollm2(output)
-    console.print(f"{output}: written", soft_wrap=True)
+    console.print(f"{output}: written", soft_wrap=True, markup=False)
 
 
 @model_app.command()
@@ -69,9 +73,7 @@ def extend(
     grow: Annotated[
         bool, typer.Option("--grow", help="The base knows an earlier state of the index: add what is missing.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output of this command, made of other inputs.")
-    ] = False,
+    overwrite: OverwriteOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Add the semantic-ID tokens of an index to a pretrained model, such as Qwen/Qwen3-4B-Instruct-2507.
@@ -97,26 +99,30 @@ def check(
     model: Annotated[Path, typer.Option(help="A checkpoint: a Hugging Face folder, or verl's folder of checkpoints.")],
     index: IndexOption,
 ) -> None:
-    """Fail when a semantic-ID token is not one token of the model: before a training, not after it."""
-    from transformers import AutoTokenizer
+    """Fail when a semantic-ID token is not exactly one ordinary token of the model: before a training, not after it."""
+    from transformers import AutoConfig
 
     from gream_verl.evaluation.run import resolve_model
+    from gream_verl.model_folder import load_tokenizer, reading
     from gream_verl.semantic_ids import ItemIndex
     from gream_verl.vocabulary import sid_token_ids
 
     folder = resolve_model(model)
-    ids = sid_token_ids(AutoTokenizer.from_pretrained(folder), ItemIndex.load(index), str(folder))
-    console.print(f"{folder}: all {len(ids)} semantic-ID tokens are there")
+    with reading(folder):
+        rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    ids = sid_token_ids(load_tokenizer(folder), ItemIndex.load(index), str(folder), rows)
+    console.print(f"{folder}: all {len(ids)} semantic-ID tokens are there", soft_wrap=True, markup=False)
 
 
 @model_app.command()
 def adapter(
-    model: Annotated[Path, typer.Option(help="A checkpoint of `gream model extend`.")],
+    model: Annotated[Path, typer.Option(help="A checkpoint of `gream model extend`, or of SFT.")],
     index: IndexOption,
     output: Annotated[Path, typer.Option(help="Folder of the adapter.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the update of every linear layer.")] = 64,
     alpha: Annotated[int, typer.Option(min=1, help="The update is scaled by alpha / rank.")] = 128,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="Of the input of an update, in training.")] = 0.0,
+    overwrite: OverwriteOption = False,
     seed: SeedOption = 0,
 ) -> None:
     """Write an untrained adapter: LoRA on every linear layer, rows of semantic-ID tokens in full.
@@ -125,7 +131,8 @@ def adapter(
     """
     from gream_verl.lora import write_adapter
 
-    print_dict("Adapter", write_adapter(model, index, output, rank=rank, alpha=alpha, dropout=dropout, seed=seed))
+    made = write_adapter(model, index, output, rank=rank, alpha=alpha, dropout=dropout, seed=seed, overwrite=overwrite)
+    print_dict("Adapter", made)
 
 
 @model_app.command()
@@ -135,9 +142,10 @@ def merge(
     model: Annotated[
         Path | None, typer.Option(help="The checkpoint it was trained on. Default: what the adapter names.")
     ] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Merge a trained adapter into its model: an ordinary checkpoint, which SRPO and the evaluation read."""
     from gream_verl.lora import merge_adapter
 
-    merge_adapter(adapter, output, model)
-    console.print(f"{output}: written", soft_wrap=True)
+    merge_adapter(adapter, output, model, overwrite=overwrite)
+    console.print(f"{output}: written", soft_wrap=True, markup=False)

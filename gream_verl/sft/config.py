@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import polars as pl
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gream_verl.files import InputError, read_json, require_file
+from gream_verl.sft.rows import read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+READ_AS = {"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system"}}
+"""What ``dataset_info.json`` says of each file of `gream data mix`, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +29,12 @@ class SftConfig:
     Attributes:
         path: The YAML file.
         keys: What it says, overrides included; names are LLaMA-Factory's.
+        overrides: What the command line gave, ``key=value``.
     """
 
     path: Path
     keys: Mapping[str, Any]
+    overrides: Sequence[str] = ()
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> SftConfig:
@@ -44,10 +54,11 @@ class SftConfig:
             given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
             keys = OmegaConf.to_container(given, resolve=True)
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as a LLaMA-Factory config ({error})") from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{path}: cannot be read as a LLaMA-Factory config ({reason}); mend it") from error
         if not isinstance(keys, dict):
             raise InputError(f"{path}: expected `key: value` lines, as in sft_configs/")
-        return cls(path, {str(key): value for key, value in keys.items()})
+        return cls(path, {str(key): value for key, value in keys.items()}, overrides)
 
     def text(self, key: str) -> str:
         """Return what ``key`` says.
@@ -74,14 +85,51 @@ class SftConfig:
         """The files of the config's data sets, in the order in which they are trained.
 
         Raises:
-            InputError: When ``dataset_info.json`` does not name a data set.
+            InputError: When ``dataset_info.json`` does not name a data set, or would have it read otherwise than
+                `gream data mix` has written it: without its system turns, or with rows drawn at random.
         """
-        folder = Path(self.text("dataset_dir"))
-        known = read_json(folder / "dataset_info.json", "make the data with `gream data mix`")
+        info = Path(self.text("dataset_dir")) / "dataset_info.json"
+        known = read_json(info, "make the data with `gream data mix`")
         names = [name.strip() for name in self.text("dataset").split(",")]
-        if unknown := [name for name in names if name not in known]:
+        if not isinstance(known, dict) or not known.keys() >= set(names):
             raise InputError(
-                f"{self.path}: dataset {unknown[0]!r} is not in {folder}/dataset_info.json, which knows "
+                f"{self.path}: dataset {self.text('dataset')!r} is not in {info}, which knows "
                 f"{', '.join(known) or 'none'}; make it with `gream data mix` or name one of those"
             )
-        return [folder / str(known[name].get("file_name", "")) for name in names]
+        files = []
+        for name in names:
+            file = known[name].get("file_name") if isinstance(known[name], dict) else None
+            if not file or known[name] != {"file_name": file, **READ_AS}:
+                raise InputError(
+                    f"{info}: {name!r} must have a file_name, formatting sharegpt, the columns messages: conversations "
+                    "and system: system, and nothing else, else system turns are dropped or rows drawn at random; make "
+                    "it with `gream data mix`, and set `max_samples` in the config for fewer rows"
+                )
+            files.append(info.with_name(str(file)))
+        return files
+
+    def rows(self) -> pl.DataFrame:
+        """Read the rows of all data sets, in the order in which they are trained: the columns of ``rows.Row``.
+
+        Raises:
+            InputError: When a file cannot be used, or ``max_samples`` is no number of rows.
+        """
+        most = self.keys.get("max_samples")
+        if most is not None and not (isinstance(most, int) and most >= 1):
+            raise InputError(f"`max_samples: {most}`: expected a whole number, at least 1; it takes the first rows")
+        return pl.concat(read_rows(file).slice(0, most) for file in self.data_files)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of the model that is trained.
+
+        Raises:
+            InputError: When that is not possible.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.model)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self.model}: its tokenizer cannot be loaded ({error}); copy it from the base"
+            ) from error

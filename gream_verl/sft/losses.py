@@ -7,19 +7,21 @@ supervised tokens, hence linear in the losses of the tasks: least squares over t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import block_diag
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-KNOTS = (16, 12, 8, 6, 4, 3, 2, 1)
-"""Most knots a curve may have; the data choose among these."""
-FIRST_STEPS = 4
-"""Steps with rows of a task before the second knot of its curve, at the least."""
+KNOTS = 24
+"""Most points a curve may have."""
+STIFFNESS = tuple(10.0 ** np.arange(4, -5, -1))
+"""Weights of the bends of curves against the misfit of the losses; the data choose among these."""
+CAUTION = 1.4
+"""What a degree of freedom costs in that choice: with 1, few steps are followed into their noise (Kim and Gu 2004)."""
 VAGUE = 0.1
 """Standard error, as a share of the mean loss, above which a point of a curve says too little to be shown."""
 
@@ -142,7 +144,7 @@ class Curve:
     Attributes:
         steps: Steps of the points, ``[points]``.
         loss: Mean loss of a token, in nats; NaN where the steps cannot, or only vaguely, tell the task from others.
-        errors: Standard errors; NaN when there are no more steps than points.
+        errors: Standard errors; NaN when there are too few steps for any.
     """
 
     steps: Floats
@@ -151,61 +153,81 @@ class Curve:
 
 
 def loss_by_task(steps: Ints, losses: Floats, shares: Floats, tokens: Floats) -> list[Curve]:
-    """Return the loss of each task as a line between knots, fitted to the logged losses by weighted least squares.
+    """Return the loss of each task as lines between knots, fitted to the logged losses by penalised least squares.
 
-    A task's knots lie where its rows do, closer at the beginning, where the loss falls fast. How many there may be is
-    chosen by generalised cross-validation.
+    A task's knots lie where its rows do, closer at the beginning, where the loss falls fast. There are more of them
+    than the noise allows: bends cost, how much is chosen by generalised cross-validation. The noise is larger at the
+    beginning, too, so that the fit is made twice: the second time, steps count by the noise that the first one left.
 
     Args:
         steps: The logged steps, ascending, ``[logged]``.
         losses: Their losses, ``[logged]``.
         shares: What ``task_shares`` returns, ``[logged, tasks]``.
-        tokens: Supervised tokens behind each loss, the weights, ``[logged]``.
+        tokens: Supervised tokens behind each loss, the first weights, ``[logged]``.
 
     Returns:
         One curve for each task.
     """
-    fits = [_fit(_knots(steps, shares, most), steps, losses, shares, tokens) for most in KNOTS]
-    knots, values, errors, _ = min(fits, key=lambda fit: fit[3])
-    bounds = np.cumsum([0, *map(len, knots)])
+    knots = [_knots(steps[share > 0]) for share in shares.T]
+    hats = [
+        share[:, None] * np.stack([np.interp(steps, places, unit) for unit in np.eye(len(places))], axis=1)
+        for share, places in zip(shares.T, knots, strict=True)
+        if len(places)
+    ]
+    design, bends = np.concatenate(hats, axis=1), block_diag(*map(_bends, knots))
+    values, _ = _fit(design, bends, losses, tokens)
+    noise = smooth(tokens * (losses - design @ values) ** 2, max(len(steps) // 8, 10))
+    values, errors = _fit(design, bends, losses, tokens / (noise + 1e-9))
     values[errors > VAGUE * np.average(losses, weights=tokens)] = np.nan
+    bounds = np.cumsum([0, *map(len, knots)])
     return [
         Curve(places, values[start:end], errors[start:end])
         for places, start, end in zip(knots, bounds[:-1], bounds[1:], strict=True)
     ]
 
 
-def _knots(steps: Ints, shares: Floats, most: int) -> list[Floats]:
-    """Return the knots of each task, from the first to the last step that has rows of it."""
-    knots = []
-    for share in shares.T:
-        held = steps[share > 0]
-        count = min(most, 1 + int(np.sqrt(len(held) / FIRST_STEPS)))
-        places = np.linspace(0, 1, count) ** 2 if count > 1 else np.array([0.5])
-        knots.append(np.unique(np.quantile(held, places)) if len(held) else np.zeros(0))
-    return knots
+def _knots(held: Ints) -> Floats:
+    """Return the knots of a task, from the first to the last of the steps that have rows of it."""
+    count = min(KNOTS, max(2, len(held) // 2))
+    return np.unique(np.quantile(held, np.linspace(0, 1, count) ** 2, method="nearest")) if len(held) else np.zeros(0)
 
 
-def _fit(
-    knots: Sequence[Floats], steps: Ints, losses: Floats, shares: Floats, tokens: Floats
-) -> tuple[Sequence[Floats], Floats, Floats, float]:
-    """Return the knots, the loss at each (NaN: not determined), standard errors, and the score of the fit."""
-    hats = [
-        share[:, None] * np.stack([np.interp(steps, places, unit) for unit in np.eye(len(places))], axis=1)
-        for share, places in zip(shares.T, knots, strict=True)
-        if len(places)
-    ]
-    weights = np.sqrt(tokens / tokens.mean())
-    design = np.concatenate(hats, axis=1) * weights[:, None]
-    scale = np.linalg.norm(design, axis=0)
-    left, singular, right = np.linalg.svd(design / scale, full_matrices=False)
-    kept = singular > 1e-8 * singular[0]
-    left, singular, right = left[:, kept], singular[kept], right[kept]
-    values = right.T @ (left.T @ (losses * weights) / singular) / scale
-    free = len(losses) - len(singular)
-    squares = float((((losses * weights) - design @ values) ** 2).sum())
-    noise = squares / free if free else np.nan
-    errors = np.sqrt(noise * ((right / singular[:, None]) ** 2).sum(0)) / scale
-    determined = (right**2).sum(0) > 1 - 1e-6
-    score = len(losses) * squares / free**2 if free else np.inf
-    return knots, np.where(determined, values, np.nan), errors, score
+def _bends(knots: Floats) -> Floats:
+    """Return the matrix that makes of values at knots how far each lies from the line between its neighbours."""
+    before, here, after = knots[:-2], knots[1:-1], knots[2:]
+    weight = ((after - here) / (after - before))[:, None]
+    units = np.eye(len(knots))
+    return units[1:-1] - weight * units[:-2] - (1 - weight) * units[2:]
+
+
+def _fit(design: Floats, bends: Floats, losses: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Return the values at the knots and their standard errors; infinite ones where a value is not determined.
+
+    The errors are those of the posterior when bends are as the chosen stiffness has them, so that they hold the bias of
+    the smoothing, too (Wahba 1983).
+    """
+    roots = np.sqrt(weights / weights.mean())
+    design, losses = design * roots[:, None], losses * roots
+    fits = []
+    for stiffness in STIFFNESS:
+        stacked = np.concatenate([design, np.sqrt(stiffness) * bends])
+        scale = np.linalg.norm(stacked, axis=0)
+        left, singular, right = np.linalg.svd(stacked / scale, full_matrices=False)
+        kept = singular > 1e-8 * singular[0]
+        left, singular, right = left[: len(losses), kept], singular[kept], right[kept]
+        values = right.T @ (left.T @ losses / singular) / scale
+        squares, used = float(((losses - design @ values) ** 2).sum()), float((left**2).sum())
+        free, cautious = len(losses) - used, len(losses) - CAUTION * used
+        noise = squares / free if free > 1e-6 else np.nan
+        errors = np.sqrt(noise * ((right / singular[:, None]) ** 2).sum(0)) / scale
+        errors[(right**2).sum(0) < 1 - 1e-6] = np.inf
+        fits.append((squares / cautious**2 if cautious > 0 else np.inf, values, errors))
+    return min(fits, key=lambda fit: fit[0])[1:]
+
+
+def smooth(values: Floats, width: int) -> Floats:
+    """Return running means over ``width`` values to either side."""
+    sums = np.cumsum(np.append(0, values))
+    places = np.arange(len(values))
+    start, end = np.maximum(places - width, 0), np.minimum(places + width + 1, len(values))
+    return (sums[end] - sums[start]) / (end - start)

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
 
 from gream_verl.evaluation.pictures import BLUE, GREY, color, dress
 from gream_verl.files import InputError, atomic_path, read_json, write_json
 from gream_verl.sft.config import SftConfig
 from gream_verl.sft.lengths import turn_counter
-from gream_verl.sft.losses import Floats, Ints, OrderError, Schedule, loss_by_task, task_shares
-from gream_verl.sft.rows import Row, read_rows
+from gream_verl.sft.losses import Floats, Ints, OrderError, Schedule, loss_by_task, smooth, task_shares
+from gream_verl.sft.rows import Row
 
 CUTOFF = 2048
 BATCH = 8
@@ -53,16 +52,12 @@ class Lengths:
         Raises:
             InputError: When the model has no usable tokenizer, or a file is not a SFT file.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{config.model}: its tokenizer cannot be loaded ({error})") from error
-        rows = pl.concat(read_rows(file).slice(0, config.keys.get("max_samples")) for file in config.data_files)
+        if not config.model.is_dir():
+            raise InputError(f"{config.model}: no such folder; set model_name_or_path to the model that was trained")
+        rows = config.rows()
         tasks = sorted(rows["task"].unique())
         kinds = np.searchsorted(tasks, rows["task"].to_numpy())
-        turns = turn_counter(tokenizer)([Row(*values) for values in rows.iter_rows()]).astype(np.int64)
+        turns = turn_counter(config.tokenizer())([Row(*values) for values in rows.iter_rows()]).astype(np.int64)
         limit = config.keys.get("cutoff_len") or CUTOFF
         prompt, response = _cut(turns[:, 0], turns[:, 1], limit)
         tokens = prompt + response
@@ -182,8 +177,11 @@ def _memory(output: Path) -> float | None:
 
 def _add_tasks(training: dict[str, Any], config: SftConfig, rows: Lengths) -> None:
     """Add rows and lengths of every task."""
-    mixed = _mix_report(config)
-    if not all("shortened" in mixed.get(name, ()) for name in rows.tasks):
+    # What `gream data mix` told is of its whole file.
+    mixed = {} if config.keys.get("max_samples") else _mix_report(config)
+    if config.keys.get("max_samples"):
+        training["remarks"].append("Rows shortened or left out are not known of the first `max_samples` rows.")
+    elif not all("shortened" in mixed.get(name, ()) for name in rows.tasks):
         training["remarks"].append("Rows shortened are not known: give `gream data mix` the --tokenizer of the model.")
     for place, name in enumerate(rows.tasks):
         own = rows.kinds == place
@@ -246,7 +244,8 @@ def _mix_report(config: SftConfig) -> dict[str, dict[str, int]]:
 
 
 LEGEND = (
-    "labels: supervised tokens; first, last: loss in nats a token ± standard error; short: rows whose history "
+    "rows, tokens, labels (supervised tokens): of one epoch; first, last: loss in nats a token where the curve begins "
+    "and ends, ± standard error of the fit (bends between points are not in it); short: rows whose history "
     "`gream data mix` shortened; out: left out there as too long; cut: cut off by the trainer"
 )
 
@@ -336,7 +335,7 @@ def draw_loss(axes: Any, training: Mapping[str, Any]) -> None:
     """Draw the loss of all rows, raw and smoothed, and the losses of evaluations."""
     steps, losses = training["loss"]["steps"], np.array(training["loss"]["losses"])
     axes.plot(steps, losses, color=GREY, linewidth=0.7, alpha=0.55, label="as logged")
-    axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, label="smoothed")
+    axes.plot(steps, smooth(losses, len(losses) // SMOOTHING), color=BLUE, linewidth=1.8, label="smoothed")
     for place, (name, curve) in enumerate(training["evaluation"].items()):
         axes.plot(curve["steps"], curve["losses"], "o-", markersize=3.5, color=color(place + 1), label=f"eval: {name}")
     _finish(axes, training)
@@ -360,12 +359,3 @@ def _finish(axes: Any, training: Mapping[str, Any]) -> None:
     axes.set_xlim(0, training["steps"])
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
-
-
-def smooth(losses: Floats) -> Floats:
-    """Return running means over a part of the training to either side."""
-    width = len(losses) // SMOOTHING
-    sums = np.cumsum(np.append(0, losses))
-    places = np.arange(len(losses))
-    start, end = np.maximum(places - width, 0), np.minimum(places + width + 1, len(losses))
-    return (sums[end] - sums[start]) / (end - start)

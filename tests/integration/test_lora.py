@@ -72,7 +72,8 @@ def test_sid_rows_are_trained_in_full_and_all_else_by_low_rank_updates(run):
     with adapted.disable_adapter():
         assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-2)
 
-    for file in (RECORD, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    assert read_json(run / "merged" / RECORD) == read_json(run / "model" / RECORD) | {"merged": str(run / "sft")}
+    for file in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (run / "merged" / file).read_bytes() == (run / "model" / file).read_bytes()
     assert read_json(run / "merged" / "config.json") == read_json(run / "model" / "config.json")
     # an ordinary checkpoint: nothing in it makes a loader look for peft
@@ -101,11 +102,9 @@ def test_the_same_adapter_is_written_again_and_faults_are_one_sentence(run):
         merge_adapter(run / "model", run / "merged")
     with pytest.raises(InputError, match="gream model extend"):
         write_adapter(run / "base", index, run / "other", rank=4, alpha=8)
-    with pytest.raises(InputError, match="--model"):
-        merge_adapter(run / "adapter", run / "merged", run / "base")
-    (run / "merged").mkdir()
-    (run / "merged" / "notes.txt").write_text("dear")
-    with pytest.raises(InputError, match="choose another folder"):
-        merge_adapter(run / "adapter", run / "merged")
     merge_adapter(run / "adapter", run / "untrained")
     assert (run / "untrained" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    # what SFT wrote has no record of what was added
+    shutil.copytree(run / "model", run / "trained")
+    (run / "trained" / RECORD).unlink()
+    assert write_adapter(run / "trained", index, run / "onward", rank=4, alpha=8) == made

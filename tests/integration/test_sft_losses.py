@@ -70,7 +70,9 @@ def test_the_loss_of_each_task_is_that_of_the_model_where_steps_hold_several(tmp
     for name, task in training["tasks"].items():
         own = names == name
         assert task["supervised_tokens"] == counts[own].sum()
-        assert task["curve"]["losses"] == pytest.approx([sums[own].sum() / counts[own].sum()], abs=1e-4)
+        told = [loss for loss in task["curve"]["losses"] if loss is not None]
+        assert told
+        assert told == pytest.approx([sums[own].sum() / counts[own].sum()] * len(told), abs=1e-4)
     assert training["epochs"] == 2
     assert not [remark for remark in training["remarks"] if "loss" in remark]
 
@@ -86,6 +88,7 @@ def test_two_ranks_and_trained_prompts_within_the_standard_errors(tmp_path):
     names = pl.read_parquet(mix)["task"].to_numpy()[schedule.rows]
     for name, task in training["tasks"].items():
         direct = sums[schedule.rows][names == name].sum() / counts[schedule.rows][names == name].sum()
-        (error,) = task["curve"]["standard_errors"]
-        assert error < 0.05
-        assert task["curve"]["losses"] == pytest.approx([direct], abs=4 * error)
+        curve = zip(task["curve"]["losses"], task["curve"]["standard_errors"], strict=True)
+        told = [(loss, error) for loss, error in curve if loss is not None]
+        assert min(error for _, error in told) < 0.05
+        assert all(abs(loss - direct) < 4 * error for loss, error in told)

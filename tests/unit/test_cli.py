@@ -4,11 +4,13 @@ import json
 import polars as pl
 import pytest
 import yaml
-from assets import make_tiny_model
+from assets import TITLES, make_index, make_tiny_model
 from small_data import make_data
 from wheel_build import ROOT
 
-from gream_verl import cli
+from data_processing.teacher.rules import WORDINGS
+from gream_verl import cli, cli_model
+from gream_verl.embedding_rows import ROWS
 from gream_verl.files import InputError
 from gream_verl.quickstart import PROFILES, QuickstartOptions, steps
 from gream_verl.sft.checkpoints import drop_torn_checkpoints
@@ -284,8 +286,11 @@ def test_a_killed_checkpoint_is_dropped_and_a_whole_one_kept(tmp_path):
     (tmp_path / "checkpoint-20").mkdir()
     (tmp_path / "checkpoint-30").mkdir()
     (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_st')
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-notes").write_text("dear")
     drop_torn_checkpoints(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["checkpoint-10", "checkpoint-best", "checkpoint-notes"]
 
 
 def test_the_default_quickstart_runs_the_bare_commands():
@@ -324,3 +329,86 @@ def test_config_and_recipe_name_the_run_of_their_model(model):
     assert keys["output_dir"] == f"{folder}/sft"
     recipe = (ROOT / "recipes" / "recipe" / f"{profile.recipe}.yaml").read_text()
     assert yaml.safe_load(recipe)["gream"]["run"] == folder
+
+
+@pytest.mark.parametrize(
+    ("choices", "table"), [(cli_model.Initialisation, ROWS), (cli.Chains, WORDINGS), (cli.Trained, PROFILES)]
+)
+def test_choices_are_those_of_their_table(choices, table):
+    assert {choice.value for choice in choices} == set(table)
+
+
+def test_a_model_is_extended_adapted_and_merged(monkeypatch, capsys, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from gream_verl.tiny_model import train_tokenizer
+
+    tokenizer, index = train_tokenizer(TITLES, 300), tmp_path / "D.index.json"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)).save_pretrained(
+        tmp_path / "base"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    make_index().save(index)
+    base, model, adapter, merged = (tmp_path / name for name in ("base", "[model]", "adapter", "[merged]"))
+    extend = ["model", "extend", "--base", base, "--index", index, "--output", model]
+    adapt = ["model", "adapter", "--model", model, "--index", index, "--output", adapter, "--rank", "2"]
+    merge = ["model", "merge", "--adapter", adapter, "--output", merged]
+    check = ["model", "check", "--model", merged, "--index", index]
+    said = {"extend": "14 added", "adapter": "14", "merge": f"{merged}: written", "check": "all 12 semantic-ID"}
+    for command in (extend, adapt, merge, check):
+        status, out, err = run(monkeypatch, capsys, *command)
+        assert status == 0, err
+        assert said[command[1]] in out
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    record = json.loads((merged / "semantic_ids.json").read_text())
+    assert record == {**json.loads((model / "semantic_ids.json").read_text()), "merged": str(adapter)}
+    assert (merged / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert "made before" in " ".join(run(monkeypatch, capsys, *extend)[1].split())
+
+    for command, output in ((extend, model), (adapt, adapter), (merge, merged)):
+        old = (output / ".gream.json").stat().st_ino
+        changed = ["--seed", "1"] if command is extend else []
+        status, _, err = run(monkeypatch, capsys, *command, *changed)
+        assert (status, "--overwrite" in err) == (1, True)
+        assert (output / ".gream.json").stat().st_ino == old
+        assert run(monkeypatch, capsys, *command, *changed, "--overwrite")[0] == 0
+        assert (output / ".gream.json").stat().st_ino != old
+    before = load_file(model / "model.safetensors")
+    for own_input in (
+        [*adapt[:-4], "--output", model],
+        [*merge[:-1], model],
+        [*merge[:-1], adapter],
+        [*extend[:-1], merged],  # what another command wrote
+        [*extend[:-1], base],
+    ):
+        status, _, err = run(monkeypatch, capsys, *own_input, "--overwrite")
+        assert (status, "choose another folder" in err) == (1, True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
+
+    (model / "semantic_ids.json").unlink()  # as SFT leaves it
+    assert run(monkeypatch, capsys, *adapt, "--overwrite")[0] == 0
+    assert json.loads((adapter / "adapter_config.json").read_text()) == config
+    (merged / "config.json").write_text(
+        json.dumps(json.loads((merged / "config.json").read_text()) | {"vocab_size": 9})
+    )
+    rows = "trainable_token_indices"
+    for saved, more, sentence in (
+        (config | {rows: None}, [], "trains no rows of SID tokens"),
+        ({}, [], "trains no rows of SID tokens"),
+        ([], [], "trains no rows of SID tokens"),
+        (config | {rows: {"embed_tokens": [3]}}, [], "does not train the SID tokens"),
+        (config, ["--model", base], "name its model with --model"),
+        (config, ["--model", tmp_path / "absent"], "cannot be loaded"),
+        (config | {"r": 3}, [], "cannot be loaded"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(saved))
+        status, _, err = run(monkeypatch, capsys, *merge[:-1], tmp_path / "other", *more)
+        assert (status, sentence in err, len(err.strip().splitlines())) == (1, True, 1)
+    for wrong in (check, [*check[:3], tmp_path, *check[4:]]):
+        status, _, err = run(monkeypatch, capsys, *wrong)
+        assert (status, len(err.strip().splitlines())) == (1, 1)

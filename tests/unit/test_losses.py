@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gream_verl.sft.losses import OrderError, Schedule, loss_by_task, task_shares
+from gream_verl.sft.losses import OrderError, Schedule, loss_by_task, smooth, task_shares
 
 SIZES = {"batch": st.integers(1, 5), "accumulation": st.integers(1, 3)}
 
@@ -101,6 +101,45 @@ def test_standard_errors_cover_as_often_as_they_should():
     assert 0.6 < (np.abs(scores) < 1).mean() < 0.75  # 0.68
 
 
+def test_steep_falls_with_noise_that_shrinks_are_told_without_bias_and_with_honest_errors():
+    off, scores, ends = [], [], []
+    for seed in range(12):
+        generator, _, _, _, logged, shares, tokens = run(seed, every=1, block=4, steps=300)
+        height, rate = np.array([[2.0], [1.5], [1.0]]), np.array([[20.0], [15.0], [30.0]])
+        truth = height + 5 * np.exp(-logged / rate)
+        noise = generator.normal(0, 0.5 + 2 * np.exp(-logged / 50)) / np.sqrt(tokens)
+        losses = np.einsum("st,ts->s", shares, truth) + noise
+        for curve, line in zip(loss_by_task(logged, losses, shares, tokens), truth, strict=True):
+            miss = curve.loss - np.interp(curve.steps, logged, line)
+            off += miss[np.isfinite(miss)].tolist()
+            scores += (miss / curve.errors)[np.isfinite(miss)].tolist()
+            ends.append(miss[-1] / curve.errors[-1])
+    assert np.mean(np.abs(off)) < 0.03
+    assert 0.62 < (np.abs(scores) < 1).mean() < 0.76  # 0.68
+    assert 0.5 < (np.abs(ends) < 1).mean() < 0.9
+
+
+def test_steps_of_few_tokens_count_little():
+    off, generator = [], np.random.default_rng(0)
+    tokens = np.tile([1, 1, 1, 1000], 30)
+    for _ in range(20):
+        losses = 2 + generator.normal(0, 1, 120) / np.sqrt(tokens)
+        (curve,) = loss_by_task(np.arange(1, 121), losses, np.ones((120, 1)), tokens)
+        off.append(np.abs(curve.loss - 2).mean())
+    assert np.mean(off) < 0.02  # of all steps alike it would be 0.08
+
+
+def test_a_task_in_two_of_many_steps_is_told_too_vaguely_to_be_shown():
+    generator, shares = np.random.default_rng(0), np.tile([1.0, 0.0], (60, 1))
+    shares[[20, 40]] = [0.8, 0.2]
+    losses = shares @ [2.0, 5.0] + generator.normal(0, 0.1, 60)
+    told, vague = loss_by_task(np.arange(1, 61), losses, shares, np.full(60, 100))
+    assert told.loss == pytest.approx(2, abs=0.1)
+    assert vague.steps.tolist() == [21, 41]
+    assert np.isnan(vague.loss).all()
+    assert (vague.errors > 0.3).all()
+
+
 def test_tasks_that_the_steps_cannot_tell_apart_have_no_loss():
     steps, generator = np.arange(1, 41), np.random.default_rng(0)
     alone = generator.random(40)
@@ -121,3 +160,9 @@ def test_a_task_without_rows_has_an_empty_curve():
     shares = np.tile([1.0, 0.0], (9, 1))
     _, empty = loss_by_task(np.arange(1, 10), np.full(9, 2.0), shares, np.full(9, 10))
     assert len(empty.loss) == 0
+
+
+@pytest.mark.parametrize("count", [1, 39, 40, 407])
+def test_smoothing_is_a_running_mean(count):
+    values = np.random.default_rng(count).random(count)
+    assert smooth(values, 10) == pytest.approx([values[max(at - 10, 0) : at + 11].mean() for at in range(count)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from llamafactory.data.template import TEMPLATES
+from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 from sft_run import ROWS, make_sft_run, sft_arguments
 from typer.testing import CliRunner
@@ -103,9 +104,15 @@ def test_steps_are_those_of_all_processes(made: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("NPROC_PER_NODE", "4")
     monkeypatch.setenv("NNODES", "2")
     settings = ("per_device_train_batch_size=2", "gradient_accumulation_steps=1", "num_train_epochs=3")
+    assert check(made, *settings).facts["rows a step"] == "2"  # no torchrun, one process
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
     facts = check(made, *settings).facts
     assert facts["rows a step"] == "16"
     assert facts["steps"] == "12, 4 an epoch"
+    assert check(made, *settings, "max_samples=5").facts["steps"] == "3, 1 an epoch"
+    assert "splits it at its blanks" in problem(made, "run_name=my run")
+    monkeypatch.setenv("NNODES", "two")
+    assert "expected whole numbers" in problem(made)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,9 @@ def test_steps_are_those_of_all_processes(made: Path, monkeypatch: pytest.Monkey
         ({"streaming": True}, "buffer_size: 1"),
         ({"mix_strategy": "interleave_under"}, "drops or repeats rows"),
         ({"val_size": 0.1}, "eval_dataset"),
+        ({"ignore_data_skip": True}, "first row again"),
+        ({"dataloader_drop_last": True}, "last rows"),
+        ({"auto_find_batch_size": True}, "--block"),
         ({"tokenized_path": "old"}, "tokenized_path"),
         ({"resize_vocab": True}, "gream model extend"),
         ({"add_tokens": "<|a_1|>"}, "gream model extend"),
@@ -139,17 +149,65 @@ def test_a_config_for_gpus_is_read_where_there_is_none(made: Path) -> None:
 
 
 def test_all_problems_are_told_at_once(made: Path) -> None:
-    found = check(made, "no_such_key=1", "disable_shuffling=false", "cutoff_len=20")
+    found = check(made, "no_such_key=1", "disable_shuffling=false", "model_name_or_path=nowhere")
     assert ["disable_shuffling" in found.problems[0], "no_such_key" in found.problems[1]] == [True, True]
-    assert "62 rows are longer than `cutoff_len: 20`" in found.problems[2]
-    assert "--longest 20" in found.problems[2]
+    assert "nowhere: no weights there" in found.problems[2]
+    found = check(made, "disable_shuffling=false", "cutoff_len=20")
+    assert "62 rows are longer than `cutoff_len: 20`" in found.problems[1]
+    assert "--longest 20" in found.problems[1]
 
 
-def test_system_turns_that_would_be_dropped(folder: Path) -> None:
-    info = json.loads((folder / "data" / "dataset_info.json").read_text())
-    del info["small-mix"]["columns"]["system"]
-    write_json(folder / "data" / "dataset_info.json", info)
-    assert "system turns are dropped" in problem(folder)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cutoff_len=abc",
+        "cutoff_len=",
+        "cutoff_len=0",
+        "num_train_epochs=abc",
+        "num_train_epochs=.inf",
+        "max_samples=abc",
+        "max_samples=-1",
+        "per_device_train_batch_size=0",
+        "per_device_train_batch_size=3.5",
+        "gradient_accumulation_steps=0",
+        "save_steps=0",
+        "max_steps=0",
+    ],
+)
+def test_numbers_must_be_numbers(made: Path, override: str) -> None:
+    assert override.partition("=")[0] in problem(made, override)
+
+
+def test_a_no_must_be_quoted(made: Path) -> None:
+    assert "quote it" in problem(made, "save_strategy=no")
+    assert check(made, "save_strategy='no'").facts["checkpoints"].startswith("at most 0 of ")
+
+
+def test_a_config_that_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "torn.yaml").write_text("a: [1,\nb: {")
+    with pytest.raises(InputError, match="cannot be read") as raised:
+        SftConfig.read(tmp_path / "torn.yaml")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"columns": {"messages": "conversations"}}, "system turns are dropped"),
+        ({"columns": {"messages": "conversations", "system": "system", "tools": "task"}}, "nothing else"),
+        ({"num_samples": 3}, "rows drawn at random"),
+        ({"file_name": None}, "must have a file_name"),
+    ],
+)
+def test_rows_must_be_read_as_they_were_written(folder: Path, change: dict[str, object], said: str) -> None:
+    info = folder / "data" / "dataset_info.json"
+    given = json.loads(info.read_text())
+    write_json(info, {"small-mix": {**given["small-mix"], **change}})
+    assert said in problem(folder)
+    write_json(info, {"small-mix": "small-mix.parquet"})
+    assert "must have a file_name" in problem(folder)
+    write_json(info, [])
+    assert "which knows none" in problem(folder)
 
 
 def test_a_torn_file_and_a_row_of_another_form(folder: Path) -> None:
@@ -171,6 +229,12 @@ def test_sid_tokens_must_be_single_ordinary_tokens_with_a_row(folder: Path) -> N
         added["special"] = added["special"] or added["content"] == "<|a_1|>"
     tokenizer.write_text(json.dumps(given))
     assert "1 SID tokens, <|a_1|> among them, are special tokens" in problem(folder)
+    # In the vocabulary, but no added token: the pre-tokenizer splits it before it is looked up.
+    [number] = [added["id"] for added in given["added_tokens"] if added["content"] == "<|a_1|>"]
+    given["added_tokens"] = [added for added in given["added_tokens"] if added["content"] != "<|a_1|>"]
+    given["model"]["vocab"]["<|a_1|>"] = number
+    tokenizer.write_text(json.dumps(given))
+    assert "1 SID tokens, <|a_1|> among them, are not read as one token" in problem(folder)
 
 
 def test_a_sid_token_of_another_index(folder: Path) -> None:
@@ -183,7 +247,7 @@ def test_an_embedding_with_too_few_rows(folder: Path) -> None:
     weights = load_file(folder / "model" / "model.safetensors")
     name = "model.embed_tokens.weight"
     save_file({**weights, name: weights[name][:300].clone()}, folder / "model" / "model.safetensors")
-    assert "the embedding has 300 rows" in problem(folder)
+    assert "beyond the 300 rows" in problem(folder)
     cut = folder / "model" / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-10])
     assert "is cut off" in problem(folder)
@@ -222,6 +286,8 @@ def test_answers_must_be_trained_as_they_stand(folder: Path) -> None:
     after = check(folder)
     assert after.problems == []
     assert after.tasks == before.tasks
+    (folder / "model" / "chat_template.jinja").unlink()
+    assert "has no chat template" in problem(folder)
 
 
 def test_lora_must_train_the_rows_of_sid_tokens(folder: Path) -> None:
@@ -237,18 +303,60 @@ def test_lora_must_train_the_rows_of_sid_tokens(folder: Path) -> None:
     given = json.loads((adapter / "adapter_config.json").read_text())
     write_json(adapter / "adapter_config.json", {**given, "trainable_token_indices": None})
     assert "trains no rows of" in problem(folder, *lora)
+    shutil.rmtree(adapter)
+    assert "gream model adapter" in problem(folder, *lora)
 
 
-def test_checkpoints_that_do_not_fit_or_are_torn(folder: Path) -> None:
-    many = ("max_steps=1000000000", "save_steps=1", "save_total_limit=1000000000")
-    assert "lower save_total_limit" in problem(folder, *many)
-    for step in (8, 16):
-        (folder / "sft" / f"checkpoint-{step}").mkdir(parents=True)
-    write_json(folder / "sft" / "checkpoint-8" / "trainer_state.json", {"global_step": 8})
-    assert "checkpoint-16: a stop has torn it; delete it" in problem(folder)
+def save_checkpoint(folder: Path, **state: int) -> Path:
+    path = folder / "sft" / f"checkpoint-{state['global_step']}"
+    path.mkdir(parents=True)
+    shutil.copy(folder / "model" / "model.safetensors", path)
+    write_json(path / "trainer_state.json", state)
+    return path
+
+
+def test_the_disk_that_checkpoints_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values())
+    four = ("max_steps=4", "save_steps=2", "save_total_limit=5")
+    stage = f"deepspeed={Path(__file__).parents[2] / 'sft_configs' / 'deepspeed_zero2.json'}"
+    cases: list[tuple[tuple[str, ...], int, int, int]] = [
+        (four, 2, 12, 4),
+        ((*four, "save_steps=0.25"), 4, 12, 4),
+        ((*four, "save_steps=1", "save_total_limit=1"), 2, 12, 4),
+        ((*four, "save_strategy=epoch"), 2, 12, 4),
+        ((*four, "save_only_model=true"), 2, 4, 4),
+        ((*four, stage), 2, 16, 2),
+        ((*four, stage.replace("zero2", "zero3")), 2, 14, 2),
+    ]
+    for settings, count, each, final in cases:
+        said = f"at most {count} of {decimal(each * weights)}, and {decimal(final * weights)} in the end, reckoned"
+        assert check(folder, *settings).facts["checkpoints"] == said
+    # What is there already is not needed once more.
+    there = save_checkpoint(folder, global_step=2, max_steps=4, train_batch_size=16)
+    kept = sum(path.stat().st_size for path in there.iterdir())
+    needed = (2 * 12 + 4) * weights - kept
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert check(folder, *four).problems == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    assert "lower save_total_limit" in problem(folder, *four)
+
+
+def test_checkpoints_that_are_torn_or_of_another_training(folder: Path) -> None:
+    save_checkpoint(folder, global_step=8, max_steps=20, train_batch_size=16)
+    (folder / "sft" / "checkpoint-16").mkdir()
+    assert "checkpoint-16: a stop has torn it; delete it" in problem(folder, "max_steps=20")
     shutil.rmtree(folder / "sft" / "checkpoint-16")
-    assert "go on from step 8" in check(folder, "max_steps=20").remarks[-1]
-    assert "holds this training already" in check(folder, "max_steps=8").remarks[-1]
+    found = check(folder, "max_steps=20")
+    assert (found.problems, "go on from step 8" in found.remarks[-1]) == ([], True)
+    assert "another training (max_steps 20 instead of 30)" in problem(folder, "max_steps=30")
+    assert "train_batch_size 16 instead of 8" in problem(folder, "max_steps=20", "per_device_train_batch_size=8")
+    save_checkpoint(folder, global_step=20, max_steps=20, train_batch_size=16)
+    assert "ends this training already" in problem(folder, "max_steps=20")
+    assert check(folder, "max_steps=30", "overwrite_output_dir=true").problems == []
+    shutil.rmtree(folder / "sft")
+    (folder / "sft").touch()
+    assert "sft: is a file" in problem(folder)
 
 
 def test_the_command_ends_in_one_line_a_problem(made: Path) -> None:

@@ -25,7 +25,7 @@ CPU = {
 # In what a config may differ from the reference; everything else must not drift apart.
 DIFFERENCES = {
     "qwen3_4b_alignment.yaml": {"dataset", "output_dir"},
-    "qwen3_4b_reasoning.yaml": {"model_name_or_path", "learning_rate", "save_steps"},
+    "qwen3_4b_reasoning.yaml": {"model_name_or_path", "dataset", "learning_rate", "output_dir", "save_steps"},
     "qwen3_4b_lora.yaml": {"finetuning_type", "adapter_name_or_path", "deepspeed", "learning_rate", "output_dir"},
     "smollm2_cpu.yaml": CPU | {"template", "default_system"},
     "tiny_cpu.yaml": CPU,

@@ -13,7 +13,7 @@ from sft_run import make_sft_run, sft_arguments
 
 from gream_verl.files import InputError, read_json, write_json
 from gream_verl.sft.config import SftConfig
-from gream_verl.sft.training import Lengths, _cut, report_training, smooth, summary, task_rows, trained_seconds
+from gream_verl.sft.training import BATCH, CUTOFF, Lengths, _cut, report_training, summary, task_rows, trained_seconds
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,60 @@ def test_a_run_that_logged_its_tokens_is_told_by_task(folder: Path) -> None:
     assert 0 < training["padding"] < 1
     assert f"{tokens[-1]:,} tokens in 0.2 minutes, {tokens[-1] / 10:,.0f} tokens a second" in summary(training)
     assert summary(training).endswith("2.5 GiB of GPU memory at most.")
+
+
+def test_tasks_that_are_not_told_are_named(folder: Path) -> None:
+    write_log(folder, ".", **with_speed(seen(folder)[:1]))
+    training = report_training(config(folder))
+    assert training["remarks"][-1].startswith("No loss of item2index, reasoning, seqrec: too few steps")
+
+
+@pytest.mark.parametrize("prompt", ["true", "false"])
+def test_the_loss_of_a_row_is_over_its_trained_tokens(folder: Path, prompt: str) -> None:
+    override = f"train_on_prompt={prompt}"
+    rows = Lengths.count(config(folder, override))
+    assert (rows.supervised == rows.tokens).all() == (prompt == "true")
+    steps = np.arange(40) // 4
+    summed = np.bincount(steps, 2 * (rows.supervised - (prompt == "true"))[:40])  # nothing predicts a first token
+    losses = summed / np.bincount(steps, rows.supervised[:40])
+    write_log(folder, ".", loss=losses.tolist(), **with_speed(seen(folder)))
+    tasks = report_training(config(folder, override))["tasks"].values()
+    told = [loss for task in tasks for loss in task["curve"]["losses"] if loss is not None]
+    assert told == pytest.approx([2.0] * len(told))
+    assert told
+
+
+def test_losses_of_evaluations_are_told_by_what_was_evaluated(folder: Path) -> None:
+    write_log(folder, ".", grad_norm=[1.0] * 4)
+    state = read_json(folder / "sft" / "trainer_state.json")
+    state["log_history"] += [{"step": 2, "eval_new_loss": 3.0}, {"step": 4, "eval_loss": 2.5, "eval_new_loss": 2.0}]
+    write_json(folder / "sft" / "trainer_state.json", state)
+    assert report_training(config(folder))["evaluation"] == {
+        "new": {"steps": [2, 4], "losses": [3.0, 2.0]},
+        "held-out rows": {"steps": [4], "losses": [2.5]},
+    }
+
+
+def test_of_the_first_rows_of_a_file_no_shares_are_told(folder: Path) -> None:
+    write_log(folder, ".", grad_norm=[1.0] * 4)
+    write_json(folder / "data" / "small-mix.json", {"tasks": {"seqrec": {"shortened": 40, "left out": 0}}})
+    training = report_training(config(folder, "max_samples=20"))
+    assert {(row[6], row[7]) for row in task_rows(training)[1:]} == {("–", "–")}
+    assert "not known of the first `max_samples` rows" in training["remarks"][0]
+    assert sum(task["rows"] for task in training["tasks"].values()) == 20
+
+
+def test_a_model_that_is_not_there_is_named(folder: Path) -> None:
+    write_log(folder, ".", grad_norm=[1.0] * 4)
+    with pytest.raises(InputError, match=r"^\S+/gone: no such folder"):
+        report_training(config(folder, f"model_name_or_path={folder}/gone"))
+
+
+def test_keys_that_a_config_leaves_out_are_as_llamafactory_has_them() -> None:
+    from llamafactory.hparams import DataArguments, TrainingArguments
+
+    assert DataArguments.cutoff_len == CUTOFF
+    assert TrainingArguments.per_device_train_batch_size == BATCH
 
 
 @pytest.mark.parametrize(
@@ -134,10 +188,3 @@ def test_rows_are_cut_as_llamafactory_cuts_them(prompt: int, response: int, limi
 
     cut = _cut(np.array([prompt]), np.array([response]), limit)
     assert (cut[0].item(), cut[1].item()) == infer_seqlen(prompt, response, limit)
-
-
-@pytest.mark.parametrize("count", [1, 39, 40, 407])
-def test_smoothing_is_a_running_mean(count: int) -> None:
-    losses = np.random.default_rng(count).random(count)
-    width = count // 40
-    assert smooth(losses) == pytest.approx([losses[max(at - width, 0) : at + width + 1].mean() for at in range(count)])

@@ -1,11 +1,11 @@
 import json
-import shutil
 
 import pytest
 import torch
 from small_data import make_data
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AddedToken,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -15,18 +15,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gream_verl import embedding_rows
 from gream_verl.embedding_rows import ROWS, read_item_texts, text_shares
 from gream_verl.files import InputError, write_json
 from gream_verl.semantic_ids import SID_TOKEN, ItemIndex
 from gream_verl.tiny_model import make_tiny_model, train_tokenizer
 from gream_verl.vocabulary import (
-    MANIFEST,
     NOISE,
     RECORD,
     extend_checkpoint,
     extend_model,
     padding_multiple,
     sid_token_ids,
+    token_ids,
 )
 
 INDEX = ItemIndex.from_codes([str(n) for n in range(12)], [[n // 4, n % 4] for n in range(12)])
@@ -168,29 +169,44 @@ def test_mean_rows_lie_close_to_the_mean_and_distribution_rows_spread_as_the_bas
     assert torch.allclose(torch.cov(drawn["distribution"].T), torch.cov(old.T), atol=float(0.1 * old.var(0).max()))
 
 
-def test_rows_of_texts_are_what_the_module_says():
-    model, tokenizer = make_base("qwen3", True, torch.float32)
-    base, old = len(tokenizer), model.get_input_embeddings().weight.detach().clone()
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_texts_are_what_the_module_says(tied, monkeypatch):
+    monkeypatch.setattr(embedding_rows, "ITEMS_AT_ONCE", 2)
+    monkeypatch.setattr(embedding_rows, "COLUMNS_AT_ONCE", 5)
     texts = {"0": "Fargo", "1": "Heat Fargo", "4": "Heat", "8": "Drama Drama", "9": ""}
+    model, tokenizer = make_base("qwen3", tied, torch.float32)
+    base, before = len(tokenizer), {name: value.clone() for name, value in model.state_dict().items()}
     extend_model(model, tokenizer, INDEX, rows="texts", texts=texts, seed=1)
-    weight = model.get_input_embeddings().weight.detach()
+    close, _ = make_base("qwen3", tied, torch.float32)
+    extend_model(close, qwen_tokenizer(), INDEX, rows="mean", seed=1)
     ids = sid_token_ids(tokenizer, INDEX)
+    means = {}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        old, mean, weight = before[name][:base], close.state_dict()[name], model.state_dict()[name]
+        means[name] = mean[base:]
 
-    def mean_row(text):
-        return old[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
+        def mean_row(text, old=old):
+            return old[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
 
-    told = {
-        "<|a_1|>": (mean_row("Fargo") + mean_row("Heat Fargo")) / 2,
-        "<|a_2|>": mean_row("Heat"),
-        "<|a_3|>": mean_row("Drama Drama"),
-    }
-    level = torch.stack(list(told.values())).mean(0)
-    std = old[:base].std(0)
-    for token, row in told.items():
-        expected = old[:base].mean(0) + std.norm() * (row - level) / (row - level).norm()
-        assert ((weight[ids[token]] - expected).abs() < 5 * NOISE * std).all()
-    for token in ("<|b_3|>", "<|b_4|>"):  # no item of theirs has a text
-        assert ((weight[ids[token]] - old[:base].mean(0)).abs() < 5 * NOISE * std).all()
+        said = {  # item 0 is <|a_1|><|b_1|>, item 1 <|a_1|><|b_2|>, item 4 <|a_2|><|b_1|>, item 8 <|a_3|><|b_1|>
+            "<|a_1|>": ["Fargo", "Heat Fargo"],
+            "<|a_2|>": ["Heat"],
+            "<|a_3|>": ["Drama Drama"],
+            "<|b_1|>": ["Fargo", "Heat", "Drama Drama"],
+            "<|b_2|>": ["Heat Fargo"],
+        }
+        told = {token: torch.stack([mean_row(text) for text in texts]).mean(0) for token, texts in said.items()}
+        for token, row in told.items():
+            level = torch.stack([other for name, other in told.items() if name[2] == token[2]]).mean(0)
+            direction = (row - level) / (row - level).norm()
+            expected = mean[ids[token]] + old.std(0).norm() * direction
+            assert torch.allclose(weight[ids[token]], expected, atol=1e-5)
+        rest = sorted({*range(base, len(weight))} - {ids[token] for token in told})
+        assert torch.equal(weight[rest], mean[rest])  # codes without texts, tags, padding
+    drawn, statistics = [], [before[name][:base] for name in means]
+    for mean, old in zip(means.values(), statistics, strict=True):
+        drawn.append((mean - old.mean(0)) / old.std(0))
+    assert torch.allclose(*drawn, atol=1e-4) == tied  # a head of its own has a draw of its own
 
 
 def test_every_item_and_every_token_of_an_item_counts_the_same():
@@ -244,65 +260,110 @@ def test_a_checkpoint_is_extended_and_keeps_what_the_base_had(files):
 
 def test_the_same_inputs_are_not_done_again_and_others_are_refused_unless_told(files):
     base, index, output = files
-    _, first = extend_checkpoint(base, index, output)
+    items = index.with_name("D.item.json")
+    assert extend_checkpoint(base, index, output, rows="texts")[1]
+    same = index.with_name("same.index.json")  # other bytes, the same tokens and texts
+    same.write_text(json.dumps(json.loads(index.read_text()), indent=3))
     done = (output / RECORD).stat().st_ino
-    assert extend_checkpoint(base, index, output)[1] is False
-    assert first
+    for file in (index, same):
+        assert extend_checkpoint(base, file, output, items=items, rows="texts")[1] is False
     assert (output / RECORD).stat().st_ino == done
+
+    more, other = index.with_name("more.index.json"), index.with_name("other.item.json")
+    write_json(more, {**json.loads(index.read_text()), "new": ["<|a_9|>", "<|b_1|>"]})
+    write_json(other, {**ITEMS, "0": {"title": "Heat"}})
+    changed = [
+        {"rows": "mean", "items": None},
+        {"seed": 1},
+        {"index_file": more},
+        {"items": other},
+    ]
+    first = {"base": base, "index_file": index, "output": output, "items": items, "rows": "texts"}
+    for change in changed:
+        with pytest.raises(InputError, match="--overwrite"):
+            extend_checkpoint(**{**first, **change})
+    (index.parent / "base" / "chat_template.jinja").write_text("another base")
     with pytest.raises(InputError, match="--overwrite"):
-        extend_checkpoint(base, index, output, rows="mean")
+        extend_checkpoint(**first)
     assert extend_checkpoint(base, index, output, rows="mean", overwrite=True)[0]["rows"] == "mean"
-    assert sorted(path.name for path in output.parent.iterdir()) == ["D.index.json", "D.item.json", "base", "out"]
 
 
-@pytest.mark.parametrize("added", ["trainer_state.json", "checkpoint-4/model.safetensors"])
-def test_a_folder_with_something_of_the_users_is_never_replaced(files, added):
+def test_without_texts_the_items_of_a_code_do_not_matter(files):
     base, index, output = files
     extend_checkpoint(base, index, output)
-    (output / added).parent.mkdir(exist_ok=True)
-    (output / added).write_text("dear")
-    for call in (
-        lambda: extend_checkpoint(base, index, output, rows="mean", overwrite=True),
-        lambda: make_tiny_model(TEXTS, INDEX, output, vocabulary_size=320, hidden_size=16, layers=1, heads=2),
-    ):
-        with pytest.raises(InputError, match="choose another folder"):
-            call()
-    assert (output / added).read_text() == "dear"
+    sids = json.loads(index.read_text())
+    write_json(index, {**sids, "0": sids["1"], "1": sids["0"]})
+    assert extend_checkpoint(base, index, output)[1] is False
+    write_json(index, {**sids, "new": ["<|a_9|>", "<|b_1|>"]})
+    with pytest.raises(InputError, match="--overwrite"):
+        extend_checkpoint(base, index, output)
 
 
-def test_a_checkpoint_without_its_manifest_or_trained_in_place_is_the_users(files):
+def test_an_edited_checkpoint_is_kept(files):
     base, index, output = files
-    shutil.copytree(base, output)
-    with pytest.raises(InputError, match="did not write"):
-        extend_checkpoint(base, index, output, overwrite=True)
-    with pytest.raises(InputError, match="the base itself"):
+    extend_checkpoint(base, index, output)
+    (output / "chat_template.jinja").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"changed since .*\(chat_template.jinja\)"):
+            extend_checkpoint(base, index, output, overwrite=overwrite)
+    with pytest.raises(InputError, match="`gream model tiny` did not write it"):
+        make_tiny_model(TEXTS, INDEX, output, vocabulary_size=320, hidden_size=16, layers=1, heads=2)
+    with pytest.raises(InputError, match="is an input"):
         extend_checkpoint(base, index, index.parent / "base", overwrite=True)
-    assert not (output / MANIFEST).exists()
+    assert (output / "chat_template.jinja").read_text() == "mine"
+
+
+def test_a_refusal_comes_before_the_model_is_loaded(files, monkeypatch):
+    base, index, output = files
+    extend_checkpoint(base, index, output)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for given in ({"rows": "mean"}, {"base": str(output), "output": output.with_name("twice")}):
+        with pytest.raises(InputError, match=r"--overwrite|already"):
+            extend_checkpoint(**{"base": base, "index_file": index, "output": output, **given})
 
 
 def test_a_base_with_sid_tokens_is_refused_with_what_was_added_to_it(files):
     base, index, output = files
     extend_checkpoint(base, index, output)
-    with pytest.raises(InputError, match=r"holds 7 SID tokens already, 9 tokens of D.index.json added to .* on 20"):
+    with pytest.raises(InputError, match=r"holds 7 SID tokens already, 9 tokens added to .*base; .*--grow"):
         extend_checkpoint(str(output), index, output.with_name("twice"))
-    (output / RECORD).unlink()
+    write_json(output / RECORD, [])
+    with pytest.raises(InputError, match="not a record"):
+        extend_checkpoint(str(output), index, output.with_name("twice"))
+    tiny = output.with_name("tiny")
+    make_tiny_model(TEXTS, INDEX, tiny, vocabulary_size=320, hidden_size=16, layers=1, heads=2)
     with pytest.raises(InputError, match=r"holds 7 SID tokens already; .*--grow"):
-        extend_checkpoint(str(output), index, output.with_name("twice"))
+        extend_checkpoint(str(tiny), index, output.with_name("twice"))
+
+
+def test_the_number_format_of_the_base_is_kept(files):
+    base, index, output = files
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    extend_checkpoint(base, index, output)
+    assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, rows):
     base, index, output = files
     extend_checkpoint(base, index, output)
-    old = AutoModelForCausalLM.from_pretrained(output).model.embed_tokens.weight
+    if rows == "mean":  # as SFT leaves it
+        (output / RECORD).unlink()
+    trained = AutoModelForCausalLM.from_pretrained(output)
+    first = min(sid_token_ids(AutoTokenizer.from_pretrained(output), INDEX).values())
+    with torch.no_grad():
+        trained.model.embed_tokens.weight[first:] += 100
+    trained.save_pretrained(output)
+    old = trained.model.embed_tokens.weight
     sids = {item: list(sid) for item, sid in INDEX.sids.items()}
     write_json(index, {**sids, "0": [*sids["0"], "<|c_1|>"], "new": [*sids["0"], "<|c_2|>"]})
     grown = output.with_name("grown")
     done, _ = extend_checkpoint(str(output), index, grown, rows=rows, grow=True)
-    assert (done["added"], done["earlier"]["added"]) == (2, 9)
+    assert (done["added"], done.get("earlier", {}).get("added")) == (2, None if rows == "mean" else 9)
     assert done["reasoning_tokens"] == ["<think>", "</think>"]
     new = AutoModelForCausalLM.from_pretrained(grown).model.embed_tokens.weight
     assert torch.equal(new[: done["first_id"]], old[: done["first_id"]])
+    assert new[done["first_id"] :].abs().max() < 1  # drawn like text rows, not like trained SID rows
     sid_token_ids(AutoTokenizer.from_pretrained(grown), ItemIndex.load(index))
     with pytest.raises(InputError, match="knows each of its tokens"):
         extend_checkpoint(str(grown), index, output.with_name("again"), grow=True, rows=rows)
@@ -337,9 +398,12 @@ def test_what_cannot_be_used_is_one_sentence(files):
     with pytest.raises(InputError, match="cannot be loaded"):
         extend_checkpoint(f"{base}-absent", index, output)
     items = index.with_name("D.item.json")
-    write_json(items, {"elsewhere": {"title": "Fargo"}})
-    with pytest.raises(InputError, match="no item of it has a text"):
-        extend_checkpoint(base, index, output, rows="texts")
+    for unusable in ({"elsewhere": {"title": "Fargo"}}, {}):
+        write_json(items, unusable)
+        with pytest.raises(InputError, match=r"D.item.json: has no text of any item of .*D.index.json"):
+            extend_checkpoint(base, index, output, rows="texts")
+    with pytest.raises(InputError, match="only --rows texts reads it"):
+        extend_checkpoint(base, index, output, items=items, rows="mean")
     items.unlink()
     with pytest.raises(InputError, match=r"D.item.json: no such file; .*--items"):
         extend_checkpoint(base, index, output, rows="texts")
@@ -357,3 +421,24 @@ def test_item_texts_take_the_fields_that_are_there(tmp_path):
 def test_a_model_without_sid_tokens_names_the_remedy():
     with pytest.raises(InputError, match="gream model extend"):
         sid_token_ids(qwen_tokenizer(), INDEX)
+
+
+def test_sid_tokens_that_are_not_one_ordinary_token_with_a_row_are_refused(files):
+    tokenizer = qwen_tokenizer()
+    ids = tokenizer.encode("Fargo", add_special_tokens=False)
+    tokenizer.add_tokens([AddedToken("<|a_1|>", special=True), AddedToken("<|a_2|>"), AddedToken("<|b_1|>")])
+    assert token_ids(tokenizer, ["<|a_2|>"], rows=len(tokenizer)).keys() == {"<|a_2|>"}
+    with pytest.raises(InputError, match=r"1 SID tokens, <\|a_1\|> among them, are special"):
+        token_ids(tokenizer, ["<|a_2|>", "<|a_1|>"])
+    with pytest.raises(InputError, match=r"<\|b_1\|> among them, are beyond the \d+ rows"):
+        token_ids(tokenizer, ["<|a_2|>", "<|b_1|>"], rows=len(tokenizer) - 1)
+    backend = Tokenizer(models.WordLevel({"<": 0, "|": 1, "<|c_1|>": 2}, unk_token="<"))
+    backend.pre_tokenizer = pre_tokenizers.Punctuation()
+    with pytest.raises(InputError, match="not read as one token"):
+        token_ids(PreTrainedTokenizerFast(tokenizer_object=backend), ["<|c_1|>"])
+    assert tokenizer.encode("Fargo", add_special_tokens=False) == ids
+
+    base, index, output = files
+    tokenizer.save_pretrained(base)
+    with pytest.raises(InputError, match="special tokens"):
+        extend_checkpoint(base, index, output, grow=True)
