@@ -244,8 +244,8 @@ def _mix_report(config: SftConfig) -> dict[str, dict[str, int]]:
 
 
 LEGEND = (
-    "rows, tokens, labels (supervised tokens): of one epoch; first, last: loss in nats a token where the curve begins "
-    "and ends, ± standard error of the fit (bends between points are not in it); short: rows whose history "
+    "rows, tokens, labels (supervised tokens): of one epoch; first, last: loss in nats a token, first and last point "
+    "of the curve, ± standard error of the fit (bends between points are not in it); short: rows whose history "
     "`gream data mix` shortened; out: left out there as too long; cut: cut off by the trainer"
 )
 
@@ -258,7 +258,8 @@ def task_rows(training: Mapping[str, Any]) -> list[list[str]]:
     """
     cells = [["task", "rows", "tokens", "labels", "first", "last", "short", "out", "cut"]]
     for name, task in training["tasks"].items():
-        curve = list(zip(task["curve"]["losses"], task["curve"]["standard_errors"], strict=True))
+        points = zip(task["curve"]["losses"], task["curve"]["standard_errors"], strict=True)
+        curve = [point for point in points if point[0] is not None]
         rows, shortened, left_out = task["rows"], task["shortened"], task["left_out"]
         cells.append(
             [
@@ -280,8 +281,8 @@ def _short(tokens: int) -> str:
     return f"{tokens / 1e6:,.2f}M" if tokens >= 1e6 else f"{tokens / 1e3:,.1f}k"
 
 
-def _loss_cell(loss: float | None, error: float | None) -> str:
-    return "–" if loss is None else f"{loss:.2f}" if error is None else f"{loss:.2f}±{error:.2f}".replace("±0.", "±.")
+def _loss_cell(loss: float, error: float | None) -> str:
+    return f"{loss:.2f}" if error is None else f"{loss:.2f}±{error:.2f}".replace("±0.", "±.")
 
 
 def summary(training: Mapping[str, Any]) -> str:
