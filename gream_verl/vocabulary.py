@@ -40,7 +40,11 @@ def sid_token_ids(
 
 
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str], model: str = "the model", rows: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Iterable[str],
+    model: str = "the model",
+    rows: int | None = None,
+    allow_special: bool = False,
 ) -> dict[str, int]:
     """Return the token id of every one of ``tokens``, SID tokens.
 
@@ -49,6 +53,7 @@ def token_ids(
         tokens: The tokens.
         model: Name or folder of the model, for messages.
         rows: Rows of its embedding, where they are known.
+        allow_special: Take special tokens, too, as the authors' checkpoints have them.
 
     Raises:
         InputError: When one is not exactly one ordinary token of ``tokenizer``, or has no row.
@@ -61,7 +66,7 @@ def token_ids(
             "tokenizer; add them with `gream model extend`"
         )
     ids = {token: vocabulary[token] for token in tokens}
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special and not allow_special}
     encoded = tokenizer(tokens, add_special_tokens=False)["input_ids"] if tokens else []
     for wrong, what in (
         ([token for token in tokens if ids[token] in special], "special tokens, which vanish from decoded text"),

@@ -20,7 +20,7 @@ from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
 from gream_verl.token_text import TokenText
-from gream_verl.vocabulary import sid_token_ids
+from gream_verl.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ class AnswerAutomaton:
         Raises:
             InputError: When a SID token of the index is not one token of the tokenizer, or it adds to ``</answer>``.
         """
-        tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, os.fspath(model)))
+        tree = PrefixTree.from_index(index, token_ids(tokenizer, index.tokens, os.fspath(model), allow_special=True))
         nodes, starts = len(tree.rows), tree.offsets.numpy()
         leaves = tree.rows.numpy() >= 0
         end = ROOT + nodes

@@ -15,7 +15,7 @@ from gream_verl.evaluation.memory import HalvedBatches
 from gream_verl.evaluation.prompts import Prompt, batches
 from gream_verl.files import InputError
 from gream_verl.semantic_ids import ItemIndex
-from gream_verl.vocabulary import sid_token_ids
+from gream_verl.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ class ItemRanker:
         Raises:
             InputError: When a SID token of the index is missing from the tokenizer, or the logits cannot be scored so.
         """
-        tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, model.name_or_path))
+        tree = PrefixTree.from_index(index, token_ids(tokenizer, index.tokens, model.name_or_path, allow_special=True))
         return cls(model, tree.to(model.device), list(index.sids), beams, batch_size, score=score, prefix=prefix)
 
     @property
