@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gream_verl.bgae import EPSILON, compute_bgae
+from gream_verl.plugin.bgae import EPSILON, compute_bgae
 
 SUCCESS, REWARDS = 0.999, (0.0, 0.0, 0.0, 0.5, 0.7071, 1.0)
 

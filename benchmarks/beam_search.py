@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.cpu.environment import set_defaults
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search
 from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.evaluation.prompts import batches, encode, load_model, read_prompts
 from gream_verl.evaluation.ranking import shared_prefix
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.tiny_model import train_tokenizer
-from gream_verl.vocabulary import sid_token_ids
+from gream_verl.model.tiny_model import train_tokenizer
+from gream_verl.model.vocabulary import sid_token_ids
 
 LEVELS, CODES, TEXT_TOKENS = 4, 256, 2048
 SHAPES = {  # the second is that of SmolLM2-135M

@@ -72,9 +72,9 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gream_verl.next_item import messages
-    from gream_verl.semantic_ids import ItemIndex
-    from gream_verl.tiny_model import make_tiny_model
+    from gream_verl.core.prompts import messages
+    from gream_verl.core.semantic_ids import ItemIndex
+    from gream_verl.model.tiny_model import make_tiny_model
 
     draw = random.Random(options.seed)
     codes = [(item // 4096, item // 64 % 64, item % 64) for item in range(options.items)]
@@ -120,11 +120,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """Return tokens a second of every round of one engine, by what its requests ask for."""
     import torch
 
+    from gream_verl.core.rsvr import score_response
+    from gream_verl.core.semantic_ids import ItemIndex
+    from gream_verl.core.token_text import TokenText
     from gream_verl.cpu import is_active
     from gream_verl.cpu.environment import set_defaults
-    from gream_verl.rsvr import score_response
-    from gream_verl.semantic_ids import ItemIndex
-    from gream_verl.token_text import TokenText
 
     if is_active():
         set_defaults()

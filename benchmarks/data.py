@@ -156,8 +156,8 @@ def plainly(folder: Path) -> dict[str, Any]:
 def ours(folder: Path) -> dict[str, Any]:
     """Ingest as `gream data prepare` does."""
     from data_processing.interactions import prepare
-    from data_processing.layout import DataFolder
     from data_processing.sources.amazon import read_amazon
+    from gream_verl.core.data_folder import DataFolder
 
     target = DataFolder(folder, "ours")
     prepare(read_amazon(2018, folder / REVIEWS, folder / METADATA), target, core=CORE)

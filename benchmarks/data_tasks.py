@@ -28,15 +28,15 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from data_processing.layout import DataFolder, Item
 from data_processing.sft import mix, prompts
 from data_processing.sft.corpus import Corpus, description, features, telling_text, title_and_description
 from data_processing.sft.fields import LENGTH, TARGET, TEMPLATE, TITLES_SHOWN
+from data_processing.sft.rules import RuleTeacher, short_title
 from data_processing.sft.tasks import REASONING, TASKS
-from data_processing.teacher.rules import RuleTeacher, short_title
-from gream_verl.files import write_json
-from gream_verl.next_item import SYSTEM, TEMPLATES
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.files import write_json
+from gream_verl.core.prompts import SYSTEM, TEMPLATES
+from gream_verl.core.semantic_ids import ItemIndex
 
 INTERACTIONS, QUICK = 5_000_000, 200_000
 PLAIN_ROWS = 1_000_000

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from gream_verl.rsvr import score_response
-from gream_verl.semantic_ids import ItemIndex, SemanticId
-from gream_verl.tiny_model import train_tokenizer
-from gream_verl.token_text import TokenText
-from gream_verl.vocabulary import add_sid_tokens
+from gream_verl.core.rsvr import score_response
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId
+from gream_verl.core.token_text import TokenText
+from gream_verl.model.tiny_model import train_tokenizer
+from gream_verl.model.vocabulary import add_sid_tokens
 
 LEVELS, CODES, HISTORY = 4, 256, 20
 WORDS = ("evidence", "preference", "intent", "drama", "comedy", "likes", "films", "of", "the", "old", "kind", "and")

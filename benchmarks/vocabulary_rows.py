@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gream_verl.embedding_rows import ROWS, read_item_texts
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.vocabulary import add_sid_tokens, extend_model
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.model.embedding_rows import ROWS, read_item_texts
+from gream_verl.model.vocabulary import add_sid_tokens, extend_model
 
 ROLES = {"human": "user", "gpt": "assistant"}
 IGNORED = -100

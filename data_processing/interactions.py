@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_processing.layout import DataFolder
 from data_processing.sources.tables import SourceTables, collector_paused
-from gream_verl.files import InputError, write_json, write_text
-from gream_verl.split import HELD_OUT, by_time
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import write_json, write_text
+from gream_verl.core.split import HELD_OUT, by_time
 
 SHORTEST = HELD_OUT + 1
 """A user needs this many interactions: one to learn from, one to validate, one to test."""
@@ -78,7 +79,7 @@ def sort_ids(ids: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """What a temporal split holds out, as shares of all interactions, the latest ones (:mod:`gream_verl.split`).
+    """What a temporal split holds out, as shares of all interactions, the latest ones (:mod:`gream_verl.core.split`).
 
     Attributes:
         validation: Share from the first moment of validation to the first of the test.

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_processing.layout import DataFolder, Item
-from gream_verl.files import InputError, atomic_path
-from gream_verl.next_item import NO_TARGET, Mode, TrainingTargets, messages, row
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.split import read_splits
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path
+from gream_verl.core.prompts import NO_TARGET, Mode, TrainingTargets, messages, row
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.split import read_splits
 
 CHUNK = 1024
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
@@ -63,7 +64,7 @@ def write_prompts(
     """Write ``<D>-rl.parquet``, ``<D>-val.parquet`` and ``<D>-test.parquet``.
 
     RL: every target from the 5th interaction of a user to the last that training may see, in random order. Validation
-    and test: the one that the split holds out for it (:mod:`gream_verl.split`; the second last and the last), test rows
+    and test: the one that the split holds out for it (:mod:`split`; the second last and the last), test rows
     once in direct and once in reasoning mode, all direct rows first.
 
     Args:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gream_verl import tiny_model
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.tiny_model import train_tokenizer
-from gream_verl.vocabulary import add_sid_tokens
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.model import tiny_model
+from gream_verl.model.tiny_model import train_tokenizer
+from gream_verl.model.vocabulary import add_sid_tokens
 
 TITLES = ("Alien", "Toy Story", "Fargo", "Heat", "Casablanca", "Psycho", "Jaws", "Brazil")
 

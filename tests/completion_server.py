@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from gream_verl.core.token_text import TokenText
 from gream_verl.evaluation.prompts import load_model
 from gream_verl.evaluation.sampling import HuggingFaceSampler, SamplingSettings
-from gream_verl.token_text import TokenText
 
 Reply = tuple[int, bytes]
 Change = Callable[[dict[str, Any]], None]

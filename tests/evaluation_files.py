@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 from assets import rl_rows
 
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.core.semantic_ids import ItemIndex
 
 
 def write_prompts(path: Path, index: ItemIndex, users: int) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 from small_data import make_data
 
 from data_processing.sft.mix import write_mix
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.steps import ProcessTree, environment
-from gream_verl.tiny_model import make_tiny_model, read_sft_texts
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.model.tiny_model import make_tiny_model, read_sft_texts
+from gream_verl.pipeline.steps import ProcessTree, environment
 
 CONFIG = Path(__file__).parents[1] / "sft_configs" / "tiny_cpu.yaml"
 RECORDER = Path(__file__).with_name("sft_recorder.py")

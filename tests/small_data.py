@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_processing.layout import DataFolder, Item
-from gream_verl.files import write_json
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import ItemIndex
 
 GENRES = ("Drama", "Comedy", "Crime", "War", "Western")
 NUMBERS = ("Alpha", "Bravo", "Charlie", "Delta", "Echo", "Foxtrot", "Golf", "Hotel", "India", "Juliett")

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from gream_verl.steps import ProcessTree
+from gream_verl.pipeline.steps import ProcessTree
 
 
 class Training:

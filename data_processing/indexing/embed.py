@@ -21,8 +21,9 @@ from zipfile import BadZipFile
 import numpy as np
 from rich.progress import Progress
 
-from data_processing.layout import DataFolder, Item
-from gream_verl.files import InputError, atomic_path, hold
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path, hold
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

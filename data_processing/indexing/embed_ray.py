@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_processing.indexing.embed import EmbeddingSettings, default_model, load_encoder
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

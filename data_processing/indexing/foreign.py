@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from data_processing.indexing.residual_index import resolve_collisions
-from gream_verl.files import InputError, require_file
-from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
+from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex
 
 TOKEN = re.compile(r"<(\|?)([a-z])_(0|[1-9][0-9]{0,8})\1>")
 MOST_CODES = 10**9 - 1

@@ -19,9 +19,10 @@ from data_processing.indexing.diagnostics import level_balance
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cached_embeddings
 from data_processing.indexing.residual_index import TextFrame, index_vectors, subtract_centroids
 from data_processing.indexing.saved_index import SavedIndex, changes_index, codebooks_file, forget_report, load_saved
-from data_processing.layout import DataFolder, Item
-from gream_verl.files import InputError, write_json
-from gream_verl.semantic_ids import ItemIndex, SemanticId, parse_token, retired_file
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId, parse_token, retired_file
 
 BEAMS = 8
 PROBES = 8

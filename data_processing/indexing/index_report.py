@@ -33,9 +33,10 @@ from data_processing.indexing.neighbours import (
     neighbour_prefixes,
 )
 from data_processing.indexing.saved_index import load_saved
-from data_processing.layout import DataFolder, Item
-from gream_verl.files import InputError, write_json, write_text
-from gream_verl.semantic_ids import ItemIndex, parse_token
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import write_json, write_text
+from gream_verl.core.semantic_ids import ItemIndex, parse_token
 
 EXAMPLES = 20
 EXAMPLE_ITEMS = (3, 8)

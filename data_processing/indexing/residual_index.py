@@ -19,9 +19,10 @@ from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import diagnose, prefix_numbers
 from data_processing.indexing.embed import EmbeddingSettings, Engine, cache_path, cached_embeddings
 from data_processing.indexing.saved_index import SavedIndex, changes_index, forget_report, report_files
-from data_processing.layout import DataFolder
-from gream_verl.files import InputError, write_json
-from gream_verl.semantic_ids import MAX_LEVELS, ItemIndex, retired_file
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex, retired_file
 
 BLOCK_ROWS = 65_536
 PAPER_SHAPE = (4, 256)

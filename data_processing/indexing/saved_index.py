@@ -17,9 +17,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from data_processing.layout import DataFolder
-from gream_verl.files import InputError, atomic_path, hold, require_file
-from gream_verl.semantic_ids import ItemIndex, SemanticId, format_token
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path, hold, require_file
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId, format_token
 
 REMEDY = "build the index anew with `gream index build`"
 

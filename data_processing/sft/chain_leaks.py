@@ -1,6 +1,6 @@
 """Which reasoning rows give their answer away, for many at once.
 
-A chain by rule goes to :func:`data_processing.teacher.leaks.find_leak` only when that could find something: it finds a
+A chain by rule goes to :func:`data_processing.leaks.find_leak` only when that could find something: it finds a
 title only in a text that has all trigrams of the title or, where it allows for misspelling, a share of
 :data:`SHARED_TRIGRAMS`. A compiled loop counts them, and nearly all chains have too few.
 """
@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from data_processing.compiled import compiled
+from data_processing.leaks import FUZZY_LENGTH, SHARED_TRIGRAMS, find_leak, normal_words, title_forms
 from data_processing.sft.corpus import EMPTY, Corpus
 from data_processing.sft.fields import LENGTH, TARGET, Specs, WindowFields
+from data_processing.sft.rules import short_title
 from data_processing.sft.tasks import REASONING, Renderer, chain_templates
 from data_processing.sft.texts import Arena, Slices, Templates, render, string_array
-from data_processing.teacher.leaks import FUZZY_LENGTH, SHARED_TRIGRAMS, find_leak, normal_words, title_forms
-from data_processing.teacher.rules import short_title
-from gream_verl.semantic_ids import SID_TOKEN
+from gream_verl.core.semantic_ids import SID_TOKEN
 
 HASHES = 1 << 15
 """Trigrams are told apart by so many hashes: two that fall together only make more chains suspect."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from data_processing.layout import Item
+from data_processing.sft.rules import NOTES, RuleTeacher, short_title
 from data_processing.sft.texts import Arena, Ints, Slices, join
 from data_processing.sources.clean import cut_text
-from data_processing.teacher.rules import NOTES, RuleTeacher, short_title
-from gream_verl.files import InputError
-from gream_verl.next_item import FIRST_REASONING_TARGET
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.core.data_folder import Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.prompts import FIRST_REASONING_TARGET
+from gream_verl.core.semantic_ids import ItemIndex
 
 DESCRIPTION_WORDS = 40
 WORD_LETTERS = 8
@@ -57,7 +57,7 @@ class Corpus:
         preferences: Sentences on the taste of users.
         queries: Search queries of users for their last training item.
         chains: Responses by user and position of the target in the user's sequence.
-        wording: Of the chains that rules write, one of :data:`data_processing.teacher.rules.WORDINGS`.
+        wording: Of the chains that rules write, one of :data:`data_processing.sft.rules.WORDINGS`.
 
     Raises:
         InputError: When a chain has no target that may be trained, or the answer of another index.

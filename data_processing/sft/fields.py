@@ -1,7 +1,7 @@
 """The fields of templates, for many rows at once: ``{history}``, ``{sid}``, ``{title}``, ... as slices of an arena.
 
 What a window of a user's items says, the traits in front and the items that speak for them, is counted in a compiled
-loop, with the rules and ties of :class:`data_processing.teacher.rules.RuleTeacher`.
+loop, with the rules and ties of :class:`data_processing.sft.rules.RuleTeacher`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from data_processing.compiled import compiled
 from data_processing.sft.corpus import BETWEEN_TITLES, EMPTY, Corpus
+from data_processing.sft.rules import DOMINANT, KEPT, WORDINGS
 from data_processing.sft.texts import Ints, Slices
-from data_processing.teacher.rules import DOMINANT, KEPT, WORDINGS
 
 Specs = npt.NDArray[np.int32]
 """``[rows, 3]``: what a row is made from, in the columns below."""

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from data_processing.sft.fields import LENGTH, Specs
+from data_processing.sft.row_lengths import turn_counter
 from data_processing.sft.tasks import Renderer, Row
 from data_processing.sft.texts import Ints
-from gream_verl.sft.lengths import turn_counter
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import track
 
-from data_processing.layout import DataFolder
+from data_processing.layout import read_chains, read_user_texts
 from data_processing.sft.chain_leaks import ChainLeaks
 from data_processing.sft.corpus import Corpus
 from data_processing.sft.curriculum import curriculum_order
 from data_processing.sft.fields import LENGTH, Specs
 from data_processing.sft.lengths import LengthLimit, length_table
 from data_processing.sft.picture import draw_mix
+from data_processing.sft.rules import NOTES
 from data_processing.sft.tasks import REASONING, TASKS, Renderer
 from data_processing.sft.texts import Ints, string_array
-from data_processing.teacher.rules import NOTES
-from gream_verl.files import InputError, atomic_path, read_json, write_json
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path, read_json, write_json
 
 CHUNK = 1 << 15
 """Rows that are put together at once; a row group of the file."""
@@ -77,7 +79,7 @@ def write_mix(
         limit: Shortens histories to a number of tokens, or leaves a row out for another one; none when None.
         dry_run: Plan only, and write nothing.
         output: Another file than ``<D>-mix.parquet``, in the same folder.
-        wording: Of the chains that rules write, one of :data:`data_processing.teacher.rules.WORDINGS`.
+        wording: Of the chains that rules write, one of :data:`data_processing.sft.rules.WORDINGS`.
 
     Returns:
         ``tasks``: for each task the rows ``asked`` for, those that ``exist`` and those ``made``, fewer only when no
@@ -249,8 +251,8 @@ def _read_corpus(folder: DataFolder, history: int, wording: str) -> Corpus:
     items = folder.read_items()
     index = folder.read_index(items)
     training = folder.read_training(items)
-    preferences, queries = folder.read_user_texts(training)
-    chains = folder.read_chains(training, index, history)
+    preferences, queries = read_user_texts(folder, training)
+    chains = read_chains(folder, training, index, history)
     return Corpus(
         training, items, index, history, preferences=preferences, queries=queries, chains=chains, wording=wording
     )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from data_processing.sft.curriculum import expected_shares
 from data_processing.sft.texts import Ints
-from gream_verl.files import atomic_path
+from gream_verl.core.files import atomic_path
 
 BINS = 60
 

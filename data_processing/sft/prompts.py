@@ -2,7 +2,7 @@
 
 Fields: ``{history}`` semantic IDs of past items, oldest first; ``{titles}`` their titles; ``{sid}`` one semantic ID;
 ``{text}`` what is known of one item; ``{query}`` what the user looks for; ``{preference}`` what the user likes.
-Those that ask for the next item by its semantic ID stand in ``gream_verl.next_item``.
+Those that ask for the next item by its semantic ID stand in ``gream_verl.core.prompts``.
 """
 
 from __future__ import annotations

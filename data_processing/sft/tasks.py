@@ -17,9 +17,9 @@ import numpy as np
 from data_processing.sft import prompts
 from data_processing.sft.corpus import Corpus
 from data_processing.sft.fields import TEMPLATE, TITLES_SHOWN, ItemFields, Specs, WindowFields
+from data_processing.sft.rules import DOMINANT, KEPT, WORDINGS
 from data_processing.sft.texts import Filled, Ints, Templates, render, string_array
-from data_processing.teacher.rules import DOMINANT, KEPT, WORDINGS
-from gream_verl.next_item import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
+from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 
 CANONICAL_SHARE = 0.5
 """Share of seqrec rows with the prompt of evaluation; the rest spreads over the other templates."""

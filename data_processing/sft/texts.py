@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_processing.compiled import compiled
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 Ints = npt.NDArray[np.integer[Any]]
 Slices = npt.NDArray[np.int64]

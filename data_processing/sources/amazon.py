@@ -18,7 +18,6 @@ from typing import Annotated, Any, TypeVar, cast
 import msgspec
 import polars as pl
 
-from data_processing.layout import Item
 from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.json_lines import read_json_lines
 from data_processing.sources.tables import (
@@ -34,6 +33,7 @@ from data_processing.sources.tables import (
     items_frame,
     scan_text_table,
 )
+from gream_verl.core.data_folder import Item
 
 CHUNK = 50_000
 TITLE_WORDS = 8

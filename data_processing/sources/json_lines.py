@@ -16,7 +16,8 @@ import numpy as np
 from isal import igzip, igzip_lib
 
 from data_processing.sources.tables import CHECK_EVERY, RowChecks
-from gream_verl.files import InputError, require_file
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 GZIP_MAGIC = b"\x1f\x8b"
 BLOCK = 1 << 18

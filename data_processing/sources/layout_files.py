@@ -8,10 +8,11 @@ from typing import Any
 
 import polars as pl
 
-from data_processing.layout import Item, category_names, item_ids, item_text
 from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.tables import INTERACTIONS, SourceTables, items_frame
-from gream_verl.files import InputError, read_json
+from gream_verl.core.data_folder import Item, category_names, item_ids, item_text
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json
 
 REMEDY = "give the path of a file in the layout of LC-Rec"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_processing.sources.recbole import read_recbole
 from data_processing.sources.tables import SourceTables
-from gream_verl.wheels import Wheel
+from data_processing.sources.wheels import Wheel
 
 RECBOLE = Wheel(
     "recbole==1.2.1",

@@ -14,7 +14,6 @@ from typing import Any
 
 import polars as pl
 
-from data_processing.layout import Item
 from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.tables import (
     BAD_ROWS,
@@ -27,7 +26,9 @@ from data_processing.sources.tables import (
     scan_text_table,
     tables_of,
 )
-from gream_verl.files import InputError, require_file
+from gream_verl.core.data_folder import Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 TYPES = ("token", "token_seq", "float", "float_seq")
 FIRST_ROW = 2

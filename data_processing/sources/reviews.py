@@ -14,7 +14,7 @@ from data_processing.sources.amazon import CHUNK, RELEASES, AmazonRelease, Id, h
 from data_processing.sources.clean import clean_text, cut_text
 from data_processing.sources.json_lines import read_json_lines
 from data_processing.sources.tables import BAD_ROWS, INTERACTIONS, RowChecks
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 
 class Written(msgspec.Struct, gc=False):

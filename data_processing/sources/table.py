@@ -9,7 +9,6 @@ from typing import Any
 
 import polars as pl
 
-from data_processing.layout import Item
 from data_processing.sources.clean import clean_text, clean_title
 from data_processing.sources.tables import (
     BAD_ROWS,
@@ -24,7 +23,9 @@ from data_processing.sources.tables import (
     scan_text_table,
     tables_of,
 )
-from gream_verl.files import InputError, require_file
+from gream_verl.core.data_folder import Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 NEEDED = ("user", "item", "timestamp", "title")
 OPTIONAL = ("rating", "description", "brand", "categories")

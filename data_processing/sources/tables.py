@@ -12,8 +12,9 @@ from typing import Any
 
 import polars as pl
 
-from data_processing.layout import Item
-from gream_verl.files import InputError, require_file
+from gream_verl.core.data_folder import Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 INTERACTIONS = pl.Schema(
     {"user": pl.Categorical(), "item": pl.Categorical(), "timestamp": pl.Int64(), "rating": pl.Float64()}

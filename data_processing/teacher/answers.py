@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from gream_verl.semantic_ids import SID_TOKEN
+from gream_verl.core.semantic_ids import SID_TOKEN
 
 _MARKUP = re.compile(r"</?\s*(think|answer)\b|<\|", re.IGNORECASE)
 _JSON = re.compile(r"\{.*\}", re.DOTALL)

@@ -20,7 +20,7 @@ from data_processing.teacher.client import FailedError, RefusedError, Teacher
 from data_processing.teacher.questions import Question, Questions
 from data_processing.teacher.store import Answer, AnswerStore, request_key
 from data_processing.teacher.templates import Messages, Prompt
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 Structure = Literal["json_schema", "json_object", "none"]
 FAILURES_IN_A_ROW = 20

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 TOKENS_A_BYTE = 0.35
 """Tokens of a byte of prompt before any was counted by the server: a little more than English text has."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 from data_processing.teacher.store import Answer
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 FIRST_WAIT = 0.5
 LONGEST_WAIT = 60.0

@@ -21,15 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS, DataFolder
+from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS
 from data_processing.teacher.asking import Asked, Asker, Estimate, Result, Settings, estimate, results
 from data_processing.teacher.budget import Budget
 from data_processing.teacher.client import Connection, Teacher
 from data_processing.teacher.questions import Questions, chain_questions, item_questions, sample, user_questions, window
 from data_processing.teacher.store import AnswerStore
 from data_processing.teacher.templates import Prompt, read_prompts
-from gream_verl.files import InputError, atomic_path, read_json, write_json
-from gream_verl.next_item import NO_TARGET, TrainingTargets
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path, read_json, write_json
+from gream_verl.core.prompts import NO_TARGET, TrainingTargets
 
 What = Literal["items", "users", "chains"]
 

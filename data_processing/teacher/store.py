@@ -15,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gream_verl.files import InputError, hold
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import hold
 
 BLOCK = 1 << 20
 SYNC_EVERY = 100

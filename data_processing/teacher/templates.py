@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from gream_verl.files import InputError, require_file, write_text
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file, write_text
 
 DIVIDER = "---"
 """The line between the system's turn and the user's."""

@@ -10,7 +10,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from gream_verl.import_hooks import when_imported
+from gream_verl.core.import_hooks import when_imported
 
 
 def register() -> None:

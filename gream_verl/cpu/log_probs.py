@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import Tensor
 from torch.nn import functional
 
-from gream_verl.import_hooks import when_imported
+from gream_verl.core.import_hooks import when_imported
 
 
 def register() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from gream_verl.import_hooks import when_imported
+from gream_verl.core.import_hooks import when_imported
 
 
 def register() -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.token_text import TokenText
 from gream_verl.decoding.prefix_tree import PrefixTree
-from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.token_text import TokenText
-from gream_verl.vocabulary import token_ids
+from gream_verl.model.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

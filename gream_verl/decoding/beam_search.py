@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
+from gream_verl.core.errors import InputError
 from gream_verl.decoding.prefix_tree import ROOT, PrefixTree
-from gream_verl.files import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

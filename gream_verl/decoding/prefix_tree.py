@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gream_verl.files import InputError, atomic_path, require_file
-from gream_verl.semantic_ids import ItemIndex
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path, require_file
+from gream_verl.core.semantic_ids import ItemIndex
 
 ROOT = 0
 
@@ -68,7 +69,7 @@ class PrefixTree:
 
         Args:
             index: The items and their SIDs, of one length or of two.
-            token_ids: The id of every SID token (``gream_verl.vocabulary.sid_token_ids``).
+            token_ids: The id of every SID token (``gream_verl.model.vocabulary.sid_token_ids``).
 
         Raises:
             InputError: When a SID token has no id.

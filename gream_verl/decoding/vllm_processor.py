@@ -21,9 +21,9 @@ from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from gream_verl.core.options import checked_options
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
-from gream_verl.options import checked_options
-from gream_verl.semantic_ids import ItemIndex
 
 Constraint = Literal["reasoning", "direct", "off"]
 OPTIONS = "additional_config.gream"

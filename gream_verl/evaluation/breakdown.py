@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import bootstrap_mean, coverage, mean_of_recommended
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.files import InputError
-from gream_verl.split import read_interactions, training_parts
 
 BOUNDS = {
     "history length": ("history_length", (0, 1, 5, 10, 20, 50)),

@@ -12,11 +12,12 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import write_json, write_text
 from gream_verl.evaluation.breakdown import BOUNDS, break_down, labels, main_metrics
 from gream_verl.evaluation.metrics import paired_difference
 from gream_verl.evaluation.results import Evaluation, read_folder
 from gream_verl.evaluation.tables import MARK, merged_protocol, render, to_entry, warning_text, warnings
-from gream_verl.files import InputError, write_json, write_text
 
 
 def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:

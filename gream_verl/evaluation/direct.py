@@ -10,14 +10,14 @@ from typing import Any
 
 from rich.progress import track
 
+from gream_verl.core.rsvr import match_score
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_search import Score
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, load_tokenizer
 from gream_verl.evaluation.ranking import ItemRanker, check_prompts, shared_prefix
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.shards import in_shards
-from gream_verl.rsvr import match_score
-from gream_verl.semantic_ids import ItemIndex
 
 SCORES: Mapping[Score, str] = {
     "vocabulary": "sum of log-probabilities over the whole vocabulary, no length penalty",

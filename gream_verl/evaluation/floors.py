@@ -14,11 +14,11 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from rich.progress import track
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.files import InputError
-from gream_verl.split import read_interactions, training_parts
 
 WINDOW = 10
 RECENT = 20

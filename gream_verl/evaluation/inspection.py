@@ -12,9 +12,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from gream_verl.files import InputError, read_json
-from gream_verl.rsvr import matching_depth, reference_answer
-from gream_verl.semantic_ids import SID_TOKEN, ItemIndex, find_tokens, parse_sid
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json
+from gream_verl.core.rsvr import matching_depth, reference_answer
+from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, find_tokens, parse_sid
 
 MADE_BY = "verl writes it where trainer.rollout_data_dir or trainer.validation_data_dir says"
 UNKNOWN = "(no item)"

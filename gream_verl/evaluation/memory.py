@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gream_verl.files import InputError
+from gream_verl.core.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

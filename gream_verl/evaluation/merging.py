@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from gream_verl.core.rsvr import reference_answer, strict_answer
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId
+from gream_verl.core.token_text import TokenText
 from gream_verl.evaluation.sampling import Response
-from gream_verl.rsvr import reference_answer, strict_answer
-from gream_verl.semantic_ids import ItemIndex, SemanticId
-from gream_verl.token_text import TokenText
 
 Ranking = Literal["beam", "answers", "reference"]
 """What is ranked: the items of a beam search given each chain, or the answers that were sampled, our way or theirs."""

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from gream_verl.files import InputError, hold
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import hold
 
 BEGINNING = b'{"settings": '
 """How every progress file begins."""

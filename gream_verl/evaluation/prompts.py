@@ -22,11 +22,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from gream_verl.files import InputError, require_file
-from gream_verl.next_item import messages
-from gream_verl.rsvr import Mode
-from gream_verl.semantic_ids import SID_TOKEN, ItemIndex, SemanticId, find_sids, parse_sid
-from gream_verl.split import read_interactions, read_splits
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
+from gream_verl.core.prompts import messages
+from gream_verl.core.rsvr import Mode
+from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, SemanticId, find_sids, parse_sid
+from gream_verl.core.split import read_interactions, read_splits
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -150,7 +151,7 @@ def make_prompts(
     """Make the prompts for what the split holds out of every user, as `gream data rl` writes them.
 
     Args:
-        inter_file: ``<D>.inter.json``; how it is split is what ``gream_verl.split`` says.
+        inter_file: ``<D>.inter.json``; how it is split is what ``gream_verl.core.split`` says.
         index: The items.
         mode: ``direct`` or ``reasoning``.
         split: ``val`` or ``test``.

@@ -5,7 +5,6 @@ Two tables can be compared when their protocols agree, so each result carries it
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,12 +14,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import fingerprint, read_json
+from gream_verl.core.prompts import SYSTEM, TEMPLATES
+from gream_verl.core.rsvr import Mode
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.split import INTERACTIONS, split_file
 from gream_verl.evaluation.prompts import Prompt, Wording, make_prompts, prompts_digest, read_prompts, wording
-from gream_verl.files import InputError, read_json
-from gream_verl.next_item import SYSTEM, TEMPLATES
-from gream_verl.rsvr import Mode
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.split import INTERACTIONS, split_file
 
 HISTORY = 20
 """Items that a prompt shows by default, as `gream data rl` does."""
@@ -218,12 +218,6 @@ class PromptSource:
             return AS_IN_FILE
         split = split_file(self.interactions)
         return str(read_json(split).get("kind", "temporal")) if split.is_file() else "leave-one-out"
-
-
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def protocol_table(protocols: Mapping[str, Mapping[str, Any]]) -> Table:

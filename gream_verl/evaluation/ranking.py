@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search, check_output_layer
 from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.evaluation.memory import HalvedBatches
 from gream_verl.evaluation.prompts import Prompt, batches
-from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.vocabulary import token_ids
+from gream_verl.model.vocabulary import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -32,13 +32,17 @@ import torch
 from rich import get_console
 from rich.progress import track
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import fingerprint
+from gream_verl.core.rsvr import score_response
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.token_text import TokenText
 from gream_verl.decoding.answer_automaton import AnswerAutomaton
 from gream_verl.decoding.beam_search import Score
 from gream_verl.evaluation.merging import Merge, Ranking, answer_score, answered_sid, merge_rankings, response_score
 from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
 from gream_verl.evaluation.progress import ProgressFile
 from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, load_tokenizer
-from gream_verl.evaluation.protocol import fingerprint
 from gream_verl.evaluation.ranking import ItemRanker, check_prompts, shared_prefix
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.sampling import (
@@ -51,10 +55,6 @@ from gream_verl.evaluation.sampling import (
     VllmSampler,
 )
 from gream_verl.evaluation.shards import in_shards
-from gream_verl.files import InputError
-from gream_verl.rsvr import score_response
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.token_text import TokenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def evaluate_reasoning(
 
     Returns:
         Metrics of the sampled answers, means over chains and users: ``rsvr``, ``match``, ``format``, ``acc``,
-        ``valid_item`` (as in ``gream_verl.rsvr.Reward``), ``reached_answer``, ``tokens`` (without the end of the
+        ``valid_item`` (as in ``gream_verl.core.rsvr.Reward``), ``reached_answer``, ``tokens`` (without the end of the
         sequence), and ``pass@k`` for k = 1, 5, 10 up to the chains, and all chains; of the ranking: Recall, NDCG,
         Precision and MRR. Rows: ``user``, ``target``, ``history_length``, ``rsvr``, ``chains``, ``recommended``,
         ``scores``. Each of the chains has its text, its reward, the ``item`` it answers (None when it answers none),

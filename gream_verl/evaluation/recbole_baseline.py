@@ -20,6 +20,10 @@ import numpy as np
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.split import UserSplit, read_interactions, read_splits
 from gream_verl.evaluation.breakdown import Catalogue, describe
 from gream_verl.evaluation.floors import baseline_evaluation, evaluate_floors
 from gream_verl.evaluation.prompts import Prompt
@@ -27,9 +31,6 @@ from gream_verl.evaluation.protocol import protocol_table
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.run import BASELINES, refuse_to_lose, unranked
 from gream_verl.evaluation.tables import results_table
-from gream_verl.files import InputError, write_json
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.split import UserSplit, read_interactions, read_splits
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,6 +21,10 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
+from data_processing.sft.training import LEGEND, draw_loss, draw_tasks, has_curves, summary, task_rows
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json, write_json, write_text
+from gream_verl.core.semantic_ids import ItemIndex, parse_token
 from gream_verl.evaluation.breakdown import BOUNDS, labels
 from gream_verl.evaluation.compare import differences
 from gream_verl.evaluation.pictures import BLUE, draw_buckets, new_axes, to_svg
@@ -37,9 +41,6 @@ from gream_verl.evaluation.tables import (
     warning_text,
     warnings,
 )
-from gream_verl.files import InputError, read_json, write_json, write_text
-from gream_verl.semantic_ids import ItemIndex, parse_token
-from gream_verl.sft.training import LEGEND, draw_loss, draw_tasks, has_curves, summary, task_rows
 
 _SID = re.compile(r"<\|a_[1-9][0-9]*\|>(?:<\|[b-z]_[1-9][0-9]*\|>)*")
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json, require_file, write_json, write_text
 from gream_verl.evaluation.metrics import RANKING, pass_at_k, rank_of, user_metric
-from gream_verl.files import InputError, read_json, require_file, write_json, write_text
 
 BASELINES = ("popularity", "co-occurrence")
 """The floors, in the order of every table."""

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json
+from gream_verl.core.rsvr import Mode
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation.breakdown import Catalogue, describe
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.floors import evaluate_floors
@@ -20,9 +24,6 @@ from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.report import RunRecord, read_sft_log, read_srpo_log, write_report
 from gream_verl.evaluation.results import BASELINES, VALIDATION, Evaluation, read_baselines
 from gream_verl.evaluation.tables import results_table
-from gream_verl.files import InputError, read_json
-from gream_verl.rsvr import Mode
-from gream_verl.semantic_ids import ItemIndex
 
 if TYPE_CHECKING:
     from rich.console import Console

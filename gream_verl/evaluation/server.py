@@ -27,10 +27,10 @@ import openai
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.token_text import TokenText
 from gream_verl.evaluation.sampling import Response, SamplingSettings, UnfinishedError
-from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.token_text import TokenText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from assets import make_index, make_tiny_model, rl_rows, teach_form
 
-from gream_verl.rsvr import score_response
-from gream_verl.token_text import TokenText
+from gream_verl.core.rsvr import score_response
+from gream_verl.core.token_text import TokenText
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

@@ -12,9 +12,9 @@ from assets import make_index, make_tiny_model
 from typer.testing import CliRunner
 
 from data_processing.indexing.embed import EmbeddingSettings, cached_embeddings, default_model, fingerprint
-from data_processing.layout import DataFolder, Item
-from gream_verl.cli_index import index_app
-from gream_verl.files import InputError
+from gream_verl.cli.index import index_app
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.errors import InputError
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

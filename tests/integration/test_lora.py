@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from sft_run import logged, make_sft_run, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from gream_verl.files import InputError, read_json
-from gream_verl.lora import merge_adapter, write_adapter
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.tiny_model import read_sft_texts, train_tokenizer
-from gream_verl.vocabulary import RECORD, extend_checkpoint, sid_token_ids
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.model.lora import merge_adapter, write_adapter
+from gream_verl.model.tiny_model import read_sft_texts, train_tokenizer
+from gream_verl.model.vocabulary import RECORD, extend_checkpoint, sid_token_ids
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TRAINING = (

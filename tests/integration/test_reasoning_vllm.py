@@ -14,14 +14,14 @@ from evaluation_files import write_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import vllm_server
 
+from gream_verl.core.errors import InputError
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation import reasoning
 from gream_verl.evaluation.prompts import read_prompts
 from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.sampling import Response, SamplingSettings, VllmSampler
 from gream_verl.evaluation.server import Connection, ServerSampler
-from gream_verl.files import InputError
-from gream_verl.semantic_ids import ItemIndex
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -8,9 +8,9 @@ import pytest
 from small_data import make_data
 
 from data_processing.sft.mix import write_mix
-from gream_verl.semantic_ids import ItemIndex
-from gream_verl.tiny_model import make_tiny_model, read_sft_texts
-from gream_verl.vocabulary import sid_token_ids
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.model.tiny_model import make_tiny_model, read_sft_texts
+from gream_verl.model.vocabulary import sid_token_ids
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]

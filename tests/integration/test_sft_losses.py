@@ -7,9 +7,9 @@ import polars as pl
 import pytest
 from sft_run import make_sft_run, sft_arguments, train
 
-from gream_verl.sft.config import SftConfig
-from gream_verl.sft.losses import Schedule
-from gream_verl.sft.training import report_training
+from data_processing.sft.config import SftConfig
+from data_processing.sft.losses import Schedule
+from data_processing.sft.training import report_training
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 ROWS = {"seqrec": 40, "item2index": 24, "reasoning": 25}

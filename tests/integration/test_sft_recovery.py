@@ -17,9 +17,10 @@ import pytest
 from rich.console import Console
 from sft_run import logged, make_sft_run, running, sft_arguments, train
 
-from gream_verl.files import InputError, read_json, write_json
-from gream_verl.sft.checkpoints import drop_torn_checkpoints
-from gream_verl.steps import Pipeline, Step
+from data_processing.sft.checkpoints import drop_torn_checkpoints
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import read_json, write_json
+from gream_verl.pipeline.steps import Pipeline, Step
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

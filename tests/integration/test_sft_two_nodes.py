@@ -11,8 +11,8 @@ import pytest
 from sft_run import logged, make_sft_run, running, sft_arguments
 from transformers import AutoTokenizer
 
-from gream_verl.sft.lengths import turn_counter
-from gream_verl.sft.rows import Row, read_rows
+from data_processing.sft.row_lengths import turn_counter
+from data_processing.sft.rows import Row, read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 

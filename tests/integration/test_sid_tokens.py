@@ -1,6 +1,6 @@
 """SID tokens are ordinary added tokens: what every engine makes of them, and what it would make of special ones.
 
-The choice lives in :func:`gream_verl.vocabulary.add_sid_tokens`. The tests of special tokens say why: when one of them
+The choice lives in `model.vocabulary.add_sid_tokens`. The tests of special tokens say why: when one of them
 fails, an engine has changed and the choice can be made anew.
 """
 
@@ -21,10 +21,10 @@ from sft_run import train
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from gream_verl.files import write_json
-from gream_verl.semantic_ids import find_tokens
-from gream_verl.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
-from gream_verl.vocabulary import add_sid_tokens, sid_token_ids
+from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import find_tokens
+from gream_verl.model.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from gream_verl.model.vocabulary import add_sid_tokens, sid_token_ids
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 

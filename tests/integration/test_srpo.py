@@ -122,7 +122,7 @@ def test_training_stops_in_one_sentence_when_asked_to_raise(run):
 
 
 def test_two_ranks_train_and_every_tracker_is_told(run):
-    from gream_verl.cli import app
+    from gream_verl.cli.main import app
 
     index = make_index()
     teach_form(run / "sft", index)

@@ -12,7 +12,7 @@ from assets import make_index, make_tiny_model, rl_rows, teach_form, write_rl_fi
 from trainer import Training, logged, rollouts
 
 from gream_verl import cpu
-from gream_verl.files import write_json
+from gream_verl.core.files import write_json
 
 pytestmark = [
     pytest.mark.integration,

@@ -18,9 +18,9 @@ from assets import make_index, make_tiny_model
 from teacher_server import FaultyProxy
 from vllm_server import vllm_server
 
-from data_processing.layout import DataFolder, Item
 from data_processing.teacher.templates import read_prompts
-from gream_verl.files import write_json
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.files import write_json
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -54,7 +54,7 @@ def _catalogue(root: Path, count: int) -> DataFolder:
 def _enrich(folder: DataFolder, *urls: str) -> list[str]:
     extra = json.dumps({"structured_outputs": {"choice": CHOICES}})
     return [
-        *(sys.executable, "-m", "gream_verl.cli", "data", "enrich", "items", "--model", "tiny"),
+        *(sys.executable, "-m", "gream_verl.cli.main", "data", "enrich", "items", "--model", "tiny"),
         *("--data", str(folder.root), "--dataset", folder.name, "--structure", "none", "--extra", extra),
         *("--max-tokens", "200", "--temperature", "1", "--concurrency", str(CONCURRENCY), "--timeout", "8"),
         *(word for url in urls for word in ("--endpoint", url)),

@@ -39,9 +39,9 @@ def test_the_wheel_carries_every_module(wheel):
 def test_the_entry_points_are_there(wheel):
     archive = zipfile.ZipFile(wheel)
     text = archive.read(next(name for name in archive.namelist() if name.endswith("entry_points.txt"))).decode()
-    assert "[verl.plugins]\ngream = gream_verl.plugin" in text
+    assert "[verl.plugins]\ngream = gream_verl.plugin.register" in text
     assert "[vllm.general_plugins]" in text
-    assert "gream = gream_verl.cli:main" in text
+    assert "gream = gream_verl.cli.main:main" in text
 
 
 def resolve(extra, python, tmp_path):
@@ -99,12 +99,12 @@ def test_the_house_keeps_its_rooms_apart():
             words = line.split()
             if words[:1] in (["import"], ["from"]) and words[1].startswith("gream_verl"):
                 assert words[1] in (
-                    "gream_verl.files",
-                    "gream_verl.next_item",
-                    "gream_verl.semantic_ids",
-                    "gream_verl.sft.lengths",
-                    "gream_verl.split",
-                    "gream_verl.wheels",
+                    "gream_verl.core.files",
+                    "gream_verl.core.prompts",
+                    "gream_verl.core.semantic_ids",
+                    "data_processing.sft.row_lengths",
+                    "gream_verl.core.split",
+                    "data_processing.sources.wheels",
                 ), f"{path}: {line}"
     for path in (ROOT / "gream_verl").rglob("*.py"):
         if path.name not in ("cli.py", "cli_index.py"):

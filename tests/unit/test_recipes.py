@@ -122,8 +122,8 @@ def test_verl_accepts_the_recipe(name, no_model_on_disk):
     from verl.trainer.ppo.v1 import get_trainer_cls
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
-    from gream_verl.bgae import BgaeOptions
-    from gream_verl.reward_manager import RsvrOptions
+    from gream_verl.plugin.bgae import BgaeOptions
+    from gream_verl.plugin.reward_manager import RsvrOptions
 
     config = copy.deepcopy(recipe(name))
     assert need_reference_policy(config)
@@ -279,9 +279,9 @@ def test_what_the_recipe_says_reaches_reward_filter_and_advantage():
     from verl.utils.config import omega_conf_to_dataclass
     from verl.utils.import_utils import load_extern_type
 
-    from gream_verl.bgae import BgaeOptions
-    from gream_verl.group_filter import BoundedGroupFilter, read_options
-    from gream_verl.reward_manager import RsvrOptions
+    from gream_verl.plugin.bgae import BgaeOptions
+    from gream_verl.plugin.group_filter import BoundedGroupFilter, read_options
+    from gream_verl.plugin.reward_manager import RsvrOptions
 
     config = recipe("gream_srpo_cpu")
     assert RsvrOptions.from_config(config).format == "strict"
@@ -343,9 +343,9 @@ def test_every_recipe_is_a_base_a_mix_in_or_a_part():
     ],
 )
 def test_a_mix_in_changes_what_it_says_and_its_options_are_known(mix_in, changed):
-    from gream_verl.bgae import BgaeOptions
-    from gream_verl.group_filter import read_options
-    from gream_verl.reward_manager import RsvrOptions
+    from gream_verl.plugin.bgae import BgaeOptions
+    from gream_verl.plugin.group_filter import read_options
+    from gream_verl.plugin.reward_manager import RsvrOptions
 
     config = recipe(f"[gream_srpo_cpu,{mix_in}]")
     for key, value in changed.items():

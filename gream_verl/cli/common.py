@@ -1,0 +1,43 @@
+"""What the commands of ``gream`` share: options, the console, and how results are printed."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gream_verl.pipeline.quickstart import DEFAULT_RUN
+
+console = Console()
+
+DEFAULT_DATA = Path("runs") / DEFAULT_RUN / "data"
+DataOption = Annotated[Path, typer.Option("--data", help="Folder of the data set's files.")]
+DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of the data set, D in file names.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
+
+
+class Mode(StrEnum):
+    """Ways to recommend."""
+
+    direct = "direct"
+    reasoning = "reasoning"
+
+
+def print_dict(title: str, values: dict[str, Any]) -> None:
+    """Print a dictionary as a table; nested ones with their keys joined."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in _flat(values):
+        table.add_row(escape(key), f"{value:,.4g}" if isinstance(value, float) else escape(str(value)))
+    console.print(table)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        rows += _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows

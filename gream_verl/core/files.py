@@ -1,0 +1,135 @@
+"""Reading and writing files so that a user is never left with half a file or a bare traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from gream_verl.core.errors import InputError
+
+SIMILAR = 0.93
+"""How alike names must be for one to be suggested: D.item.json and D.inter.json are not."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place only when the block ends without an error.
+
+    A reader sees the whole old file or the whole new one, also after a kill or on a full disk.
+
+    Args:
+        path: The final file; missing parent folders are made.
+
+    Raises:
+        InputError: When the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        try:
+            yield temporary
+        except OSError as error:
+            if error.filename is not None and Path(error.filename) != temporary:
+                raise  # about another file than the one that is written
+            with _writing(path):
+                raise
+        with _writing(path):
+            temporary.chmod(0o644)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write ``path`` into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+
+
+def hold(file: IO[Any] | int, refusal: str) -> None:
+    """Hold an open file until it is closed, against other processes and other openings of it.
+
+    Raises:
+        InputError: When another holds it; the message is ``refusal``.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(refusal) from None
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` atomically, as UTF-8."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = None) -> None:
+    """Write ``value`` to ``path`` atomically, as JSON with the order of keys kept."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
+    """Return ``path`` when it is a file.
+
+    Raises:
+        InputError: When it is not; the message names a file or folder of a similar name, and ends in ``remedy``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        like = _similar_name(path)
+        suggestion = f"did you mean {like}? Else " if like else ""
+        raise InputError(f"{path}: no such file; {suggestion}{remedy}")
+    return path
+
+
+def _similar_name(path: Path) -> str | None:
+    """Return what is there and has nearly the name of the first part of ``path`` that is not."""
+    missing = path
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    with contextlib.suppress(OSError):
+        beside = {
+            other.name.casefold(): other for other in missing.parent.iterdir() if other.is_file() or missing != path
+        }
+        like = difflib.get_close_matches(missing.name.casefold(), beside, n=1, cutoff=SIMILAR)
+        return str(beside[like[0]] if missing != path else beside[like[0]].name) if like else None
+    return None
+
+
+def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> Any:
+    """Return the JSON value in ``path``.
+
+    Raises:
+        InputError: When the file is missing or is not JSON; the message says where.
+    """
+    path = require_file(path, remedy)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it anew") from error
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

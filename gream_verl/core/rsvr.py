@@ -1,0 +1,168 @@
+"""RSVR, the residual-sensitive verifiable reward (arXiv 2510.20815), as pure functions.
+
+The truth has H base levels; i leading tokens of the answer agree with it. The match is 1 for the whole SID, 0.95 when
+the base path is right but the collision token is not, else sqrt(i / H). The reward is the match times a format gate of
+0 or 1.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId, parse_sid
+
+Mode = Literal["reasoning", "direct"]
+Format = Literal["strict", "reference"]
+
+BASE_PATH_MATCH = 0.95
+"""Match of an answer whose base levels are right and whose collision token is wrong, missing or too many."""
+
+_TAG = re.compile(r"</?(?:think|answer)>")
+_SID_RUN = r"(?:<\|[a-z]_[1-9][0-9]*\|>)+"
+_REFERENCE_ANSWER = {
+    "reasoning": re.compile(rf"<answer>\s*({_SID_RUN})\s*</answer>"),
+    "direct": re.compile(f"({_SID_RUN})"),
+}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward of one response and what it is made of.
+
+    Attributes:
+        score: The reward, 0 to 1.
+        acc: 1 when the response passes the gate with exactly the true SID, else 0.
+        format: 1 when the response has the form that its mode asks for, else 0.
+        match: The match before the gate, 0 to 1.
+        depth: Leading tokens of the answer that agree with the truth.
+        valid_item: 1 when the answer is an item of the index, else 0. Without an index, 1 for every well-formed answer:
+            nothing can be said against it.
+    """
+
+    score: float
+    acc: float
+    format: float
+    match: float
+    depth: float
+    valid_item: float
+
+
+def strict_answer(response: str, mode: Mode) -> SemanticId | None:
+    """Return the answer of a response that has exactly the form asked for, else None.
+
+    Reasoning: one ``<think>...</think>`` block, free text without tags, one ``<answer>SID</answer>``, the end. Direct:
+    one SID and nothing else.
+
+    >>> strict_answer("<think>likes horror</think>hence<answer><|a_1|><|b_2|></answer>", "reasoning")
+    ('<|a_1|>', '<|b_2|>')
+    >>> strict_answer("<think><answer><|a_1|><|b_2|></answer></think>", "reasoning") is None
+    True
+    """
+    if mode == "direct":
+        return parse_sid(response)
+    if _TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return None
+    if not (response.startswith("<think>") and response.endswith("</answer>")):
+        return None
+    return parse_sid(response[response.index("<answer>") + len("<answer>") : -len("</answer>")])
+
+
+def reference_answer(response: str, mode: Mode) -> SemanticId | None:
+    """Return the first answer found anywhere in a response, as the authors' unanchored search does, else None.
+
+    It also takes an answer inside the thinking, the first of several, or one with text behind it.
+
+    >>> reference_answer("<think><answer><|a_1|><|b_2|></answer></think>", "reasoning")
+    ('<|a_1|>', '<|b_2|>')
+    """
+    found = _REFERENCE_ANSWER[mode].search(response)
+    return parse_sid(found[1]) if found else None
+
+
+def matching_depth(answer: SemanticId, truth: SemanticId) -> int:
+    """Return the number of leading tokens of ``answer`` that agree with ``truth``."""
+    depth = 0
+    for answered, true in zip(answer, truth, strict=False):
+        if answered != true:
+            break
+        depth += 1
+    return depth
+
+
+def match_score(answer: SemanticId, truth: SemanticId, base_levels: int) -> float:
+    """Return how far ``answer`` agrees with ``truth``, 0 to 1.
+
+    Args:
+        answer: The SID answered; empty when there is none.
+        truth: The SID of the target.
+        base_levels: Levels that every SID has, H; ``truth`` may have one collision token more.
+
+    >>> match_score(("<|a_1|>", "<|b_2|>"), ("<|a_1|>", "<|b_3|>"), 2)
+    0.7071067811865476
+    """
+    if answer == truth:
+        return 1.0
+    depth = matching_depth(answer, truth)
+    return BASE_PATH_MATCH if depth >= base_levels else (depth / base_levels) ** 0.5
+
+
+def score_response(
+    response: str,
+    truth: SemanticId,
+    *,
+    mode: Mode = "reasoning",
+    format: Format = "strict",  # noqa: A002 - the name of the option
+    base_levels: int | None = None,
+    index: ItemIndex | None = None,
+    require_valid_item: bool = False,
+) -> Reward:
+    """Return the reward of one response. Raises for no response whatsoever.
+
+    Args:
+        response: The decoded response without its end-of-sequence token.
+        truth: The SID of the target.
+        mode: Which form the prompt asked for.
+        format: ``strict`` gates on the whole form; ``reference`` pays whatever answer the authors' search finds.
+        base_levels: Levels that every SID has; by default those of ``index``, and all tokens of ``truth`` without one.
+        index: The items there are.
+        require_valid_item: Whether an answer that is no item of ``index`` fails the gate.
+
+    >>> score_response("<|a_1|><|b_9|>", ("<|a_1|>", "<|b_2|>"), mode="direct").score
+    0.7071067811865476
+    """
+    levels = min(base_levels or (index.base_levels if index else len(truth)), len(truth))
+    found = reference_answer(response, mode)
+    well_formed = strict_answer(response, mode) if format == "strict" else found
+    # A response that fails the gate is still measured, so that group filtering sees how close it came.
+    answer = well_formed or found or ()
+    valid_item = bool(answer) and (index is None or answer in index.items)
+    gate = well_formed is not None and (valid_item or not require_valid_item)
+    match = match_score(answer, truth, levels)
+    return Reward(
+        score=match * gate,
+        acc=float(gate and answer == truth),
+        format=float(well_formed is not None),
+        match=match,
+        depth=float(matching_depth(answer, truth)),
+        valid_item=float(valid_item),
+    )
+
+
+def overlong_penalty(length: int, max_length: int, buffer: int, factor: float = 1.0) -> float:
+    """Return what is added to the reward of a long response: 0 up to the buffer, then ever less, in a line.
+
+    The soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), as verl's reward manager ``dapo`` has it.
+    ``max_length`` should be ``data.max_response_length``: behind it the line goes on.
+
+    Args:
+        length: Tokens of the response.
+        max_length: Tokens that a response may have.
+        buffer: The last so many of them are punished.
+        factor: Punishment of a response of full length.
+
+    >>> overlong_penalty(80, 100, 40), overlong_penalty(60, 100, 40)
+    (-0.5, 0.0)
+    """
+    return min(0.0, factor * (max_length - buffer - length) / buffer)

@@ -1,0 +1,97 @@
+"""The text of token ids as the reward reads it: the same whatever a tokenizer or an engine thinks is special."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gream_verl.core.errors import InputError
+from gream_verl.core.semantic_ids import SemanticId, find_tokens, parse_sid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANCHOR = "x"
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+MASKED_BAR = "\N{BROKEN BAR}"
+
+
+class TokenText:
+    """A table with the text of every token id, so that reading a response is one look-up a token.
+
+    A SID is made of SID tokens: the bars of every other token are masked, so that a response which spells a SID letter
+    by letter contains none. Ids that the tokenizer does not have, rows of a padded vocabulary, read as U+FFFD.
+
+    Args:
+        tokenizer: A fast tokenizer that knows the SID tokens.
+
+    Raises:
+        InputError: When the tokenizer is not a fast one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pieces = _pieces(tokenizer)
+        self._tokenizer = tokenizer
+        self._eos = tokenizer.eos_token_id
+        self._checked: set[str] = set()
+
+    def read(self, ids: Sequence[int]) -> str:
+        """Return the text of a response, without one end-of-sequence token at its end."""
+        if ids and ids[-1] == self._eos:
+            ids = ids[:-1]
+        try:
+            return "".join(map(self.pieces.__getitem__, ids))
+        except IndexError:
+            last = len(self.pieces) - 1  # which is unknown
+            return "".join(self.pieces[min(number, last)] for number in ids)
+
+    def ground_truth(self, reward_model: Mapping[str, Any] | None, place: str) -> SemanticId:
+        """Return the SID of the target in a row's column ``reward_model``.
+
+        Raises:
+            InputError: When there is none, or one that no response can hold; the message begins with ``place``.
+        """
+        text = (reward_model or {}).get("ground_truth")
+        truth = parse_sid(text) if isinstance(text, str) else None
+        if truth is None:
+            raise InputError(
+                f"{place}: reward_model.ground_truth is {text!r}; expected a SID such as '<|a_1|><|b_7|>'; "
+                "make the file with `gream data rl`"
+            )
+        self.check(truth, place)
+        return truth
+
+    def check(self, sid_tokens: Iterable[str], place: str) -> None:
+        """Refuse SID tokens that no response could hold.
+
+        Raises:
+            InputError: When one is not one token of the tokenizer; the message begins with ``place``.
+        """
+        for token in sid_tokens:
+            if token in self._checked:
+                continue
+            ids = self._tokenizer.encode(token, add_special_tokens=False)
+            if len(ids) != 1 or self.read(ids) != token:
+                raise InputError(
+                    f"{place}: {token} is not one token of the tokenizer; "
+                    "extend the model with `gream model extend` and train that one"
+                )
+            self._checked.add(token)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of every id, and of one id more, which is unknown."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        raise InputError(
+            f"{tokenizer.name_or_path}: not a fast tokenizer; save it with tokenizer.json, and load that one"
+        )
+    tokens = tokenizer.get_vocab()
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    # Behind an anchor, because some decoders drop the space at the beginning of a text.
+    behind = len(decoder.decode([ANCHOR]))
+    pieces = [UNKNOWN] * (max(tokens.values()) + 2)
+    for token, number in tokens.items():
+        text = token if token in added else decoder.decode([ANCHOR, token])[behind:]
+        pieces[number] = text if find_tokens(text) == [text] else text.replace("|", MASKED_BAR)
+    return pieces

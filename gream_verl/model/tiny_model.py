@@ -1,0 +1,141 @@
+"""A Qwen3 small enough to train on a laptop, with a tokenizer learnt from the data set's own text.
+
+It is the test bed: everything that later runs on Qwen3-4B runs on this first, through the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file, write_json
+from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex
+from gream_verl.model.folder import new_folder, save_model
+from gream_verl.model.vocabulary import RECORD, extend_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# ChatML as Qwen3-4B-Instruct-2507 writes it for plain conversations.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Qwen's own split of text into words, before byte-pair merges.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_sft_texts(mix: Path) -> Iterator[str]:
+    """Yield every text of a SFT parquet file: system prompts, user turns, responses.
+
+    Raises:
+        InputError: When the file is missing or is not such a file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    require_file(mix, "make it with `gream data mix`")
+    try:
+        for batch in pq.ParquetFile(mix).iter_batches(columns=["conversations", "system"]):
+            for row in batch.to_pylist():
+                yield row["system"]
+                yield from (turn["value"] for turn in row["conversations"])
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        raise InputError(f"{mix}: not a SFT file ({error}); make it anew with `gream data mix`") from error
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer, with Qwen's word split and chat template, on ``texts``.
+
+    SID tokens are cut out of the texts first: they join the vocabulary whole, later.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((SID_TOKEN.sub(" ", text) for text in texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_tiny_model(
+    texts: Iterable[str],
+    index: ItemIndex,
+    output: str | Path,
+    *,
+    vocabulary_size: int = 2048,
+    hidden_size: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+    max_positions: int = 1024,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Write an untrained tiny Qwen3 whose vocabulary speaks the SIDs of ``index``.
+
+    Args:
+        texts: What the tokenizer learns its words from.
+        index: The item index.
+        output: Folder of the checkpoint.
+        vocabulary_size: Size of the text vocabulary, before SID tokens.
+        hidden_size: Width of the residual stream; the feed-forward width is three times that.
+        layers: Number of transformer blocks.
+        heads: Number of attention heads; half as many key-value heads.
+        max_positions: Longest sequence in tokens.
+        seed: Seed of every weight.
+
+    Returns:
+        ``parameters`` and ``vocabulary`` (with padding rows).
+
+    Raises:
+        InputError: When the output may not be written, see ``model_folder``.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with new_folder(Path(output), "tiny", replace=True) as folder:
+        tokenizer = train_tokenizer(texts, vocabulary_size)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 2),
+            head_dim=hidden_size // heads,
+            max_position_embeddings=max_positions,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Qwen3ForCausalLM(config).to(torch.float32)
+        record = extend_model(model, tokenizer, index, seed=seed)
+        save_model(model, tokenizer, folder)
+        write_json(folder / RECORD, record, indent=1)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": model.config.vocab_size}

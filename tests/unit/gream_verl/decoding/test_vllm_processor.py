@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from assets import make_index, make_tokenizer, reasoning_response
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+from gream_verl.core.errors import InputError
+from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
+from gream_verl.decoding.vllm_processor import ConstrainedAnswer, Slots
+
+INDEX = make_index()
+TOKENIZER = make_tokenizer(["likes Alien.", "<answer> </answer>"], INDEX)
+AUTOMATON = AnswerAutomaton.build(INDEX, TOKENIZER)
+SLOTS = 6
+SCRIPTS = {
+    "reasoning": [TOKENIZER.encode(reasoning_response(INDEX.text(item)), add_special_tokens=False) for item in "357"],
+    "direct": [TOKENIZER.encode(INDEX.text(item), add_special_tokens=False) for item in ("3", "22", "23")],
+    "off": [[5, 6, 7, 8]],
+}
+
+
+def processor(mode: str = "reasoning") -> ConstrainedAnswer:
+    made = ConstrainedAnswer.__new__(ConstrainedAnswer)  # without an engine
+    made.mode, made.automaton, made.slots = mode, AUTOMATON, Slots(AUTOMATON, SLOTS)
+    return made
+
+
+def parameters(mode: str | None = None) -> SamplingParams:
+    return SamplingParams(extra_args={"gream": mode} if mode else None)
+
+
+def expected_state(request: tuple[str, list[int]] | None) -> int:
+    if request is None or request[0] == "off":
+        return AUTOMATON.off
+    mode, output = request
+    state, direct = np.array([ROOT if mode == "direct" else FREE]), np.array([mode == "direct"])
+    for token in output:
+        state = AUTOMATON.advance(state, np.array([token]), direct)
+    return int(state[0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_states_follow_requests_that_come_go_and_move(seed):
+    draw, made = random.Random(seed), processor()
+    batch: dict[int, tuple[str, list[int]]] = {}  # slot -> mode and what was sampled so far
+    scripts: dict[int, list[int]] = {}  # id of the output list -> what is sampled next
+    moves = 0
+    for _ in range(120):
+        removed = [slot for slot in list(batch) if draw.random() < 0.1]
+        for slot in removed:
+            del batch[slot]
+        added = []
+        for slot in range(SLOTS):
+            if slot not in batch and draw.random() < 0.4:
+                mode = draw.choice(["reasoning", "direct", "off"])
+                script = list(draw.choice(SCRIPTS[mode]))
+                known = draw.choice([0, 0, 3])  # taken up again after a preemption
+                output = script[:known]
+                batch[slot], scripts[id(output)] = (mode, output), script[known:]
+                added.append((slot, parameters(None if mode == "reasoning" else mode), None, output))
+        moved = []
+        for _ in range(draw.choice([0, 0, 1, 2])):
+            source, target = draw.sample(range(SLOTS), 2)
+            swap = draw.random() < 0.5
+            if source not in batch or (swap and target not in batch) or (not swap and target in batch):
+                continue
+            moved.append((source, target, MoveDirectionality.SWAP if swap else MoveDirectionality.UNIDIRECTIONAL))
+            one, other = batch.pop(source), batch.pop(target, None)
+            batch[target] = one
+            if other is not None:
+                batch[source] = other
+            moves += 1
+        made.update_state(BatchUpdate(SLOTS, removed, added, moved) if removed or added or moved else None)
+        pending = []
+        for _, output in batch.values():  # sampled while the batch was changed; some not known yet
+            script = scripts[id(output)]
+            if script and draw.random() < 0.3:
+                output.append(-1)
+                pending.append(output)
+        made.slots.read()
+        for output in pending:
+            output[-1] = scripts[id(output)].pop(0)
+        made.apply(torch.zeros(SLOTS, len(TOKENIZER)))
+        assert made.slots.states.tolist() == [expected_state(batch.get(slot)) for slot in range(SLOTS)]
+        for _, output in batch.values():
+            script = scripts[id(output)]
+            if script:
+                output.append(script.pop(0))
+    assert moves > 10
+
+
+def test_a_request_that_switched_it_off_is_left_alone_whatever_its_neighbours_do():
+    made = processor()
+    made.update_state(BatchUpdate(2, [], [(0, parameters("off"), None, [1]), (1, parameters("direct"), None, [])], []))
+    logits = torch.randn(2, len(TOKENIZER))
+    before = logits.clone()
+    made.apply(logits)
+    assert torch.equal(logits[0], before[0])
+    assert logits[1].isfinite().sum() == len({sid[0] for sid in INDEX.sids.values()})
+
+
+def test_without_a_constrained_request_nothing_is_touched():
+    made = processor("off")
+    made.update_state(BatchUpdate(1, [], [(0, parameters(), None, [])], []))
+    logits = torch.randn(1, len(TOKENIZER))
+    assert made.apply(logits) is logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"additional_config\.gream\.index_file: Field required"),
+        ({"gream": {"index_file": "x", "mode": "loose"}}, r"additional_config\.gream\.mode"),
+        ({"gream": {"index_file": "x", "modes": "direct"}}, r"additional_config\.gream\.modes"),
+    ],
+)
+def test_wrong_options_are_named(given, message):
+    class Config:
+        additional_config = given
+
+    with pytest.raises(InputError, match=message):
+        ConstrainedAnswer(Config(), torch.device("cpu"), False)
