@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gream_verl.core.errors import InputError
 from gream_verl.pipeline.quickstart import DEFAULT_RUN
 
 console = Console()
@@ -18,6 +19,11 @@ console = Console()
 DEFAULT_DATA = Path("runs") / DEFAULT_RUN / "data"
 DataOption = Annotated[Path, typer.Option("--data", help="Folder of the data set's files.")]
 DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of the data set, D in file names.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as runs/Beauty.")]
+RunDatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="Name of the data set, where RUN holds several.")
+]
+HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
 
 
@@ -41,3 +47,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         rows += _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return rows
+
+
+def pairs(given: list[str] | None, option: str) -> dict[str, str]:
+    """Return what ``NAME=VALUE`` options say."""
+    pairs = [one.partition("=") for one in given or []]
+    if wrong := [name for name, equals, value in pairs if not (name and equals and value)]:
+        raise InputError(f"{option} {wrong[0]!r}: expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
