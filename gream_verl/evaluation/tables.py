@@ -1,10 +1,8 @@
-"""Results as a table: which columns, which numbers, and how they look in a terminal."""
+"""Results and protocols as tables, for the terminal and for the report."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,177 +10,93 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from gream_verl.evaluation.breakdown import intervals
 from gream_verl.evaluation.results import Evaluation
 
-Entry = Mapping[str, Any]
-"""An evaluation as JSON: ``metrics``, ``intervals_95``, ``settings``; when compared ``best``, ``differences``."""
-
-LENGTHS = {"ndcg": 5, "mrr": 10, "pass": 2}
-"""The shortest lists, or fewest samples, that a column is for; any where it is not said."""
-NOT_IN_TERMINALS = {"ndcg@5", "mrr", "pass"}
-MOST_IN_TERMINALS = 3
-"""Lengths of lists that a terminal has room for, the longest."""
-HEADINGS = {"recall": "R", "ndcg": "N", "mrr": "M", "pass": "Pass", "coverage": "Cov", "novelty": "Nov"}
-MARK = " (!)"
-"""Behind the name of what must not be compared with the baseline."""
+HEADINGS = {
+    "recall": "R",
+    "ndcg": "N",
+    "valid_item": "Valid",
+    "rsvr": "RSVR",
+    "pass": "Pass",
+    "coverage": "Cov",
+    "novelty": "Nov",
+}
+"""Metrics of the table, in its order."""
+MOST_CUTOFFS = 3
+"""Columns per ranking metric that a terminal has room for, those of the longest lists."""
 LEGEND = (
-    "R: recall. N: NDCG. Valid: free answers that are real items. RSVR: mean reward. Cov: share of all items that "
-    "anybody is shown. Nov: novelty in bits. ±: half of the 95% bootstrap interval over users."
+    "R: recall. N: NDCG. Valid: free answers that are real items. RSVR: mean reward. Pass: chance that one of k free "
+    "answers is right. Cov: share of all items that any user is shown. Nov: novelty in bits. "
+    "±: half of the 95% bootstrap interval over users."
 )
+TESTS = " Third line: difference from {}. Fourth: p of a two-sided sign-flip test over users, not corrected for others."
+
+Differences = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Name of a result to metric to ``metrics.paired_difference``."""
 
 
-def to_entry(evaluation: Evaluation, *, k: int = 10, seed: int = 0) -> dict[str, Any]:
-    """Return an evaluation, without its rows, ready for JSON; intervals that it lacks are computed."""
-    known = evaluation.intervals or intervals(evaluation, k=k, seed=seed)
-    return {
-        "metrics": dict(evaluation.metrics),
-        "intervals_95": {metric: list(ends) for metric, ends in known.items()},
-        "settings": dict(evaluation.settings),
-    }
-
-
-def columns(entries: Collection[Entry], *, terminal: bool = False) -> dict[str, str]:
-    """Return the metrics that any entry has, with their headings, in the order of the table.
+def results_table(results: Mapping[str, Evaluation], differences: Differences | None = None, other: str = "") -> Group:
+    """Return results as a table of at most 80 columns, with the meaning of its columns below.
 
     Args:
-        entries: The rows.
-        terminal: Leave out what a terminal of 80 columns has no room for.
+        results: Name to evaluation.
+        differences: Of some of the results, from ``other``; they go into the cells with their p-values.
+        other: Text for the recommender to which the differences are.
     """
-    known = {metric for entry in entries for metric in entry["metrics"]}
-    found: dict[str, str] = {}
-    for name in ("recall", "ndcg", "mrr", "valid_item", "rsvr", "pass", "coverage", "novelty"):
-        cutoffs = sorted(int(metric.split("@")[1]) for metric in known if metric.startswith(f"{name}@"))
-        cutoffs = cutoffs[-MOST_IN_TERMINALS:] if terminal else cutoffs
-        here = {f"{name}@{k}": f"{HEADINGS[name]}@{k}" for k in cutoffs if k >= LENGTHS.get(name, 0)}
-        here |= {metric: heading for metric, heading in (("valid_item", "Valid"), ("rsvr", "RSVR")) if metric == name}
-        found |= {
-            metric: heading
-            for metric, heading in here.items()
-            if metric in known and not (terminal and NOT_IN_TERMINALS & {metric, name})
-        }
-    return found
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(differences is not None))
+    table.add_column("", overflow="fold")
+    known = {metric for evaluation in results.values() for metric in evaluation.metrics} | {"valid_item"}
+    columns: dict[str, str] = {}
+    for name, heading in HEADINGS.items():
+        cutoffs = sorted(int(metric.partition("@")[2]) for metric in known if metric.startswith(f"{name}@"))
+        columns |= {f"{name}@{k}": f"{heading}@{k}" for k in cutoffs[-MOST_CUTOFFS:] if name != "ndcg" or k >= 5}
+        columns |= {name: heading} if name in known else {}
+    for heading in [*columns.values(), "Users"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, evaluation in results.items():
+        found = (differences or {}).get(name, {})
+        cells = (_cell(evaluation, metric, found.get(metric)) for metric in columns)
+        table.add_row(Text(name.replace("/", "/\n", 1)), *cells, f"{len(evaluation.rows):,}")
+    return Group(table, Text(LEGEND + (TESTS.format(other) if differences is not None else ""), style="dim"))
 
 
-def table_rows(entries: Mapping[str, Entry]) -> list[list[str]]:
-    """Return the cells of the whole table: name, a cell for each of ``columns``, users; intervals on a second line."""
-    headings = columns(entries.values())
+def warning_texts(results: Mapping[str, Evaluation], baseline: str) -> list[Text]:
+    """Return one sentence per reason why results cannot be compared with ``baseline``."""
+    found: dict[str, list[str]] = {}
+    for name, evaluation in results.items():
+        if reasons := results[baseline].disagreements(evaluation):
+            found.setdefault("; ".join(reasons), []).append(name)
     return [
-        [name, *(_cell(entry, metric) for metric in headings), f"{entry['settings']['users']:,}"]
-        for name, entry in entries.items()
+        Text(f"WARNING: {' and '.join(names)} cannot be compared with {baseline}: {why}.", style="bold red")
+        for why, names in found.items()
     ]
 
 
-def results_table(results: Mapping[str, Evaluation]) -> Group:
-    """Return a table for the terminal: all results with intervals, baselines first, and a warning where it is due.
-
-    Args:
-        results: Name to evaluation; ``describe`` them first, for coverage and novelty.
-    """
-    ordered = dict(sorted(results.items(), key=lambda pair: not pair[1].is_baseline))
-    entries = {name: to_entry(evaluation) for name, evaluation in ordered.items()}
-    return Group(render(entries), *(warning_text(sentence) for sentence in warnings(ordered, list(ordered)[-1])))
-
-
-def warnings(results: Mapping[str, Evaluation], baseline: str) -> list[str]:
-    """Return what must not be compared with ``baseline`` and why, a sentence for all that have the same reasons."""
-    found: dict[str, list[str]] = {}
-    for name, evaluation in results.items():
-        if why := results[baseline].disagreements(evaluation):
-            found.setdefault("; ".join(why), []).append(name)
-    return [f"{' and '.join(names)} cannot be compared with {baseline}: {why}" for why, names in found.items()]
-
-
-def merged_protocol(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """Return the protocol of results: what all, or most, agree on once, and what they do not by name."""
-    protocols = {name: entry["settings"].get("protocol", {}) for name, entry in entries.items()}
-    merged: dict[str, Any] = {}
+def protocol_table(results: Mapping[str, Evaluation]) -> Table:
+    """Return a table of the protocols of results: one value per setting, or one per name where they differ."""
+    table = Table(title="Protocol", title_justify="left", show_header=False)
+    protocols = {name: evaluation.settings.get("protocol", {}) for name, evaluation in results.items()}
     for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
-        told: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for name, protocol in protocols.items():
-            if key in protocol:
-                told.setdefault(plain(protocol[key]), []).append(name)
-                merged[key] = protocol[key]
-        if len(told) > 1:
-            half = sum(map(len, told.values())) / 2
-            by_name = [f"{' and '.join(names)}: {value}" for value, names in told.items() if len(names) <= half]
-            most = [value for value, names in told.items() if len(names) > half]
-            merged[key] = "; ".join([*most, *by_name])
-    return merged
+            names.setdefault(str(protocol.get(key)), []).append(name)
+        values = [value if len(names) == 1 else f"{', '.join(some)}: {value}" for value, some in names.items()]
+        table.add_row(key.replace("_", " "), Text("\n".join(values), overflow="fold"))
+    return table
 
 
-def plain(value: Any) -> str:
-    """Return a setting as text."""
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else str(value)
-
-
-def warning_text(sentence: str) -> Text:
-    """Return a warning that cannot be overlooked."""
-    return Text(f"WARNING: {sentence}.", style="bold red")
-
-
-def render(entries: Mapping[str, Entry], title: str = "") -> Group:
-    """Return entries as a table for a terminal of 80 columns, with the meaning of its columns below.
-
-    A cell has the value, ± half of its interval, then in a comparison the difference and its p-value.
-    """
-    headings = columns(entries.values(), terminal=True)
-    compared = any("differences" in entry for entry in entries.values())
-    table = Table(title=Text(title) if title else None, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.show_edge, table.leading = False, int(compared)
-    table.add_column("", overflow="fold")
-    for heading in [*headings.values(), "Users"]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, entry in entries.items():
-        users = f"{entry['settings']['users']:,}"
-        folded = name.replace("/", "/\n", 1) if compared else name
-        folded += MARK * bool(entry.get("not_paired"))
-        table.add_row(Text(folded), *(_terminal_cell(entry, metric) for metric in headings), users)
-    return Group(table, Text(LEGEND, style="dim"))
-
-
-def signed(value: float) -> str:
-    """Return a difference as ``+.0021``."""
-    return _short(f"{value:+.4f}")
-
-
-def p_text(p: float) -> str:
-    """Return a p-value as ``p=.031`` or ``p<.001``."""
-    return "p<.001" if p < 0.001 else _short(f"p={p:.3f}")
-
-
-def _short(number: str) -> str:
-    """Leave out the 0 before the point."""
-    return re.sub(r"(?<!\d)0\.", ".", number)
-
-
-def _metrics(entry: Entry) -> dict[str, float]:
-    """Return the metrics as the table shows them."""
-    if entry["settings"].get("mode") == "reasoning":
-        return dict(entry["metrics"])
-    return {**entry["metrics"], "valid_item": 1.0}  # all others recommend from the list of items and nothing else
-
-
-def _cell(entry: Entry, metric: str) -> str:
-    metrics = _metrics(entry)
-    if metric not in metrics:
-        return "–"
-    low, high = entry["intervals_95"].get(metric, (None, None))
-    return f"{metrics[metric]:.4f}" + ("" if low is None else f"\n{low:.4f} to {high:.4f}")
-
-
-def _terminal_cell(entry: Entry, metric: str) -> Text:
-    metrics = _metrics(entry)
-    if metric not in metrics:
+def _cell(evaluation: Evaluation, metric: str, difference: Mapping[str, float] | None) -> Text:
+    """Return the value, ± half of its interval, and the difference with its p-value where they are known."""
+    is_free = evaluation.settings.get("mode") == "reasoning"  # all others recommend from the list of items
+    value: Any = evaluation.metrics.get(metric, 1.0 if metric == "valid_item" and not is_free else None)
+    if value is None:
         return Text("–")
-    best = metric in entry.get("best", ())
-    value = metrics[metric]
-    short = f"{value:.4f}"[1:] if 0 <= value < 0.99995 else f"{value:.4g}"
-    cell = Text(short + "*" * best, style="bold green" if best else "")
-    if metric in entry["intervals_95"]:
-        low, high = entry["intervals_95"][metric]
-        cell.append(_short(f"\n±{(high - low) / 2:.4f}"), style="not bold default")
-    if metric in entry.get("differences", ()):
-        difference = entry["differences"][metric]
-        cell.append(f"\n{signed(difference['difference'])}\n{p_text(difference['p'])}", style="not bold default")
-    return cell
+    lines = [f"{value:.4f}" if value < 0.99995 else f"{value:.4g}"]
+    if metric in evaluation.intervals:
+        low, high = evaluation.intervals[metric]
+        lines.append(f"±{(high - low) / 2:.4f}")
+    if difference is not None:
+        p = difference["p"]
+        lines += [f"{difference['difference']:+.4f}", f"p={p:.3f}" if p >= 0.001 else "p<.001"]
+    # A 0 before the point takes room and says nothing.
+    return Text("\n".join(line.replace("0.", ".", 1) if line.lstrip("+-±p=")[:2] == "0." else line for line in lines))
