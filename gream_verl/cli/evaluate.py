@@ -29,7 +29,7 @@ def evaluate(
         Path | None, typer.Option("--config", "-c", help="YAML file with any of the options, see docs/evaluation.md.")
     ] = None,
     dataset: RunDatasetOption = None,
-    mode: Annotated[list[Mode] | None, typer.Option(help="Mode to evaluate; repeat it for both, the default.")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="One mode only. Default: both.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the results, NAME-MODE.json. Default: the checkpoint's folder.")
     ] = None,
@@ -56,7 +56,7 @@ def evaluate(
     from gream_verl.evaluation.run import evaluate_run
 
     line = {
-        "modes": mode or None, "name": name, "overwrite": overwrite, "prompts": prompts, "limit": limit,
+        "modes": (mode,) if mode else None, "name": name, "overwrite": overwrite, "prompts": prompts, "limit": limit,
         "chains": chains, "max_tokens": max_tokens, "beams": beams, "endpoint": endpoint,
         "engine": "server" if endpoint else None, "seed": seed,
     }  # fmt: skip

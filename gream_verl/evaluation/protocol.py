@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
 from gream_verl.core.files import fingerprint, read_json
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import Prompt, make_prompts, read_prompts, wording
+from gream_verl.evaluation.results import Evaluation
 
 AS_IN_FILE = "as in the file"
 
@@ -65,3 +68,25 @@ def read_protocol(
         "index": os.fspath(data.index),
         "index_sha256": fingerprint(data.index),
     }
+
+
+def refuse_to_lose(path: Path, prompts: list[Prompt], protocol: dict[str, Any]) -> None:
+    """Refuse to replace a result of other users or another protocol.
+
+    A damaged result is replaced, and one whose files of prompts or index have changed since.
+
+    Raises:
+        InputError: When ``path`` holds such a result.
+    """
+    try:
+        old = Evaluation.load(path)
+    except InputError:
+        return
+    kept = old.settings.get("protocol", {})
+    files = [file for file in ("prompts", "index") if kept.get(file) == protocol[file]]
+    if any(kept.get(f"{file}_sha256") != protocol[f"{file}_sha256"] for file in files):
+        return
+    rows = [{"user": prompt.user, "target": prompt.target} for prompt in prompts]
+    reasons = old.disagreements(Evaluation({}, {"mode": old.settings.get("mode"), "protocol": protocol}, rows))
+    if reasons:
+        raise InputError(f"{path}: holds another result ({'; '.join(reasons)}); choose a --name or add --overwrite")

@@ -81,7 +81,7 @@ def write_report(run: RunFolder, *, users: int = 5, seed: int = 0) -> Group:
 
 
 def read_sft_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the logged steps of LLaMA-Factory, each with ``step`` and losses, also of a training that has not ended."""
+    """Return the logged steps of LLaMA-Factory, with ``step`` and losses, also of a training that has not ended."""
     state = folder / "trainer_state.json"
     if state.is_file():
         return [{key: row[key] for key in row if key != "train_loss"} for row in read_json(state)["log_history"]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group
 
@@ -17,10 +16,10 @@ from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.floors import evaluate_floors
 from gream_verl.evaluation.metrics import CUTOFFS
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import MODES, Prompt, modes_of
-from gream_verl.evaluation.protocol import read_protocol
+from gream_verl.evaluation.prompts import MODES, modes_of
+from gream_verl.evaluation.protocol import read_protocol, refuse_to_lose
 from gream_verl.evaluation.reasoning import evaluate_reasoning
-from gream_verl.evaluation.results import FLOORS, Evaluation, read_folder
+from gream_verl.evaluation.results import FLOORS, read_folder
 from gream_verl.evaluation.tables import protocol_table, results_table, warning_texts
 from gream_verl.model.loading import resolve_model
 
@@ -91,25 +90,3 @@ def modes_asked(options: EvaluationOptions) -> tuple[Mode, ...]:
     if options.prompts is not None:
         return modes_of(options.prompts)
     return ("reasoning",) if options.split == "val" else MODES
-
-
-def refuse_to_lose(path: Path, prompts: list[Prompt], protocol: dict[str, Any]) -> None:
-    """Refuse to replace a result of other users or another protocol.
-
-    A damaged result is replaced, and one whose files of prompts or index have changed since.
-
-    Raises:
-        InputError: When ``path`` holds such a result.
-    """
-    try:
-        old = Evaluation.load(path)
-    except InputError:
-        return
-    kept = old.settings.get("protocol", {})
-    files = [file for file in ("prompts", "index") if kept.get(file) == protocol[file]]
-    if any(kept.get(f"{file}_sha256") != protocol[f"{file}_sha256"] for file in files):
-        return
-    rows = [{"user": prompt.user, "target": prompt.target} for prompt in prompts]
-    reasons = old.disagreements(Evaluation({}, {"mode": old.settings.get("mode"), "protocol": protocol}, rows))
-    if reasons:
-        raise InputError(f"{path}: holds another result ({'; '.join(reasons)}); choose a --name or add --overwrite")

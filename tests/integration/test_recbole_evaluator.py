@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gream_verl.evaluation.recbole_baseline import evaluate_recbole, recbole_python
 
 from gream_verl.core.errors import InputError
 from gream_verl.evaluation.metrics import coverage, rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.recbole_baseline import evaluate_recbole, recbole_python
 from gream_verl.evaluation.results import Evaluation
 
 try:
