@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ import polars as pl
 from assets import rl_rows
 
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.evaluation.catalogue import Catalogue, measure
 from gream_verl.evaluation.metrics import ranking_metrics
-from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.results import Evaluation, measure
 
 ITEMS = [str(item) for item in range(40)]
-CATALOGUE = Catalogue({item: int(item) for item in ITEMS}, ITEMS)
+COUNTS = Counter({item: int(item) for item in ITEMS})
 PROTOCOL = {"split": "test", "history": 20, "drop_history": True, "template": "a"}
 
 
@@ -53,4 +53,4 @@ def make_evaluation(
         random.Random(1).shuffle(rows)
     settings = {"mode": mode, "users": users, "seed": 0, "drop_history": True, "protocol": protocol}
     made = Evaluation({}, settings, rows)
-    return measure(Evaluation(ranking_metrics(made.ranks), settings, rows), CATALOGUE)
+    return measure(Evaluation(ranking_metrics(made.ranks), settings, rows), ITEMS, COUNTS)

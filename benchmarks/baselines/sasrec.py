@@ -31,13 +31,11 @@ from gream_verl.core.files import write_json
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.split import UserSplit, read_interactions, read_splits
-from gream_verl.evaluation.catalogue import Catalogue, measure
+from gream_verl.evaluation.compare import protocol_table, results_table
 from gream_verl.evaluation.floors import baseline_evaluation
 from gream_verl.evaluation.options import read_options
-from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.protocol import read_protocol, refuse_to_lose
-from gream_verl.evaluation.results import Evaluation
-from gream_verl.evaluation.tables import protocol_table, results_table
+from gream_verl.evaluation.prompts import Prompt, read_protocol, refuse_to_lose
+from gream_verl.evaluation.results import Evaluation, measure, training_counts
 
 WORKER = Path(__file__).with_name("recbole_worker.py")
 PYTHON_VARIABLE = "GREAM_RECBOLE_PYTHON"
@@ -361,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run.data.inter, prompts, index.sids, protocol, model=given.model, parameters=read_parameters(given.set),
         minutes=given.minutes, seed=options.seed, python=given.python, log_file=file.with_suffix(".log"),
     )  # fmt: skip
-    evaluation = measure(evaluation, Catalogue.load(run.data.inter, index.sids), seed=options.seed)
+    evaluation = measure(evaluation, index.sids, training_counts(run.data.inter, index.sids), seed=options.seed)
     evaluation.save(file)
     show(results_table({given.model: evaluation}), protocol_table({given.model: evaluation}))
     settings = evaluation.settings

@@ -9,6 +9,7 @@ import typer
 from rich.console import Group
 
 from gream_verl.cli.common import RunArgument, RunDatasetOption, SeedOption, console
+from gream_verl.core.errors import InputError
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
 
@@ -79,14 +80,15 @@ def compare(
 
     Results of other users or of another protocol are shown, with a warning, and not tested.
     """
-    from gream_verl.evaluation.compare import choose_baseline, paired_differences, read_results
-    from gream_verl.evaluation.tables import protocol_table, results_table, warning_texts
+    from gream_verl.evaluation import compare as comparing
 
-    found = read_results(results)
-    label = choose_baseline(found, baseline)
-    differences = paired_differences(found, found[label], seed=seed)
-    table = results_table(found, differences, label)
-    console.print(Group(table, *warning_texts(found, label), protocol_table(found)))
+    found = comparing.read_results(results)
+    label = baseline or next((name for name, one in found.items() if not one.is_baseline), next(iter(found)))
+    if label not in found:
+        raise InputError(f"--baseline {label}: no such result; there are {', '.join(found)}")
+    differences = comparing.paired_differences(found, found[label], seed=seed)
+    table = comparing.results_table(found, differences, label)
+    console.print(Group(table, *comparing.warning_texts(found, label), comparing.protocol_table(found)))
 
 
 @evaluate_app.command()

@@ -26,15 +26,9 @@ USERS_AT_ONCE = 256
 
 
 def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WINDOW) -> sp.csr_array:
-    """Count which items lie near which others: two items d positions apart, at most ``window``, add 1/d to each other.
+    """Count which items lie near which others in the sequences of users, float64 [items, items].
 
-    Args:
-        train: Items of each user, in time order.
-        items: Number of items.
-        window: Largest distance that counts.
-
-    Returns:
-        float64 [items, items], symmetric, sparse.
+    Two items d positions apart, at most ``window``, add 1/d to each other.
     """
     flat, user = _flatten(train)
     one_way = sp.csr_array((items, items), dtype=np.float64)
@@ -48,15 +42,9 @@ def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WI
 def cooccurrence_scores(
     counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = RECENT
 ) -> sp.csr_array:
-    """Score items by their counts with the last ``recent`` items of each history; the item k positions back weighs 1/k.
+    """Score items by their counts [items, candidates] with the last items of each history, float64 [users, candidates].
 
-    Args:
-        counts: [items, candidates]; from ``cooccurrence``, all columns or the first ones.
-        histories: Items of each user, in time order.
-        recent: Number of last items that count.
-
-    Returns:
-        float64 [users, candidates], sparse: entries that are not stored score 0.
+    The item k positions back weighs 1/k, up to ``recent``.
     """
     flat, user = _flatten([history[-recent:] for history in histories])
     lengths = np.bincount(user, minlength=len(histories))
@@ -111,9 +99,6 @@ def evaluate_floors(
         protocol: Protocol of the prompts; its ``drop_history`` is followed.
         k: Length of the recommended lists.
         seed: Seed of the order among items of equal score and popularity.
-
-    Raises:
-        InputError: When a file cannot be used, or a prompt has an item of neither the interactions nor ``items``.
     """
     sequences = read_interactions(inter_file)
     candidates = sorted(items)
@@ -135,14 +120,11 @@ def evaluate_floors(
         dropped = chunk if protocol["drop_history"] else [[]] * len(chunk)
         lists["popularity"] += recommend(sp.csr_array((len(chunk), many)), dropped, order, k)
         lists["co-occurrence"] += recommend(cooccurrence_scores(counts, chunk), dropped, order, k)
-    settings = {"interactions": os.fspath(inter_file), "k": k, "seed": seed, "window": WINDOW, "recent": RECENT}
-    return {
-        floor: baseline_evaluation(
-            floor, prompts, [{"recommended": [candidates[number] for number in best]} for best in some],
-            settings | {"protocol": dict(protocol)},
-        )
-        for floor, some in lists.items()
-    }  # fmt: skip
+    settings = {"interactions": os.fspath(inter_file), "k": k, "seed": seed, "protocol": dict(protocol)}
+    found = {
+        floor: [{"recommended": [candidates[number] for number in best]} for best in lists[floor]] for floor in lists
+    }
+    return {floor: baseline_evaluation(floor, prompts, rows, settings) for floor, rows in found.items()}
 
 
 def baseline_evaluation(

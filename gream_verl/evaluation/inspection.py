@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from rich.table import Table
 from rich.text import Text
 
@@ -18,25 +18,17 @@ REMEDY = "verl writes it into trainer.rollout_data_dir and trainer.validation_da
 
 
 def read_rollouts(path: Path) -> list[dict[str, Any]]:
-    """Return the rollouts of verl's ``<step>.jsonl``, or of the last step in its folder, the lowest reward first.
-
-    Raises:
-        InputError: When there is no such file or a line is not a rollout.
-    """
+    """Return the rollouts of verl's ``<step>.jsonl``, or of the last step in its folder, the lowest reward first."""
     if path.is_dir():
         steps = [file for file in path.glob("*.jsonl") if file.stem.isdigit()]
         path = max(steps, key=lambda file: int(file.stem), default=path / "<step>.jsonl")
     if not path.is_file():
         raise InputError(f"{path}: no such file; {REMEDY}")
-    rollouts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            texts = {key: str(row[key]) for key in ("input", "output", "gts")}
-            rollouts.append({"step": int(row["step"]), "score": float(row["score"]), **texts})
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: line {number}: not a rollout ({error}); {REMEDY}") from error
-    return sorted(rollouts, key=lambda row: row["score"])
+    try:
+        rows = pl.read_ndjson(path, infer_schema_length=None).select("step", "score", "input", "output", "gts")
+        return rows.drop_nulls().sort("score", maintain_order=True).to_dicts()
+    except pl.exceptions.PolarsError as error:
+        raise InputError(f"{path}: not rollouts of verl ({error}); {REMEDY}") from error
 
 
 def rollout_table(

@@ -12,21 +12,17 @@ RANKING = ("recall", "ndcg", "precision", "mrr")
 
 
 def rank_of(target: str, ranking: Sequence[str]) -> int:
-    """Return the rank of ``target``, from 1; 0 when it is not in the ranking.
-
-    >>> rank_of("b", ["a", "b"]), rank_of("c", ["a", "b"])
-    (2, 0)
-    """
+    """Return the rank of ``target``, from 1; 0 when it is not in the ranking."""
     return ranking.index(target) + 1 if target in ranking else 0
 
 
 def user_metric(metric: str, ranks: ArrayLike) -> NDArray[np.float64]:
-    """Compute one ranking metric per user, as RecBole's evaluator defines it.
+    """Compute ``recall@k``, ``ndcg@k``, ``precision@k`` or ``mrr@k`` per user, as RecBole's evaluator defines them.
 
     With a single relevant item the ideal gain is 1, so NDCG is ``1 / log2(rank + 1)``, and Recall@k is the hit rate.
 
     Args:
-        metric: ``recall@k``, ``ndcg@k``, ``precision@k`` or ``mrr@k``.
+        metric: Name of the metric.
         ranks: [users]; rank of each user's target, from 1; 0 when it was not recommended.
 
     Returns:
@@ -60,8 +56,6 @@ def ranking_metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[
 def coverage(recommended: Iterable[Sequence[str]], catalogue: Collection[str], k: int) -> float:
     """Return the share of the catalogue that is among the first k items of any list.
 
-    RecBole's ItemCoverage divides by one item more, its padding.
-
     >>> coverage([["a", "b"], ["a", "c"]], {"a", "b", "c", "d"}, k=1)
     0.25
     """
@@ -93,10 +87,8 @@ def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.floa
     return 1.0 - np.prod(np.maximum(miss, 0.0) / (n[..., None] - drawn), axis=-1)
 
 
-def bootstrap_mean(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Return both ends of the percentile bootstrap interval of the mean of [users] values."""
+def bootstrap_mean(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return both ends of the 95% percentile bootstrap interval of the mean of [users] values."""
     # Equal values are drawn together, by a multinomial distribution: the same as one by one, and fast for ranks.
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     users = int(counts.sum())
@@ -107,8 +99,7 @@ def bootstrap_mean(
     for part in _parts(resamples, len(distinct)):
         drawn = generator.multinomial(users, counts / users, size=part.stop - part.start)
         means[part] = drawn @ distinct / users
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -118,13 +109,7 @@ def paired_test(left: ArrayLike, right: ArrayLike, *, resamples: int = 10_000, s
     If both did equally well, the sign of each user's difference would be a coin toss (Smucker, Allan and Carterette,
     "A Comparison of Statistical Significance Tests for Information Retrieval Evaluation", 2007). p is the share of
     tosses, the observed one included, whose mean is at least as far from 0; so it is never 0 (Phipson and Smyth,
-    "Permutation P-values Should Never Be Zero", 2010).
-
-    Args:
-        left: [users].
-        right: [users], the same users in the same order.
-        resamples: Number of tosses of all coins; the smallest p is 1 / (resamples + 1).
-        seed: Seed of the tosses.
+    "Permutation P-values Should Never Be Zero", 2010). ``left`` and ``right`` are [users], in the same order.
     """
     difference = _paired(left, right)
     # Only the number of heads among equal differences matters; differences of 0 have no sign.

@@ -1,28 +1,36 @@
-"""Prompts of held-out users: from our parquet files, from the authors', or made from the interactions.
+"""Prompts of held-out users and their protocol.
 
-A row of the authors' files names neither user nor item nor history; all three are read from its semantic IDs.
+Prompts are read from our parquet files or the authors', or made from the interactions. A row of the authors' files
+names neither user nor item nor history; all three are read from its semantic IDs. The protocol says who the users are,
+what they are shown and what is ranked for them: two results are comparable when their protocols agree.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import polars as pl
 
+from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import require_file
+from gream_verl.core.files import fingerprint, read_json, require_file
 from gream_verl.core.prompts import messages
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, SemanticId, find_sids, parse_sid
 from gream_verl.core.split import read_interactions, read_splits
 from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.results import Evaluation
 
+AS_IN_FILE = "as in the file"
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
 HISTORY = 20
 """Items that a made prompt shows by default, as in `gream data rl`."""
@@ -30,8 +38,6 @@ REMEDY = "make it with `gream data rl`"
 DEFAULTS = EvaluationOptions()
 _SIDS = re.compile(rf"{SID_TOKEN.pattern}(?:.{{0,6}}?{SID_TOKEN.pattern})*", re.DOTALL)
 """A history: SIDs with short texts between them."""
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,9 @@ def read_prompts(
 ) -> tuple[list[Prompt], int]:
     """Read the prompts of one mode from a parquet file with verl's columns.
 
-    The mode of a row is ``extra_info.type``; where no row has ``direct`` or ``reasoning`` there, all rows are taken.
-    Where a row lacks them, the target is the ground truth, a SID alone or in ``<answer>``; the history is the SIDs in
-    the last user turn; the user is the number of the row, from 0.
+    The mode of a row is ``extra_info.type``; where no row has a mode, all are taken. Where a row lacks them, the target
+    is the ground truth, a SID alone or in ``<answer>``; the history is the SIDs in the last user turn; the user is the
+    number of the row, from 0.
 
     Args:
         path: ``<D>-test.parquet``, ``<D>-val.parquet``, or another such file.
@@ -72,13 +78,10 @@ def read_prompts(
 
     Returns:
         The prompts, and the number of prompts in the file.
-
-    Raises:
-        InputError: When the file is missing, is damaged, has no such row, or has a row that cannot be used.
     """
-    table = _read_table(path, "prompt", "reward_model")
-    modes = _modes(table)
-    chosen = [number for number, found in enumerate(modes) if found == mode or not set(MODES) & set(modes)]
+    table, modes = _read_table(path, "prompt", "reward_model")
+    is_untyped = not set(MODES) & set(modes)
+    chosen = [number for number, found in enumerate(modes) if found == mode or is_untyped]
     if not chosen:
         raise InputError(f"{path}: no row of type {mode!r}; {REMEDY}")
     sample = _sample(chosen, options)
@@ -93,7 +96,7 @@ def read_prompts(
 
 def modes_of(path: str | os.PathLike[str]) -> tuple[Mode, ...]:
     """Return the modes that the rows of a parquet file are for; both where the rows name none."""
-    found = _modes(_read_table(path))
+    _, found = _read_table(path)
     return tuple(mode for mode in MODES if mode in found) or MODES
 
 
@@ -110,9 +113,6 @@ def make_prompts(
 
     Returns:
         The prompts, and the number of users with a held-out interaction.
-
-    Raises:
-        InputError: When a file is missing or malformed, no user has such an interaction, or an item has no SID.
     """
     sequences = read_interactions(inter_file)
     held_out = [
@@ -132,41 +132,75 @@ def make_prompts(
     return _checked(prompts, inter_file), len(held_out)
 
 
-def wording(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return ``history``, the most items that a prompt shows, and the shared ``template`` and ``system``.
+def read_protocol(
+    data: DataFolder, options: EvaluationOptions, mode: Mode, index: ItemIndex
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """Return the prompts of a mode and their protocol, ready for JSON, in the order in which to show it.
 
-    Where texts differ, the value is their number and the most frequent one.
-
-    >>> turn = {"role": "user", "content": "Had <|a_1|><|b_2|>, <|a_3|><|b_1|>. Next?"}
-    >>> wording([Prompt("0", "7", (), [turn], "")])
-    {'history': 2, 'template': 'Had {history}. Next?', 'system': ''}
+    The prompts are those of the named file, else those of the data folder's file where no wording is asked for, else
+    they are made from the interactions.
     """
+    file = options.prompts or (data.test if options.split == "test" else data.val_of(mode))
+    is_worded = (options.history, options.template, options.system) != (None, None, None)
+    is_read = options.prompts is not None or (file.is_file() and not is_worded)
+    source = file if is_read else data.inter
+    prompts, total = (read_prompts if is_read else make_prompts)(source, mode, options, index)
+    held_out = AS_IN_FILE
+    if options.prompts is None and data.inter.is_file():
+        held_out = read_json(data.split).get("kind", "temporal") if data.split.is_file() else "leave-one-out"
+    # Equal digests are one evaluation, whatever file the prompts are from.
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        turns = [[turn["role"], turn["content"]] for turn in prompt.messages]
+        digest.update(json.dumps([prompt.user, prompt.target, turns]).encode())
     questions = [_last_question(prompt.messages) for prompt in prompts]
-    systems = ["\n".join(turn["content"] for turn in one.messages if turn["role"] == "system") for one in prompts]
-    words: dict[str, Any] = {"history": max(question.count("<|a_") for question in questions)}
-    for name, texts in (("template", [_SIDS.sub("{history}", one) for one in questions]), ("system", systems)):
-        different = len(set(texts))
-        [(text, _)] = Counter(texts).most_common(1)
-        words[name] = text if different == 1 else f"{different} different ones, most often {text!r}"
-    return words
+    is_whole = all(prompt.whole for prompt in prompts)
+    return prompts, {
+        "split": options.split if options.prompts is None else AS_IN_FILE,
+        "held_out": held_out,
+        "mode": mode,
+        "history": max(question.count("<|a_") for question in questions),
+        "template": _SIDS.sub("{history}", questions[0]),
+        "system": "\n".join(turn["content"] for turn in prompts[0].messages if turn["role"] == "system"),
+        "drop_history": options.drop_history,
+        "seen": "all items before the target" if is_whole else "the items that the prompt shows",
+        "candidates": "all items",
+        "items": len(index),
+        "users": len(prompts),
+        "users_in_file": total,
+        "users_left_out": min(total, options.limit or total) - len(prompts),
+        "seed": options.seed,
+        "prompts": os.fspath(source),
+        "prompts_are": "read from the file" if is_read else "made of the interactions",
+        "prompts_sha256": fingerprint(source),
+        "prompts_digest": digest.hexdigest(),
+        "index": os.fspath(data.index),
+        "index_sha256": fingerprint(data.index),
+    }
 
 
-def _read_table(path: str | os.PathLike[str], *columns: str) -> pl.DataFrame:
-    """Read some columns of a parquet file, and ``extra_info`` where it has one."""
+def refuse_to_lose(path: Path, prompts: list[Prompt], protocol: dict[str, Any]) -> None:
+    """Refuse to replace a result of other users or another protocol; a damaged one may be replaced."""
+    try:
+        old = Evaluation.load(path)
+    except InputError:
+        return
+    rows = [{"user": prompt.user, "target": prompt.target} for prompt in prompts]
+    reasons = old.disagreements(Evaluation({}, {"mode": old.settings.get("mode"), "protocol": protocol}, rows))
+    if reasons:
+        raise InputError(f"{path}: holds another result ({'; '.join(reasons)}); choose a --name or add --overwrite")
+
+
+def _read_table(path: str | os.PathLike[str], *columns: str) -> tuple[pl.DataFrame, list[Any]]:
+    """Read some columns of a parquet file, ``extra_info`` where it has one, and ``extra_info.type`` of every row."""
     path = require_file(path, REMEDY)
     try:
-        found = ["extra_info"] if "extra_info" in pl.read_parquet_schema(path) else []
-        return pl.read_parquet(path, columns=[*columns, *found])
+        info = pl.read_parquet_schema(path).get("extra_info")
+        table = pl.read_parquet(path, columns=[*columns, *(["extra_info"] if info is not None else [])])
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not a file of test prompts ({error}); {REMEDY}") from error
-
-
-def _modes(table: pl.DataFrame) -> list[Any]:
-    """Return ``extra_info.type`` of every row, None where a row has none."""
-    kind = table.schema.get("extra_info")
-    if isinstance(kind, pl.Struct) and "type" in [field.name for field in kind.fields]:
-        return table["extra_info"].struct.field("type").to_list()
-    return [None] * table.height
+    has_type = isinstance(info, pl.Struct) and "type" in info.to_schema()
+    return table, table["extra_info"].struct.field("type").to_list() if has_type else [None] * table.height
 
 
 def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, str] | None, place: str) -> Prompt:
@@ -220,7 +254,7 @@ def _checked(prompts: list[Prompt], source: str | os.PathLike[str]) -> list[Prom
     return prompts
 
 
-def _sample(rows: Sequence[Row], options: EvaluationOptions) -> list[Row]:
+def _sample(rows: Sequence[Any], options: EvaluationOptions) -> list[Any]:
     """Draw ``limit`` rows, in their order; all when None."""
     if options.limit is None or options.limit >= len(rows):
         return list(rows)

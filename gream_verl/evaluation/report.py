@@ -24,9 +24,8 @@ from gream_verl.core.files import read_json, write_json, write_text
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex, find_sids, parse_token
 from gream_verl.core.split import read_interactions
-from gream_verl.evaluation.compare import paired_differences, read_results
+from gream_verl.evaluation.compare import paired_differences, protocol_table, read_results, results_table, warning_texts
 from gream_verl.evaluation.results import MODEL_MODES, Evaluation
-from gream_verl.evaluation.tables import protocol_table, results_table, warning_texts
 
 _SID = re.compile(r"<\|a_[1-9][0-9]*\|>(?:<\|[b-z]_[1-9][0-9]*\|>)*")
 SRPO_CURVES = (
@@ -48,13 +47,10 @@ def write_report(run: RunFolder, *, users: int = 5, seed: int = 0) -> Group:
 
     Returns:
         The table of results, for the terminal.
-
-    Raises:
-        InputError: When the run has no result, or a file is damaged.
     """
     saved = read_results([str(run.evaluation)])
     results = {name: one for name, one in saved.items() if one.settings.get("protocol", {}).get("split") != "val"}
-    differences = {}
+    results, differences = results or saved, {}
     for mode in MODEL_MODES:
         pair = {name: results[name] for name in (f"sft-{mode}", f"srpo-{mode}") if name in results}
         differences |= paired_differences(pair, next(iter(pair.values())), seed=seed) if pair else {}
@@ -81,27 +77,20 @@ def write_report(run: RunFolder, *, users: int = 5, seed: int = 0) -> Group:
 
 
 def read_sft_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the logged steps of LLaMA-Factory, with ``step`` and losses, also of a training that has not ended."""
+    """Return the logged steps of LLaMA-Factory's ``trainer_state.json``, with ``step`` and losses; none without it."""
     state = folder / "trainer_state.json"
-    if state.is_file():
-        return [{key: row[key] for key in row if key != "train_loss"} for row in read_json(state)["log_history"]]
-    return [{"step": row.get("current_steps"), **row} for row in _json_lines([folder / "trainer_log.jsonl"])]
+    log = read_json(state)["log_history"] if state.is_file() else []
+    return [{key: value for key, value in row.items() if key != "train_loss"} for row in log]
 
 
 def read_srpo_log(logs: Sequence[Path]) -> list[dict[str, Any]]:
     """Return the metrics of every step from verl's logger ``file``; a later file wins where steps repeat."""
-    steps = {row["step"]: {"step": row["step"], **row["data"]} for row in _json_lines(logs)}
+    steps = {}
+    for line in (line for log in logs for line in log.read_text(encoding="utf-8").splitlines()):
+        with suppress(json.JSONDecodeError):  # a line that a kill cut short
+            row = json.loads(line)
+            steps[row["step"]] = {"step": row["step"], **row["data"]}
     return [steps[step] for step in sorted(steps)]
-
-
-def _json_lines(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return the rows of files that are there, without lines that a kill cut short."""
-    rows = []
-    for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-            with suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-    return rows
 
 
 def _series(log: Sequence[Mapping[str, Any]], pattern: str) -> dict[str, list[tuple[float, float]]]:
@@ -139,18 +128,19 @@ def _as_html(table: RenderableType) -> Markup:
 
 
 def _index_figures(index: ItemIndex) -> dict[str, Any]:
-    """Return a picture of the items per code, and a sentence per level."""
+    """Return a sentence and a picture of the items per code."""
     counts: dict[int, Counter[int]] = {}
     for sid in index.sids.values():
         for level, code in filter(None, map(parse_token, sid)):
             counts.setdefault(level, Counter())[code] += 1
-    sentences, series = [f"{len(index):,} items, {index.base_levels} levels."], {}
+    series = {}
     for level, codes in sorted(counts.items()):
         sizes = sorted(codes.values(), reverse=True)
-        name = f"level {chr(ord('a') + level)}" + " (collisions)" * (level == index.base_levels)
-        sentences.append(f"{name}: {len(sizes):,} codes with {sizes[-1]:,} to {sizes[0]:,} items each.")
+        name = f"level {chr(ord('a') + level)}: {len(sizes):,} codes, {sizes[-1]:,} to {sizes[0]:,} items each"
         series[name] = [(float(rank), float(size)) for rank, size in enumerate(sizes, start=1)]
-    return {"sentences": sentences, "picture": _plot("Items per code", "code, most frequent first", "items", series)}
+    collisions = sum(len(sid) > index.base_levels for sid in index.sids.values())
+    text = f"{len(index):,} items, {index.base_levels} levels, {collisions:,} items with a collision token."
+    return {"text": text, "picture": _plot("Items per code", "code, most frequent first", "items", series)}
 
 
 def _examples(

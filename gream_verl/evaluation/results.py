@@ -1,12 +1,15 @@
-"""The result of an evaluation as files: JSON with metrics and settings, and one JSON line per user."""
+"""The result of an evaluation: metrics, settings, one row per user, intervals; in memory and as files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,17 @@ from numpy.typing import NDArray
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file, write_json, write_text
-from gream_verl.evaluation.metrics import RANKING, rank_of, user_metric
+from gream_verl.core.split import read_interactions, training_parts
+from gream_verl.evaluation.metrics import RANKING, bootstrap_mean, coverage, rank_of, ranking_metrics, user_metric
 
 FLOORS = ("popularity", "co-occurrence")
 MODEL_MODES = ("direct", "reasoning")
 """``settings["mode"]`` of a language model; anything else is a baseline."""
-DECISIVE = ("split", "held_out", "history", "seen", "drop_history", "candidates", "items")
-"""Settings of the protocol that two results must share to be comparable; template and mode are part of the model."""
-DECIDED_BY_PROMPTS = ("split", "held_out", "history")
-"""Settings that are the same wherever users, targets and messages are, which ``prompts_digest`` shows."""
-DECISIVE_FOR_BASELINES = ("drop_history", "items")
-"""The same for baselines, which read no prompt."""
+DECISIVE = ("drop_history", "items", "seen", "history")
+"""Settings of the protocol that comparable results share, the first two also baselines, which read no prompt. Template
+and mode are part of the model."""
+MAIN_METRICS = ("recall@10", "ndcg@10", "rsvr")
+"""Metrics with intervals and tests."""
 REMEDY = "run `gream evaluate` again"
 
 
@@ -38,7 +41,7 @@ class Evaluation:
         settings: Everything that decides the result, and the machine.
         rows: One mapping per user, with at least ``user``, ``target`` (an item) and, where items were ranked,
             ``recommended`` (items, best first).
-        intervals: Metric to both ends of its 95% bootstrap interval; see ``catalogue.measure``.
+        intervals: Metric to both ends of its 95% bootstrap interval; see :func:`measure`.
     """
 
     metrics: Mapping[str, float]
@@ -84,9 +87,7 @@ class Evaluation:
         if others := sum(ours[user] != theirs[user] for user in common):
             found.append(f"{others:,} users have another target")
         here, there = ({**each.settings, **each.settings.get("protocol", {})} for each in (self, other))
-        keys: tuple[str, ...] = DECISIVE_FOR_BASELINES if self.is_baseline or other.is_baseline else DECISIVE
-        if here.get("prompts_digest", "") == there.get("prompts_digest"):
-            keys = tuple(key for key in keys if key not in DECIDED_BY_PROMPTS)
+        keys = DECISIVE[:2] if self.is_baseline or other.is_baseline else DECISIVE
         different = [key for key in keys if here.keys() & there.keys() >= {key} and here[key] != there[key]]
         return found + [f"{key.replace('_', ' ')} is {there[key]!r}, not {here[key]!r}" for key in different]
 
@@ -98,11 +99,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Read the two files of ``save``.
-
-        Raises:
-            InputError: When one of them is missing or damaged.
-        """
+        """Read the two files of ``save``."""
         content = read_json(path, REMEDY)
         lines = require_file(rows_path(path), REMEDY).read_text(encoding="utf-8").splitlines()
         try:
@@ -124,14 +121,60 @@ def rows_path(path: str | os.PathLike[str]) -> Path:
 
 
 def read_folder(folder: str | os.PathLike[str]) -> dict[str, Evaluation]:
-    """Read all evaluations of a folder by file name: floors, other baselines, models. There may be none.
-
-    Raises:
-        InputError: When one is damaged.
-    """
+    """Read all evaluations of a folder by file name: floors, other baselines, models. There may be none."""
     # Other JSON files, such as a saved comparison, have no rows.
     paths = [path for path in sorted(Path(folder).glob("*.json")) if rows_path(path).is_file()]
     found = {path.stem: Evaluation.load(path) for path in paths}
     order = {f"{floor}{suffix}": number for number, floor in enumerate(FLOORS) for suffix in ("", "-val")}
     names = sorted(found, key=lambda name: (not found[name].is_baseline, order.get(name, len(FLOORS)), name))
     return {name: found[name] for name in names}
+
+
+def training_counts(inter_file: str | os.PathLike[str], items: Collection[str]) -> Counter[str]:
+    """Count the training interactions of every item of the index and the interactions; 0 for those unseen."""
+    sequences = read_interactions(inter_file)
+    counts = Counter(dict.fromkeys(chain(items, *sequences.values()), 0))
+    counts.update(chain.from_iterable(training_parts(inter_file, sequences).values()))
+    return counts
+
+
+def measure(
+    evaluation: Evaluation,
+    items: Collection[str],
+    counts: Counter[str] | None,
+    *,
+    cutoffs: Sequence[int] = (),
+    seed: int = 0,
+) -> Evaluation:
+    """Add metrics at more cutoffs, metrics that need the data set, and intervals; drop what the lists do not reach.
+
+    Args:
+        evaluation: Result of ``evaluate_direct`` and its like.
+        items: Items that may be recommended, those of the index.
+        counts: From ``training_counts``; None where there are no interactions.
+        cutoffs: More lengths of lists.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The evaluation with, of its ranking, ``coverage@10``; ``novelty@10``, the mean of -log2 p of the recommended
+        items with p = (count + 1) / (interactions + items) (Zhou et al., "Solving the apparent diversity-accuracy
+        dilemma of recommender systems", 2010); and the 95% ``intervals`` of the main metrics.
+    """
+    metrics = dict(evaluation.metrics)
+    if evaluation.depth:
+        metrics |= ranking_metrics(evaluation.ranks, cutoffs)
+        lists = [row["recommended"] for row in evaluation.rows]
+        metrics["coverage@10"] = coverage(lists, items, 10)
+        if counts is not None:
+            shown, total = Counter(chain.from_iterable(some[:10] for some in lists)), counts.total() + len(counts)
+            bits = sum(times * -log2((counts[item] + 1) / total) for item, times in shown.items())
+            metrics["novelty@10"] = bits / shown.total()
+
+    def is_known(metric: str) -> bool:
+        name, _, cutoff = metric.partition("@")
+        return not cutoff or name == "pass" or evaluation.reaches(int(cutoff))
+
+    values = {metric: evaluation.values(metric) for metric in MAIN_METRICS}
+    intervals = {metric: bootstrap_mean(some, seed=seed) for metric, some in values.items() if some is not None}
+    known = {metric: value for metric, value in metrics.items() if is_known(metric)}
+    return replace(evaluation, metrics=known, intervals=intervals)

@@ -11,16 +11,14 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.evaluation.catalogue import Catalogue, measure
+from gream_verl.evaluation.compare import protocol_table, results_table, warning_texts
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.floors import evaluate_floors
 from gream_verl.evaluation.metrics import CUTOFFS
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import MODES, modes_of
-from gream_verl.evaluation.protocol import read_protocol, refuse_to_lose
+from gream_verl.evaluation.prompts import MODES, modes_of, read_protocol, refuse_to_lose
 from gream_verl.evaluation.reasoning import evaluate_reasoning
-from gream_verl.evaluation.results import FLOORS, read_folder
-from gream_verl.evaluation.tables import protocol_table, results_table, warning_texts
+from gream_verl.evaluation.results import FLOORS, measure, read_folder, training_counts
 from gream_verl.model.loading import resolve_model
 
 
@@ -38,10 +36,6 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
 
     Returns:
         Tables of the results and of their protocol, for the terminal.
-
-    Raises:
-        InputError: When a file is missing or does not fit, or a result would be replaced by another that cannot be
-            compared with it.
     """
     checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
     folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)
@@ -57,9 +51,9 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
         for mode, file in files.items():
             refuse_to_lose(run.evaluation / f"{file}.json", *asked[mode])
 
-    catalogue, found = None, {}
+    counts, found = None, {}
     if run.data.inter.is_file():
-        catalogue = Catalogue.load(run.data.inter, index.sids)
+        counts = training_counts(run.data.inter, index.sids)
         longest = max(options.beams, *CUTOFFS, *options.cutoffs)
         floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
         found = {f"{floor}{suffix}": evaluation for floor, evaluation in floors.items()}
@@ -72,7 +66,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
         found[files[mode]] = replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol})
     for file, evaluation in found.items():
-        measured = measure(evaluation, catalogue, cutoffs=options.cutoffs, seed=options.seed)
+        measured = measure(evaluation, index.sids, counts, cutoffs=options.cutoffs, seed=options.seed)
         measured.save(run.evaluation / f"{file}.json")
 
     saved = read_folder(run.evaluation)

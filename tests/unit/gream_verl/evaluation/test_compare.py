@@ -11,10 +11,15 @@ from typer.testing import CliRunner
 
 from gream_verl.cli.evaluate import evaluate_app
 from gream_verl.core.errors import InputError
-from gream_verl.evaluation.compare import choose_baseline, paired_differences, read_results
+from gream_verl.evaluation.compare import (
+    paired_differences,
+    protocol_table,
+    read_results,
+    results_table,
+    warning_texts,
+)
 from gream_verl.evaluation.metrics import paired_difference, rank_of
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.evaluation.tables import protocol_table, results_table, warning_texts
 
 
 @pytest.fixture
@@ -59,7 +64,6 @@ def test_arguments_that_cannot_be_used_are_named(runs: Path, arguments: list[str
 
 def test_differences_are_those_of_the_same_users_whatever_the_order_of_the_rows(runs: Path) -> None:
     results = read_results([str(runs / "a"), str(runs / "b")])
-    assert choose_baseline(results, None) == "a/sft-direct"
     found = paired_differences(results, results["a/sft-direct"])
     assert list(found) == ["popularity", "b/sft-direct"]
     assert list(found["popularity"]) == ["recall@10", "ndcg@10"]  # it has no reward
@@ -71,8 +75,6 @@ def test_differences_are_those_of_the_same_users_whatever_the_order_of_the_rows(
     left, right = ([hits[name][user] for user in users] for name in ("b/sft-direct", "a/sft-direct"))
     assert found["b/sft-direct"]["recall@10"] == paired_difference(left, right)
     assert found["b/sft-direct"]["recall@10"]["p"] < 0.05
-    with pytest.raises(InputError, match="no such result; there are popularity, a/sft-direct, b/sft-direct"):
-        choose_baseline(results, "c")
 
 
 @pytest.mark.parametrize(
@@ -120,4 +122,7 @@ def test_the_command_prints_the_same_table_each_time(runs: Path, monkeypatch: py
     assert max(map(len, texts[0].splitlines())) <= 80
     for part in ("popularity", "better/", "p<.001", "Protocol"):
         assert part in texts[0]
+    assert "difference from a/sft-direct" in " ".join(texts[0].split())
     assert "WARNING" not in texts[0]
+    result = CliRunner().invoke(evaluate_app, ["compare", str(runs / "a"), "--baseline", "c"])
+    assert "no such result; there are popularity, sft-direct" in str(result.exception)

@@ -47,15 +47,18 @@ def test_the_worst_comes_first_and_the_last_step_of_a_folder_is_read(tmp_path: P
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rollouts", "limit", "rows"), [(5, 2, 4), (3, 2, 3), (1, 2, 1), (0, 2, 0)])
+@pytest.mark.parametrize(("rollouts", "limit", "rows"), [(5, 2, 4), (3, 2, 3), (1, 2, 1)])
 def test_no_rollout_is_shown_twice(tmp_path: Path, rollouts: int, limit: int, rows: int) -> None:
     assert shown(write(tmp_path / "1.jsonl", [row("x", n / 10) for n in range(rollouts)]), limit)[0] == rows
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"output": "x"}', b"\xff"])
-def test_a_line_that_is_no_rollout_is_named(tmp_path: Path, line: bytes) -> None:
+@pytest.mark.parametrize("line", [b"{", b"[]", b"\xff"])
+def test_a_file_of_other_lines_is_named(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "3.jsonl").write_bytes(json.dumps(row("x", 0.0)).encode() + b"\n" + line + b"\n")
-    with pytest.raises(InputError, match=r"3\.jsonl: line 2: not a rollout"):
+    with pytest.raises(InputError, match=r"3\.jsonl: not rollouts of verl"):
+        read_rollouts(tmp_path)
+    (tmp_path / "3.jsonl").write_text('{"output": "x"}\n')
+    with pytest.raises(InputError, match=r"3\.jsonl: not rollouts of verl"):
         read_rollouts(tmp_path)
 
 

@@ -19,7 +19,7 @@ from gream_verl.core.files import write_json
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.split import by_time
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import MODES, Prompt, make_prompts, modes_of, read_prompts, wording
+from gream_verl.evaluation.prompts import MODES, make_prompts, modes_of, read_prompts, read_protocol
 
 PLAIN = EvaluationOptions()
 
@@ -117,14 +117,17 @@ def test_a_file_of_the_authors_says_what_ours_says(
         row["prompt"] = [turn("Think.", "system"), turn(f"Had {history}. Next?")]
         row["reward_model"]["ground_truth"] = wrapped.replace("{}", index.text(prompt.target))
         rows.append(row)
-    read, total = read_prompts(write_rows(tmp_path / "D-val.parquet", rows), "reasoning", PLAIN, index)
+    path = write_rows(tmp_path / "D-val.parquet", rows)
+    read, total = read_prompts(path, "reasoning", PLAIN, index)
     assert total == len(ours)
     assert [(prompt.user, prompt.target, prompt.truth, prompt.history) for prompt in read] == [
         (str(number), prompt.target, prompt.truth, prompt.history[-5:]) for number, prompt in enumerate(ours)
     ]
     assert [prompt.messages for prompt in read] == [row["prompt"] for row in rows]
     assert not any(prompt.whole for prompt in read)
-    assert wording(read) == {"history": 5, "template": "Had {history}. Next?", "system": "Think."}
+    protocol = read_protocol(folder, EvaluationOptions(prompts=path), "reasoning", index)[1]
+    words = {key: protocol[key] for key in ("history", "template", "system")}
+    assert words == {"history": 5, "template": "Had {history}. Next?", "system": "Think."}
 
 
 def test_extra_info_may_be_missing_and_only_the_last_question_is_the_history(index: ItemIndex, tmp_path: Path) -> None:
@@ -233,8 +236,3 @@ def test_a_target_without_a_sid_is_refused_or_counted(folder: DataFolder, index:
     write_json(tmp_path / "D.inter.json", {"0": ["1", "2", "900"]})
     with pytest.raises(InputError, match="no user is left"):
         make_prompts(tmp_path / "D.inter.json", "direct", skip, index)
-
-
-def test_different_wordings_are_counted() -> None:
-    prompts = [Prompt(str(user), "1", (), [turn(text)], "") for user, text in enumerate(["A <|a_1|>", "B", "B"])]
-    assert wording(prompts) == {"history": 1, "template": "2 different ones, most often 'B'", "system": ""}

@@ -17,8 +17,7 @@ from gream_verl.core.prompts import SYSTEM, TEMPLATES
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import MODES, Prompt, make_prompts
-from gream_verl.evaluation.protocol import read_protocol
+from gream_verl.evaluation.prompts import MODES, Prompt, make_prompts, read_protocol
 
 
 @pytest.fixture

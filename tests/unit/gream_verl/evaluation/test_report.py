@@ -74,8 +74,8 @@ def test_the_page_shows_everything_and_loads_nothing(run: RunFolder) -> None:
     assert page.tags.count("svg") == 4  # loss, reward, KL, index
     for text in ("SFT: loss", "eval_test_loss", "SRPO: mean reward of rollouts", "Items per code"):
         assert text in page.text
-    assert "60 items, 3 levels. level a: 4 codes with 12 to 16 items each." in page.text
-    assert "level d (collisions): 2 codes with 1 to 1 items each." in page.text
+    assert "60 items, 3 levels, 2 items with a collision token." in page.text
+    assert "level a: 4 codes, 12 to 16 items each" in page.text
     assert page.text.count("Chain of thought") == 5
     assert f"<think>{DIRTY}</think>[{DIRTY} 0] [{DIRTY} 1] <answer>[" in page.text
     assert "✓" in page.text
@@ -112,9 +112,6 @@ def test_a_run_with_direct_results_only_has_a_report_and_one_without_names_the_c
 
 def test_logs_of_both_frameworks_are_read(tmp_path: Path) -> None:
     assert read_sft_log(tmp_path) == []
-    rows = [{"current_steps": 10, "loss": 2.5}, {"current_steps": 20, "loss": 2.0}]
-    (tmp_path / "trainer_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"curr')
-    assert [(row["step"], row["loss"]) for row in read_sft_log(tmp_path)] == [(10, 2.5), (20, 2.0)]
     state = {"log_history": [{"step": 10, "loss": 2.5, "epoch": 0.1}, {"step": 20, "train_runtime": 3.0}]}
     write_json(tmp_path / "trainer_state.json", state)
     assert [row.get("loss") for row in read_sft_log(tmp_path)] == [2.5, None]
