@@ -145,9 +145,7 @@ def read_protocol(
     is_read = options.prompts is not None or (file.is_file() and not is_worded)
     source = file if is_read else data.inter
     prompts, total = (read_prompts if is_read else make_prompts)(source, mode, options, index)
-    held_out = AS_IN_FILE
-    if options.prompts is None and data.inter.is_file():
-        held_out = read_json(data.split).get("kind", "temporal") if data.split.is_file() else "leave-one-out"
+    held_out = read_json(data.split).get("kind", "temporal") if data.split.is_file() else "leave-one-out"
     # Equal digests are one evaluation, whatever file the prompts are from.
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -157,7 +155,7 @@ def read_protocol(
     is_whole = all(prompt.whole for prompt in prompts)
     return prompts, {
         "split": options.split if options.prompts is None else AS_IN_FILE,
-        "held_out": held_out,
+        "held_out": held_out if options.prompts is None else AS_IN_FILE,
         "mode": mode,
         "history": max(question.count("<|a_") for question in questions),
         "template": _SIDS.sub("{history}", questions[0]),

@@ -141,7 +141,7 @@ def training_counts(inter_file: str | os.PathLike[str], items: Collection[str]) 
 def measure(
     evaluation: Evaluation,
     items: Collection[str],
-    counts: Counter[str] | None,
+    counts: Counter[str],
     *,
     cutoffs: Sequence[int] = (),
     seed: int = 0,
@@ -151,7 +151,7 @@ def measure(
     Args:
         evaluation: Result of ``evaluate_direct`` and its like.
         items: Items that may be recommended, those of the index.
-        counts: From ``training_counts``; None where there are no interactions.
+        counts: From ``training_counts``.
         cutoffs: More lengths of lists.
         seed: Seed of the bootstrap.
 
@@ -165,10 +165,9 @@ def measure(
         metrics |= ranking_metrics(evaluation.ranks, cutoffs)
         lists = [row["recommended"] for row in evaluation.rows]
         metrics["coverage@10"] = coverage(lists, items, 10)
-        if counts is not None:
-            shown, total = Counter(chain.from_iterable(some[:10] for some in lists)), counts.total() + len(counts)
-            bits = sum(times * -log2((counts[item] + 1) / total) for item, times in shown.items())
-            metrics["novelty@10"] = bits / shown.total()
+        shown, total = Counter(chain.from_iterable(some[:10] for some in lists)), counts.total() + len(counts)
+        bits = sum(times * -log2((counts[item] + 1) / total) for item, times in shown.items())
+        metrics["novelty@10"] = bits / shown.total()
 
     def is_known(metric: str) -> bool:
         name, _, cutoff = metric.partition("@")

@@ -18,7 +18,7 @@ from gream_verl.evaluation.metrics import CUTOFFS
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import MODES, modes_of, read_protocol, refuse_to_lose
 from gream_verl.evaluation.reasoning import evaluate_reasoning
-from gream_verl.evaluation.results import FLOORS, measure, read_folder, training_counts
+from gream_verl.evaluation.results import FLOORS, Evaluation, measure, read_folder, training_counts
 from gream_verl.model.loading import resolve_model
 
 
@@ -44,19 +44,23 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     if any([prompt.user for prompt in some] != [prompt.user for prompt in prompts] for some, _ in asked.values()):
         raise InputError(f"{protocol['prompts']}: its users differ between the modes; evaluate one mode at a time")
     suffix = "-val" if options.split == "val" else ""
-    files = {mode: f"{options.name or checkpoint.resolve().name}{suffix}-{mode}" for mode in asked}
+    files = {mode: f"{options.name or checkpoint.absolute().name}{suffix}-{mode}" for mode in asked}
     if not options.overwrite:
         for floor in FLOORS:
             refuse_to_lose(run.evaluation / f"{floor}{suffix}.json", prompts, protocol)
         for mode, file in files.items():
             refuse_to_lose(run.evaluation / f"{file}.json", *asked[mode])
 
-    counts, found = None, {}
-    if run.data.inter.is_file():
-        counts = training_counts(run.data.inter, index.sids)
-        longest = max(options.beams, *CUTOFFS, *options.cutoffs)
-        floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
-        found = {f"{floor}{suffix}": evaluation for floor, evaluation in floors.items()}
+    counts = training_counts(run.data.inter, index.sids)
+
+    def save(file: str, evaluation: Evaluation) -> None:
+        measured = measure(evaluation, index.sids, counts, cutoffs=options.cutoffs, seed=options.seed)
+        measured.save(run.evaluation / f"{file}.json")
+
+    longest = max(options.beams, *CUTOFFS, *options.cutoffs)
+    floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
+    for floor, evaluation in floors.items():
+        save(f"{floor}{suffix}", evaluation)
     for mode, (prompts, protocol) in asked.items():
         if mode == "direct":
             evaluation = evaluate_direct(folder, prompts, index, options)
@@ -64,15 +68,12 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
             progress = run.evaluation / f".{files[mode]}.progress.jsonl"
             evaluation = evaluate_reasoning(folder, prompts, index, options, progress_file=progress)
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
-        found[files[mode]] = replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol})
-    for file, evaluation in found.items():
-        measured = measure(evaluation, index.sids, counts, cutoffs=options.cutoffs, seed=options.seed)
-        measured.save(run.evaluation / f"{file}.json")
+        save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
 
     saved = read_folder(run.evaluation)
     new = {file: saved[file] for file in files.values()}
     first = next(iter(new))
-    baselines = {file: one for file, one in saved.items() if one.is_baseline}
+    baselines = {file: one for file, one in saved.items() if one.is_baseline and file.endswith("-val") == bool(suffix)}
     shown = {file: one for file, one in baselines.items() if not new[first].disagreements(one)} | new
     return Group(results_table(shown), *warning_texts(baselines | new, first), protocol_table(new))
 

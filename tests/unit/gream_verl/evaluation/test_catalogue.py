@@ -46,7 +46,7 @@ def test_intervals_are_of_the_values_of_users() -> None:
 
 def test_only_what_the_lists_reach_is_measured() -> None:
     rows = [{"user": str(user), "target": "3", "recommended": ITEMS[user : user + 6]} for user in range(5)]
-    measured = measure(evaluation(rows, beams=6), ITEMS, None, cutoffs=[2, 6])
+    measured = measure(evaluation(rows, beams=6), ITEMS, COUNTS, cutoffs=[2, 6])
     assert {metric.partition("@")[2] for metric in measured.metrics} == {"1", "2", "5", "6"}
     assert measured.intervals == {}
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gream_verl.core.errors import InputError
 from gream_verl.evaluation.options import EvaluationOptions, read_options
@@ -44,3 +45,11 @@ def test_options_that_cannot_be_used_are_named(tmp_path: Path, text: str, senten
 
 def test_free_answers_alone_need_no_beams() -> None:
     assert read_options(None, {"beams": 0, "modes": ["reasoning"]}).beams == 0
+
+
+def test_the_documented_file_holds_all_options_with_their_defaults(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[4] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    assert list(yaml.safe_load(file.read_text())) == list(EvaluationOptions.model_fields)
+    assert read_options(file, {}) == EvaluationOptions(modes=("direct", "reasoning"))

@@ -119,13 +119,6 @@ def test_a_split_by_time_is_said_and_kept(folder: DataFolder, kind: dict[str, st
         read(folder, "direct", split="val")
 
 
-def test_without_interactions_nobody_knows_what_was_held_out(folder: DataFolder) -> None:
-    write_prompts(folder, seed=0)
-    folder.inter.unlink()
-    protocol = read(folder, "direct")[1]
-    assert (protocol["split"], protocol["held_out"]) == ("test", "as in the file")
-
-
 def test_users_left_out_are_counted(folder: DataFolder) -> None:
     gone = {sequence[-1] for sequence in list(folder.read_inter().values())[:2]}
     index = ItemIndex.load(folder.index)
