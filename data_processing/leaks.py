@@ -13,7 +13,6 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import product
 
-from data_processing.sft.rules import short_title
 from gream_verl.core.semantic_ids import SID_TOKEN, SemanticId, find_sids
 
 _ANSWER = re.compile(r"<answer>[^<]*(?:<\|[^<]*)*</answer>\s*$")
@@ -23,6 +22,8 @@ SHARED_TRIGRAMS = 0.4
 """What is similar by :data:`SIMILAR` lacks at most 18% of the title's letters, and each letter is in 3 trigrams."""
 FUZZY_LENGTH = 8
 """Shorter titles are compared exactly: a letter more makes another word of them."""
+TITLE_WORDS = 8
+"""Words of a short title."""
 
 
 def find_leak(
@@ -103,6 +104,11 @@ def _fuzzy(text: str, form: str) -> bool:
         if matcher.real_quick_ratio() >= SIMILAR and matcher.quick_ratio() >= SIMILAR and matcher.ratio() >= SIMILAR:
             return True
     return False
+
+
+def short_title(title: str) -> str:
+    """Return the first words of a title."""
+    return " ".join(title.split()[:TITLE_WORDS]).rstrip(".,;:")
 
 
 @lru_cache(maxsize=1 << 16)

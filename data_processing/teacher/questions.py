@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_processing.leaks import names_title
-from data_processing.sft.rules import short_title
+from data_processing.leaks import names_title, short_title
 from data_processing.teacher.answers import Chain, ItemText, UnusableError, UserTexts, json_schema, read_answer
 from data_processing.teacher.templates import Messages, Prompt
 from gream_verl.core.data_folder import Item

@@ -4,14 +4,12 @@ import json
 import polars as pl
 import pytest
 import yaml
-from assets import TITLES, make_index, make_tiny_model
-from small_data import make_data
+from assets import TITLES, make_index
 from wheel_build import ROOT
 
-from data_processing.sft.checkpoints import drop_torn_checkpoints
-from data_processing.sft.rules import WORDINGS
 from gream_verl.cli import model as cli_model
 from gream_verl.cli.main import main as cli
+from gream_verl.core.checkpoints import drop_torn_checkpoints
 from gream_verl.core.errors import InputError
 from gream_verl.model.embedding_rows import ROWS
 from gream_verl.pipeline.quickstart import PROFILES, QuickstartOptions, steps
@@ -33,7 +31,7 @@ def run(monkeypatch, capsys, *arguments):
      ["index", "embed"], ["index", "report"], ["index", "add"], ["index", "remove"], ["index", "check"],
      ["index", "import"],
      ["model", "tiny"], ["model", "smollm2"], ["model", "extend"], ["model", "check"], ["model", "adapter"],
-     ["model", "merge"], ["sft", "check"], ["sft", "report"], ["evaluate"], ["baseline"], ["compare"],
+     ["model", "merge"], ["sft", "check"], ["evaluate"], ["baseline"], ["compare"],
      ["report"], ["inspect"], ["learning"]],
 )  # fmt: skip
 def test_every_command_explains_itself(monkeypatch, capsys, command):
@@ -170,24 +168,6 @@ def test_the_prompts_of_the_teacher_are_written_and_an_estimate_asks_nobody(monk
         assert said in err
 
 
-def test_alignment_tasks_alone_go_to_a_file_of_their_own(monkeypatch, capsys, tmp_path):
-    make_data(tmp_path)
-    where = ["--data", tmp_path, "--dataset", "small"]
-    status, out, _ = run(
-        monkeypatch, capsys, "data", "tasks", *where, "--rows", "seqrec=50%", "--rows", "item2index=20"
-    )
-    assert status == 0
-    tasks = pl.read_parquet(tmp_path / "small-align.parquet")["task"].value_counts()
-    report = json.loads((tmp_path / "small-align.json").read_text())["tasks"]
-    assert dict(tasks.iter_rows()) == {"seqrec": round(report["seqrec"]["exist"] / 2), "item2index": 20}
-    assert "small-align" in json.loads((tmp_path / "dataset_info.json").read_text())
-    status, out, _ = run(monkeypatch, capsys, "data", "tasks", *where, "--dry-run")
-    assert all(task in out for task in ("historyreconstruction", "itemsearch", "preferenceobtain"))
-    run(monkeypatch, capsys, "data", "mix", *where, "--total", "40", "--rows", "seqrec=3", "--rows", "reasoning=1")
-    tasks = pl.read_parquet(tmp_path / "small-mix.parquet")["task"].value_counts()
-    assert dict(tasks.iter_rows()) == {"seqrec": 30, "reasoning": 10}
-
-
 def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsys, amazon):
     run(monkeypatch, capsys, *prepare(amazon))
     earlier = (amazon / "data" / "D.inter.json").read_bytes()
@@ -208,11 +188,7 @@ def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsy
     ("arguments", "message"),
     [
         (["index", "build", "--data", "nowhere"], "no such file"),
-        (["data", "mix", "--data", "nowhere"], "no such file"),
         (["data", "rl", "--data", "nowhere"], "no such file"),
-        (["data", "mix", "--rows", "seqrec"], "--rows 'seqrec': expected NAME=VALUE"),
-        (["data", "mix", "--rows", "seqrec=many"], "seqrec=40%"),
-        (["data", "tasks", "--rows", "reasoning=5"], "gream data mix"),
         (["data", "prepare", "--source", "amazon2018"], "--reviews"),
         (["data", "prepare", "--source", "recbole"], "--inter"),
         (["data", "prepare", "--source", "amazon2023", "--reviews", "r"], "--source amazon2023 needs --metadata FILE"),
@@ -247,34 +223,6 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(monkeypatch, capsys, am
     assert "cannot be written" in err
 
 
-def test_histories_are_shortened_to_what_the_trainer_takes(monkeypatch, capsys, tmp_path):
-    folder = make_data(tmp_path, users=40)
-    model = make_tiny_model(tmp_path / "model", folder.read_index(folder.read_items()))
-    where = ["data", "mix", "--data", tmp_path, "--dataset", "small", "--rows", "seqrec=50"]
-    status, out, err = run(monkeypatch, capsys, *where, "--tokenizer", model, "--longest", "60")
-    assert status == 0, err
-    assert all(name in out for name in ("median", "longest", "shortened", "left out"))
-    report = json.loads((tmp_path / "small-mix.json").read_text())["tasks"]["seqrec"]
-    assert report["made"] == 50
-    assert report["shortened"] > 0
-    assert report["longest"] <= 60
-    assert (tmp_path / "small-mix.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_another_mix_lies_beside_the_first(tmp_path, monkeypatch, capsys):
-    make_data(tmp_path)
-    where = ["data", "mix", "--data", tmp_path, "--dataset", "small"]
-    run(monkeypatch, capsys, *where, "--rows", "seqrec=20")
-    status, _, _ = run(monkeypatch, capsys, *where, "--rows", "reasoning=9", "--name", "thoughts")
-    assert status == 0
-    assert set(pl.read_parquet(tmp_path / "small-thoughts.parquet")["task"]) == {"reasoning"}
-    assert len(pl.read_parquet(tmp_path / "small-mix.parquet")) == 20
-    assert {"small-mix", "small-thoughts"} <= json.loads((tmp_path / "dataset_info.json").read_text()).keys()
-    status, _, error = run(monkeypatch, capsys, *where, "--rows", "reasoning=9", "--name", "chains")
-    assert status == 1
-    assert "none of align, rl, val, test, chains" in error
-
-
 @pytest.mark.parametrize("name", ["../up", "a,b", "a=b", "with blank", ""])
 def test_a_name_that_a_config_would_misread_is_refused(name):
     with pytest.raises(InputError, match="cannot be a name"):
@@ -304,7 +252,7 @@ def test_the_default_quickstart_runs_the_bare_commands():
 
 def test_a_pretrained_model_is_extended_before_the_mix_and_checked_before_sft():
     commands = {step.name: list(step.command) for step in steps(QuickstartOptions(model="smollm2"))}
-    order = ["base", "model", "sft-data", "sft-check", "sft", "sft-report", "evaluate-sft", "srpo", "evaluate-srpo"]
+    order = ["base", "model", "sft-data", "sft-check", "sft", "evaluate-sft", "srpo", "evaluate-srpo"]
     assert [name for name in commands if name in order] == order
     assert commands["sft"][2].endswith("sft_configs/smollm2_cpu.yaml")
     assert len(commands["sft"]) == 3
@@ -332,9 +280,7 @@ def test_config_and_recipe_name_the_run_of_their_model(model):
     assert yaml.safe_load(recipe)["gream"]["run"] == folder
 
 
-@pytest.mark.parametrize(
-    ("choices", "table"), [(cli_model.Initialisation, ROWS), (cli.Chains, WORDINGS), (cli.Trained, PROFILES)]
-)
+@pytest.mark.parametrize(("choices", "table"), [(cli_model.Initialisation, ROWS), (cli.Trained, PROFILES)])
 def test_choices_are_those_of_their_table(choices, table):
     assert {choice.value for choice in choices} == set(table)
 
