@@ -121,10 +121,9 @@ def doctor() -> None:
 
 
 def _print_result(folder: Path) -> None:
-    from gream_verl.core.files import read_json
-    from gream_verl.evaluation.report import render_table
+    from gream_verl.evaluation.compare import read_results, results_table
 
-    console.print(render_table(read_json(folder / "metrics.json")))
+    console.print(results_table(read_results([str(folder)])))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.console import Console, Group, RenderableType
 
 from gream_verl.core.files import read_json, write_json, write_text
 from gream_verl.core.run_folder import RunFolder
-from gream_verl.core.semantic_ids import ItemIndex, find_sids, parse_token
+from gream_verl.core.semantic_ids import ItemIndex, find_sids
 from gream_verl.core.split import read_interactions
 from gream_verl.evaluation.compare import paired_differences, protocol_table, read_results, results_table, warning_texts
 from gream_verl.evaluation.results import MODEL_MODES, Evaluation
@@ -37,13 +38,8 @@ SRPO_CURVES = (
 """Title, unit, and pattern of verl's name of each curve."""
 
 
-def write_report(run: RunFolder, *, users: int = 5, seed: int = 0) -> Group:
+def write_report(run: RunFolder, *, seed: int = 0) -> Group:
     """Write ``report.html`` and ``metrics.json`` of a run, from the results and logs that it has.
-
-    Args:
-        run: The run.
-        users: Number of users to show.
-        seed: Seed of the choice of users and of the tests.
 
     Returns:
         The table of results, for the terminal.
@@ -67,7 +63,7 @@ def write_report(run: RunFolder, *, users: int = 5, seed: int = 0) -> Group:
         protocol=_as_html(protocol_table(results)),
         curves=list(filter(None, curves)),
         index=_index_figures(index),
-        examples=_examples(run, results, index, users, seed),
+        examples=_examples(run, results, index, seed),
     )
     parts = ("metrics", "intervals", "settings")
     numbers = {name: {part: getattr(one, part) for part in parts} for name, one in results.items()}
@@ -129,40 +125,40 @@ def _as_html(table: RenderableType) -> Markup:
 
 def _index_figures(index: ItemIndex) -> dict[str, Any]:
     """Return a sentence and a picture of the items per code."""
-    counts: dict[int, Counter[int]] = {}
-    for sid in index.sids.values():
-        for level, code in filter(None, map(parse_token, sid)):
-            counts.setdefault(level, Counter())[code] += 1
+    counts = Counter(chain.from_iterable(index.sids.values()))
     series = {}
-    for level, codes in sorted(counts.items()):
-        sizes = sorted(codes.values(), reverse=True)
-        name = f"level {chr(ord('a') + level)}: {len(sizes):,} codes, {sizes[-1]:,} to {sizes[0]:,} items each"
+    for level in sorted({token[2] for token in counts}):  # the letter of <|a_1|>
+        sizes = sorted((count for token, count in counts.items() if token[2] == level), reverse=True)
+        name = f"level {level}: {len(sizes):,} codes, {sizes[-1]:,} to {sizes[0]:,} items each"
         series[name] = [(float(rank), float(size)) for rank, size in enumerate(sizes, start=1)]
     collisions = sum(len(sid) > index.base_levels for sid in index.sids.values())
     text = f"{len(index):,} items, {index.base_levels} levels, {collisions:,} items with a collision token."
     return {"text": text, "picture": _plot("Items per code", "code, most frequent first", "items", series)}
 
 
-def _examples(
-    run: RunFolder, results: Mapping[str, Evaluation], index: ItemIndex, users: int, seed: int
-) -> list[dict[str, Any]]:
-    """Return users of the last result with chains and rankings, drawn at random, so that nobody picks the good ones."""
+def _examples(run: RunFolder, results: Mapping[str, Evaluation], index: ItemIndex, seed: int) -> list[dict[str, Any]]:
+    """Return five users of the last result with chains, drawn at random, so that nobody picks the good ones."""
     shown = [one for one in results.values() if all({"chains", "recommended"} <= row.keys() for row in one.rows)]
     if not shown:
         return []
-    titles = {item: known.title for item, known in run.data.read_items().items()}
+    titles = {item: item for item in index.sids} | {item: one.title for item, one in run.data.read_items().items()}
     sequences = read_interactions(run.data.inter)
+
+    def history(row: Mapping[str, Any]) -> list[str]:
+        past = sequences.get(row["user"], [])
+        is_known = past[row["history_length"] :][:1] == [row["target"]]  # else users have other names in the prompts
+        return [titles[item] for item in past[: row["history_length"]][-10:]] if is_known else []
 
     def readable(match: re.Match[str]) -> str:
         item = index.items.get(find_sids(match[0])[0])
         return match[0] if item is None else f"[{titles[item]}] "
 
     rows = shown[-1].rows
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(users, len(rows))))
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(5, len(rows))))
     return [
         {
             "user": row["user"],
-            "history": [titles[item] for item in sequences.get(row["user"], [])[: row["history_length"]][-10:]],
+            "history": history(row),
             "chain": _SID.sub(readable, row["chains"][0]["text"]),
             "target": titles[row["target"]],
             "recommended": [(titles[item], item == row["target"]) for item in row["recommended"][:10]],

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from gream_verl.core.files import write_json, write_text
-from gream_verl.evaluation.metrics import bootstrap_difference, bootstrap_mean
+from gream_verl.evaluation.metrics import bootstrap_mean
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.pipeline.quickstart import recipe_folder
 from gream_verl.pipeline.steps import Pipeline, Step
@@ -106,7 +106,7 @@ def _user_means(path: Path) -> np.ndarray:
 
 
 def _row(after: np.ndarray, before: np.ndarray) -> dict[str, Any]:
-    low, high = bootstrap_difference(after, before)
+    low, high = bootstrap_mean(after - before)
     return {
         "sft": float(before.mean()),
         "srpo": float(after.mean()),
