@@ -1,4 +1,4 @@
-"""The prompts of test users, from any of three places, and the model that answers them.
+"""The prompts of test users, from any of three places.
 
 From a file of ours (``<D>-test.parquet``), from a file of the authors' (verl's columns, where a row says neither user
 nor item nor history), or made of ``<D>.inter.json`` in the very words in which `gream data rl` writes them.
@@ -12,15 +12,12 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import polars as pl
-import torch
-from torch import Tensor
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
@@ -29,12 +26,8 @@ from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, SemanticId, find_sids, parse_sid
 from gream_verl.core.split import read_interactions, read_splits
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
 REMEDY = "make it with `gream data rl`"
-ATTENTION = "full_attention"
 _SIDS = re.compile(f"(?:{SID_TOKEN.pattern})+")
 
 Row = TypeVar("Row")
@@ -341,117 +334,3 @@ def _sample(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or limit >= len(rows):
         return list(rows)
     return [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Load what a model's folder says of it, and its tokenizer.
-
-    Raises:
-        InputError: When the folder is no Hugging Face model, or one that cannot be evaluated.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    if not (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder}: no Hugging Face model (config.json is missing); train one or check the path")
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({error}); copy or train it anew") from error
-    _check_attention(config.get_text_config(decoder=True), folder)
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.get_text_config().vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has a token number {largest}, but the model only "
-            f"{config.get_text_config().vocab_size} tokens; copy both from the same checkpoint"
-        )
-    return config, tokenizer
-
-
-def load_model(folder: str | os.PathLike[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model for evaluation, on an accelerator where there is one, in float32 on a CPU.
-
-    Raises:
-        InputError: When the folder is no Hugging Face model, or one that cannot be evaluated.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    _, tokenizer = load_tokenizer(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto" if device == "cuda" else torch.float32, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model cannot be loaded ({error}); copy or train it anew") from error
-    return model.to(device).eval(), tokenizer
-
-
-def _check_attention(config: PretrainedConfig, folder: str | os.PathLike[str]) -> None:
-    """Refuse a model whose layers do not all see the whole prompt: the mask of the beam search lets them."""
-    types = getattr(config, "layer_types", None)
-    if types is None:  # what the cache of transformers makes of such a configuration
-        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-        types = [ATTENTION] if window is None else ["sliding_attention"]
-    other = sorted(set(types) - {ATTENTION})
-    if other:
-        raise InputError(
-            f"{folder}: the model has layers of {', '.join(other)}, but the beam search needs {ATTENTION} in every "
-            "layer, as Qwen3 has it; take such a model"
-        )
-
-
-def encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the token ids of every prompt, up to where the assistant begins to answer.
-
-    Raises:
-        InputError: When the tokenizer has no chat template.
-    """
-    if tokenizer.chat_template is None:
-        raise InputError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; copy chat_template.jinja to it"
-        )
-    texts = [
-        tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False) for prompt in prompts
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-def check_room(sequences: Sequence[Sequence[int]], config: PretrainedConfig, tokens: int) -> None:
-    """Check that ``tokens`` more fit behind every prompt.
-
-    Raises:
-        InputError: When the model takes fewer positions.
-    """
-    longest, positions = max(map(len, sequences)), config.max_position_embeddings
-    if longest + tokens > positions:
-        raise InputError(
-            f"{config.name_or_path}: the longest prompt has {longest} tokens and {tokens} more are needed, but the "
-            f"model takes {positions}; make the prompts anew with a shorter history, or allow fewer tokens"
-        )
-
-
-def batches(sequences: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Group sequences of like length, the longest first, so that memory runs out at once or never.
-
-    Args:
-        sequences: Token ids.
-        size: Sequences a batch.
-
-    Yields:
-        The places of a batch in ``sequences``, ``input_ids`` and ``attention_mask``, both int64 [size, length] and
-        padded on the left.
-    """
-    order = sorted(range(len(sequences)), key=lambda place: (-len(sequences[place]), place))
-    for start in range(0, len(order), size):
-        places = order[start : start + size]
-        length = len(sequences[places[0]])
-        ids = torch.zeros((len(places), length), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, place in enumerate(places):
-            sequence = sequences[place]
-            ids[row, length - len(sequence) :] = torch.tensor(sequence)
-            mask[row, length - len(sequence) :] = 1
-        yield places, ids, mask

