@@ -103,8 +103,8 @@ def check(
     from transformers import AutoConfig
 
     from gream_verl.core.semantic_ids import ItemIndex
-    from gream_verl.evaluation.run import resolve_model
     from gream_verl.model.folder import load_tokenizer, reading
+    from gream_verl.model.loading import resolve_model
     from gream_verl.model.vocabulary import sid_token_ids
 
     folder = resolve_model(model)
