@@ -24,26 +24,24 @@ class EvaluationOptions(BaseModel):
     """Options of an evaluation; the names are the keys of ``evaluation.yaml``.
 
     Attributes:
-        modes: ``direct``, ``reasoning`` or both. None: both; on the validation split reasoning; of a named file of
-            prompts the modes that its rows are for.
+        modes: ``direct``, ``reasoning`` or both. None: those of the named prompts, reasoning for ``val``, else both.
         split: Held-out interaction to find: ``test`` or ``val``.
-        prompts: Parquet file of prompts, ours or the authors'. None: ``<D>-test.parquet`` or ``<D>-val.parquet``, or
-            prompts made from ``<D>.inter.json`` where that file is missing.
-        history: Items per prompt, the most recent ones; makes the prompts.
-        template: User's turn, with ``{history}`` in it; makes the prompts.
-        system: System message, "" for none; makes the prompts.
+        prompts: Parquet file of prompts, ours or the authors'. None: ``<D>-<split>.parquet``, or prompts made from
+            ``<D>.inter.json`` where that file is missing or one of the next three is given.
+        history: Items per prompt, the most recent ones.
+        template: User's turn, with ``{history}`` in it.
+        system: System message, "" for none.
         limit: Users in the seeded sample; None takes all.
         skip_missing: Leave out users whose target has no semantic ID, instead of refusing the data.
-        beams: Beams per user, and the length of the recommended list. 0: no ranking, in reasoning mode only.
-        score: Normalisation of a token's probability: over the whole ``vocabulary``, or over the tokens that lead to
-            ``items``.
+        beams: Beams per user, and length of the recommended list. 0: no ranking, in reasoning mode only.
+        score: Normalise a token's probability over the ``vocabulary``, or over the tokens that lead to ``items``.
         drop_history: Never recommend an item of the user's history.
         cutoffs: Lengths of lists to measure, in addition to 1, 5 and 10.
         batch_size: Sequences computed at once; decides the memory, not the result.
         shards: Workers; more than one run on Ray, each with a GPU or a core.
         engine: Sampler of chains: ``vllm`` in this process, ``hf`` in a plain loop, or the ``server`` at ``endpoint``.
-        ranking: ``beam`` ranks items by a beam search after each chain; ``reference`` ranks the sampled answers by the
-            probability of the whole response, as the authors do.
+        ranking: ``beam`` search after each chain, or the sampled answers by the probability of the whole response, as
+            the authors rank (``reference``).
         merge: Score of an item over several chains: its ``mean`` probability or its ``max``.
         constrained: Allow only real items in sampled answers.
         chains: Chains per user.
@@ -105,20 +103,13 @@ def read_options(file: Path | None, line: Mapping[str, Any]) -> EvaluationOption
     kept: Any = {}
     if file is not None:
         try:
-            text = require_file(file, "write it, or leave out -c").read_text(encoding="utf-8")
-            kept = yaml.safe_load(text) or {}
+            kept = yaml.safe_load(require_file(file, "write it, or leave out -c").read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise InputError(f"{file}: not valid YAML ({error})") from error
         if not isinstance(kept, dict):
             raise InputError(f"{file}: expected options, such as `beams: 30`")
     given = {name: value for name, value in line.items() if value is not None}
     options = checked_options(EvaluationOptions, str(file or "gream evaluate"), {**kept, **given})
-    _check_together(options)
-    return options
-
-
-def _check_together(options: EvaluationOptions) -> None:
-    """Refuse options that contradict each other."""
     if (options.engine == "server") != (options.endpoint is not None):
         raise InputError("the engine server needs an endpoint, and no other engine takes one")
     if not options.beams and options.modes != ("reasoning",):
@@ -134,3 +125,4 @@ def _check_together(options: EvaluationOptions) -> None:
         raise InputError(f"template {options.template!r}: has no {{history}}; write it where the SIDs are to stand")
     if options.prompts is not None and any(choice is not None for choice in wording):
         raise InputError(f"{options.prompts}: its prompts have a wording; leave out history, template and system")
+    return options
