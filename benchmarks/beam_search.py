@@ -29,6 +29,7 @@ from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search
 from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
 from gream_verl.evaluation.batches import pad_left
+from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import read_prompts
 from gream_verl.evaluation.ranking import encode, shared_prefix
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
@@ -103,7 +104,8 @@ def real_world(options: argparse.Namespace) -> World:
     paths = np.full((len(index), max(map(len, index.sids.values()))), -1)
     for row, sid in enumerate(index.sids.values()):
         paths[row, : len(sid)] = [ids[token] for token in sid]
-    prompts, _ = read_prompts(data / f"{dataset}-test.parquet", "direct", limit=options.users, seed=options.seed)
+    sample = EvaluationOptions(limit=options.users, seed=options.seed)
+    prompts, _ = read_prompts(data / f"{dataset}-test.parquet", "direct", sample)
     config = load_decoding_config(options.checkpoint, tokenizer)
     sequences = sorted(encode(prompts, index, tokenizer, config, paths.shape[1]), key=len, reverse=True)
     return World(options.checkpoint, Path(options.checkpoint), model, sequences, paths)

@@ -69,6 +69,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
             evaluation = evaluate_reasoning(folder, prompts, index, options, progress_file=progress)
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
         save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
+        (run.evaluation / f".{files[mode]}.progress.jsonl").unlink(missing_ok=True)  # the results hold all of it
 
     saved = read_folder(run.evaluation)
     new = {file: saved[file] for file in files.values()}
