@@ -8,7 +8,7 @@ from small_data import make_data
 from transformers import AutoTokenizer
 
 from data_processing.rl import write_prompts
-from data_processing.sft.mix import write_mix
+from data_processing.sft.mix import MixOptions, write_mix
 from gream_verl.cli import evaluate as cli_evaluate
 from gream_verl.cli.main import main as cli
 from gream_verl.core.errors import InputError
