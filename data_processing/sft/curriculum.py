@@ -20,7 +20,6 @@ from gream_verl.core.files import atomic_path
 
 RAMP = 2 / 3
 """Share of the alignment rows over which the rate rises."""
-BINS = 60
 
 Rows = npt.NDArray[np.uint32]
 """Row numbers, in half the memory of int64."""
@@ -80,7 +79,7 @@ def draw_curriculum(path: Path, reasoning: npt.NDArray[np.bool_]) -> None:
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    bins = np.array_split(reasoning, min(BINS, len(reasoning)))
+    bins = np.array_split(reasoning, min(60, len(reasoning)))
     middles = np.cumsum([len(part) for part in bins]) - [len(part) / 2 for part in bins]
     axes.bar(middles, [part.mean() for part in bins], width=len(bins[0]), color="tab:blue", label="as written")
     places, shares = expected_shares(int((~reasoning).sum()), int(reasoning.sum()))

@@ -113,11 +113,15 @@ def write_mix(
     sizes = {task: len(specs) for task, specs in chosen.items()}
     thoughts = sizes.pop(REASONING, 0)
     order = curriculum_order(list(sizes.values()), thoughts, seed=options.seed, block=options.block)
-    tasks = np.repeat(list(chosen), [len(specs) for specs in chosen.values()])[order]
+    tasks = np.repeat(np.array(list(chosen), object), [len(specs) for specs in chosen.values()])[order]
     files = {path: (corpus, tasks, np.concatenate(list(chosen.values()))[order])}
     for task, (source, specs) in held_out.items():
         if len(specs):
-            files[path.with_stem(f"{path.stem}-eval-{task}")] = source, np.repeat([task], len(specs)), specs
+            files[path.with_stem(f"{path.stem}-eval-{task}")] = (
+                source,
+                np.repeat(np.array([task], object), len(specs)),
+                specs,
+            )
     for file, rows in files.items():
         write_rows(file, *rows)
     stale = [file for file in path.parent.glob(f"{path.stem}-eval-*.parquet") if file not in files]
@@ -220,7 +224,7 @@ def _hold_out(corpus: Corpus, validation: Corpus, task: str, mixed: Specs, optio
     return corpus, _choose(corpus, task, HELD_OUT_ROWS, options, rows[kept])[0]
 
 
-def write_rows(path: Path, corpus: Corpus, tasks: npt.NDArray[np.str_], specs: Specs) -> None:
+def write_rows(path: Path, corpus: Corpus, tasks: npt.NDArray[np.object_], specs: Specs) -> None:
     """Write rows, their tasks ``[rows]`` and specs ``[rows, 3]``; a row's text lives only while it is written."""
     # Only columns of few different texts gain from a dictionary.
     dictionary = ["conversations.list.element.from", "system", "task"]

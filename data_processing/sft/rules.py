@@ -16,10 +16,8 @@ from gream_verl.core.data_folder import Item
 
 Wording = Literal["notes", "sentences"]
 """Notes cost few tokens and suit the tiny model; sentences suit a pretrained model."""
-DOMINANT = 3
-"""Traits named as evidence."""
-KEPT = 5
-"""Longest denoised history, in items."""
+DOMINANT, KEPT = 3, 5
+"""Most traits named as evidence; longest denoised history, in items."""
 COMMON = 0.6
 """A category of more than this share of all items says nothing, such as the root of an Amazon catalogue."""
 

@@ -21,10 +21,8 @@ from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 from gream_verl.core.semantic_ids import ItemIndex
 
 REASONING = "reasoning"
-FULL_SHARE = 0.5
-"""Share of rows with the longest history there is; the others draw a length evenly."""
-CANONICAL_SHARE = 0.5
-"""Share of seqrec rows with the prompt of the evaluation; the others draw a template evenly."""
+FULL_SHARE, CANONICAL_SHARE = 0.5, 0.5
+"""Share of rows with the longest history there is, and of seqrec rows with the prompt of the evaluation."""
 TITLES_SHOWN = 8
 """Longest history in titles, which cost more tokens than semantic IDs."""
 DESCRIPTION_WORDS, DESCRIPTION_LETTERS = 40, 320

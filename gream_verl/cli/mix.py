@@ -90,10 +90,10 @@ def _write(folder: Any, options: Any, output: Path, dry_run: bool) -> None:
     from data_processing.sft.mix import write_mix
 
     report = write_mix(folder, options, output, dry_run=dry_run)
-    tables = {"SFT rows" + (", not written" if dry_run else ""): ("asked", "exist", "made", "held out", "leaks")}
+    tables = [("SFT rows" + (", not written" if dry_run else ""), ["asked", "exist", "made", "held out", "leaks"])]
     if options.limit:
-        tables["Tokens of a row"] = ("longest", "shortened", "left out")
-    for title, columns in tables.items():
+        tables.append(("Tokens of a row", ["longest", "shortened", "left out"]))
+    for title, columns in tables:
         table = Table("task", *(Column(name, justify="right") for name in columns), title=title, box=SIMPLE_HEAD)
         for task, values in report.items():
             table.add_row(task, *(f"{values[column]:,}" for column in columns))

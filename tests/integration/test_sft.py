@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_model_is_fed_the_rows_of_the_file_and_held_out_losses_change_nothing(folder: Path) -> None:
-    settings = (f"per_device_train_batch_size={BATCH}", f"gradient_accumulation_steps={ACCUMULATION}", "save_steps=50")
-    settings = (*settings, "num_train_epochs=4")
+    settings = [f"per_device_train_batch_size={BATCH}", f"gradient_accumulation_steps={ACCUMULATION}", "save_steps=50"]
+    settings.append("num_train_epochs=4")
     plain = train(folder, *settings, f"output_dir={folder}/plain", script=RECORDER)
     evaluated = train(folder, *settings, *EVALUATION, f"output_dir={folder}/evaluated")
 
@@ -69,8 +69,8 @@ def test_the_model_is_fed_the_rows_of_the_file_and_held_out_losses_change_nothin
 def test_two_nodes_train_the_rows_in_the_order_of_the_file(folder: Path) -> None:
     """Two launchers on this machine, gloo between them; each step has seen all tokens of the next rows."""
     steps, output = 3, folder / "nodes"
-    settings = (f"max_steps={steps}", f"per_device_train_batch_size={BATCH}", "ddp_backend=gloo", "warmup_steps=1")
-    settings = (*settings, f"output_dir={output}", "include_num_input_tokens_seen=non_padding")
+    settings = [f"max_steps={steps}", f"per_device_train_batch_size={BATCH}", "ddp_backend=gloo", "warmup_steps=1"]
+    settings += [f"output_dir={output}", "include_num_input_tokens_seen=non_padding"]
     command = ["llamafactory-cli", "train", *sft_arguments(folder, *settings)]
     nodes = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as listener:

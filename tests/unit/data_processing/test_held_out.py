@@ -49,7 +49,8 @@ def test_items_that_only_validation_and_test_hold_are_in_no_row_about_users(fold
 def test_every_history_and_target_is_part_of_a_training_part(folder: DataFolder) -> None:
     items = folder.read_items()
     index = folder.read_index(items)
-    windows, titles = set(), set()
+    windows: set[str] = set()
+    titles: set[str] = set()
     for sequence in folder.read_inter(items).values():
         part = sequence[:-2]
         sids, names = index.texts(part), [short_title(items[item].title) for item in part]

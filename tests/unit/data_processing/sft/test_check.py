@@ -218,12 +218,12 @@ def test_answers_must_be_trained_as_they_are(folder: Path) -> None:
 
 
 def test_lora_must_train_the_rows_of_sid_tokens(folder: Path) -> None:
-    lora = ("finetuning_type=lora", "lora_rank=4")
+    lora = ["finetuning_type=lora", "lora_rank=4"]
     assert "`finetuning_type: lora` leaves embedding rows" in problem(folder, *lora)
     assert "`finetuning_type: freeze` leaves embedding rows" in problem(folder, "finetuning_type=freeze")
     adapter = folder / "adapter"
     write_adapter(folder / "model", folder / "data" / "small.index.json", adapter, rank=4, alpha=8)
-    lora = (*lora, f"adapter_name_or_path={adapter}")
+    lora.append(f"adapter_name_or_path={adapter}")
     assert check(folder, *lora)[1] == []
     given = json.loads((adapter / "adapter_config.json").read_text())
     write_json(adapter / "adapter_config.json", {**given, "trainable_token_indices": None})

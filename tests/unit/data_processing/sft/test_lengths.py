@@ -68,4 +68,4 @@ def test_tokens_are_those_of_the_whole_conversation(corpus: Corpus, tmp_path: Pa
     with pytest.raises(InputError, match="has no chat template; give the tokenizer of a chat model"):
         token_counter(tokenizer)
     with pytest.raises(InputError, match="models/slow: is not a fast tokenizer"):
-        token_counter(SimpleNamespace(name_or_path="models/slow"))  # type: ignore[arg-type]
+        token_counter(SimpleNamespace(name_or_path="models/slow"))

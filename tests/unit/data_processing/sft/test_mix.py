@@ -225,14 +225,14 @@ def test_texts_of_a_language_model_are_read_from_the_folder(tmp_path: Path) -> N
 
 def test_a_temporal_split_decides_what_training_sees(tmp_path: Path) -> None:
     folder = make_data(tmp_path)
-    splits = {
+    splits: dict[str, list[int | None]] = {
         user: [len(sequence) - 4, len(sequence) - 3, len(sequence) - 1] if len(sequence) > 5 else [0, None, None]
         for user, sequence in folder.read_inter().items()
     }
     write_json(split_file(folder.inter), {"users": splits})
     counts = write_mix(folder, MixOptions({"seqrec": 1.0}))["seqrec"]
-    assert counts["made"] == sum(max(training - 1, 0) for training, _, _ in splits.values())
-    assert counts["held out"] == sum(validation is not None for _, validation, _ in splits.values())
+    assert counts["made"] == sum(max((training or 0) - 1, 0) for training, _, _ in splits.values())
+    assert counts["held out"] == sum(None not in split for split in splits.values())
 
 
 def test_rows_that_do_not_fit_are_shortened_or_replaced(tmp_path: Path) -> None:
