@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections import Counter
 from itertools import takewhile
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from data_processing.teacher.questions import FORMS, Questions, UnusableError, json_schema
+from data_processing.teacher.questions import FORMS, Form, Questions, UnusableError, json_schema
 from data_processing.teacher.store import Answer, AnswerStore
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
@@ -52,7 +51,7 @@ class Teacher(BaseModel):
     rounds: int = Field(3, ge=1)
     extra: dict[str, Any] = {}
 
-    def fields(self, form: type[BaseModel]) -> dict[str, Any]:
+    def fields(self, form: type[Form]) -> dict[str, Any]:
         """Return the fields of a request but for its messages."""
         fields = self.model_dump(include={"model", "max_tokens", "temperature"})
         response: dict[str, Any] = {"type": self.structure}
@@ -124,7 +123,7 @@ class Enricher:
         Raises:
             InputError: When no request can be answered. The answers are kept, and written where there is no file yet.
         """
-        began, complete, found = time.monotonic(), False, {}
+        complete, found = False, {}
         faults, without = Counter[str](), Counter[str]()
         try:
             asyncio.run(self._ask_all(console))
@@ -142,7 +141,7 @@ class Enricher:
                 self.questions.write(found)
         prompts, answers = self.store.tokens()
         report = {
-            "written": str(self.questions.path) if writes else "nothing",
+            "written": self.questions.path.name if writes else "nothing",
             "usable": len(found),
             "without a text": dict(without),
             "unusable answers": dict(faults),
@@ -151,7 +150,6 @@ class Enricher:
             "not answered": dict(self._unanswered),
             "budget spent": self._budget_spent,
             "tokens of all runs": {"prompts": prompts, "answers": answers},
-            "seconds": round(time.monotonic() - began, 1),
         }
         write_json(self.questions.folder.enrichment(self.questions.what), report, indent=1)
         return report
@@ -202,5 +200,4 @@ class Enricher:
 
 def _prompt_bytes(request: dict[str, Any]) -> int:
     """Return the bytes that a model reads of a request: the conversation and the form of the answer."""
-    form = json.dumps(request.get("response_format", ""))
-    return len(form) + sum(len(message["content"].encode()) for message in request["messages"])
+    return len(json.dumps([request["messages"], request.get("response_format")], ensure_ascii=False).encode())

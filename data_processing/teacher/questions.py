@@ -25,7 +25,6 @@ from gream_verl.core.prompts import NO_TARGET, TrainingTargets
 from gream_verl.core.semantic_ids import SID_TOKEN
 
 What = Literal["items", "users", "chains"]
-
 TITLE_WORDS = 24
 DESCRIPTION_WORDS = 120
 CATEGORIES = 3  # of an item of a history, the most special ones
@@ -114,7 +113,7 @@ class Question:
     past: Sequence[Item] = ()
     target: Item | None = None
 
-    def read(self, text: str, finish: str) -> Any:
+    def read(self, text: str, finish: str | None) -> Any:
         """Return the data of an answer; thoughts before it and fences around it are ignored.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,18 +46,17 @@ def enrich(
 ) -> None:
     """Let a language model write D.enriched.json (items), D.user.json (users) or D-chains.parquet (chains).
 
-    Later steps use these files; without them, rules write. Every answer is kept in D.teacher.sqlite: call it again after
-    a stop, and only what is missing is asked.
+    Later steps use these files; without them, rules write. Every answer is kept in D.teacher.sqlite. Call it again
+    after a stop, and it asks only what is missing.
     """
     from data_processing.teacher.enrich import Enricher, Teacher
     from data_processing.teacher.questions import Questions
     from data_processing.teacher.store import AnswerStore
-    from gream_verl.core.options import checked_options
+    from gream_verl.core.options import file_options
     from gream_verl.core.run_folder import RunFolder
 
     given = {"model": model, "endpoint": endpoint, "structure": structure, "concurrency": concurrency}
-    settings = _read_yaml(config) | {name: value for name, value in given.items() if value is not None}
-    teacher = checked_options(Teacher, str(config or "teacher"), settings)
+    teacher = file_options(Teacher, config, given, "gream data enrich")
     questions = Questions(RunFolder.open(run, dataset).data, what, prompts, limit, history, seed)
     answers = questions.folder.teacher
     with closing(AnswerStore(":memory:" if dry_run and not answers.exists() else answers)) as store:
@@ -67,21 +66,6 @@ def enrich(
             print_dict(f"The teacher's {what}", report := enricher.run(console))
             if report["budget spent"]:
                 console.print("The budget is spent; call it again with a larger one to go on.", style="yellow")
-
-
-def _read_yaml(path: Path | None) -> dict[str, Any]:
-    import yaml
-
-    from gream_verl.core.errors import InputError
-    from gream_verl.core.files import require_file
-
-    try:
-        value = yaml.safe_load(require_file(path, "check --config").read_text(encoding="utf-8")) if path else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected settings such as 'temperature: 0.5'")
-    return value
 
 
 @data_app.command()
