@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from data_processing.leaks import short_title
 from gream_verl.core.data_folder import Item
 from gream_verl.core.semantic_ids import ItemIndex
 
@@ -21,7 +22,6 @@ KEPT = 5
 """Items that the denoised history keeps at most."""
 COMMON = 0.6
 """A category that more than this share of the items has tells nothing, such as the root of an Amazon catalogue."""
-TITLE_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,3 @@ class RuleTeacher:
         """Return the most recent items of ``history`` that share a wanted trait, oldest first; all count if none do."""
         fitting = [item for item in history if wanted.intersection(self.traits[item])]
         return (fitting or list(history))[-KEPT:]
-
-
-def short_title(title: str, words: int = TITLE_WORDS) -> str:
-    """Return the first words of a title."""
-    return " ".join(title.split()[:words]).rstrip(".,;:")

@@ -99,11 +99,11 @@ class DataFolder:
 
     @property
     def teacher(self) -> Path:
-        """Every answer of a teacher, one a line."""
-        return self.root / f"{self.name}.teacher.jsonl"
+        """Every answer of a teacher."""
+        return self.root / f"{self.name}.teacher.sqlite"
 
     def enrichment(self, what: str) -> Path:
-        """What came of the last run of the teacher: counts, leaks, tokens, cost."""
+        """Report of the last run of the teacher: counts, leaks, tokens."""
         return self.root / f"{self.name}.teacher-{what}.json"
 
     @property

@@ -148,28 +148,6 @@ def test_too_many_bad_rows_stop_the_run_unless_they_are_allowed(monkeypatch, cap
     assert [reject["row"] for reject in rejects] == list(range(97, 107))
 
 
-def test_the_prompts_of_the_teacher_are_written_and_an_estimate_asks_nobody(monkeypatch, capsys, amazon):
-    run(monkeypatch, capsys, *prepare(amazon))
-    status, out, _ = run(monkeypatch, capsys, "data", "prompts", amazon / "mine")
-    assert status == 0
-    assert (amazon / "mine/chain.txt").is_file()
-    where = ["--data", amazon / "data", "--dataset", "D", "--model", "m", "--endpoint", "http://127.0.0.1:9/v1"]
-    price = ["--price", "1/2", "--prompts", amazon / "mine"]
-    status, out, err = run(monkeypatch, capsys, "data", "enrich", "items", *where, *price, "--dry-run")
-    assert (status, err) == (0, "")
-    assert "questions" in out
-    assert not list((amazon / "data").glob("*teacher*"))
-    for wrong, said in (
-        (["--extra", "["], "--extra"),
-        (["--budget-money", "1"], "--price"),
-        (["--price", "1"], "0.15/0.60"),
-        (["--extra", '{"max_tokens": 9}'], "max_tokens cannot be set there"),
-    ):
-        status, _, err = run(monkeypatch, capsys, "data", "enrich", "items", *where, *wrong)
-        assert status == 1
-        assert said in err
-
-
 def test_alignment_tasks_alone_go_to_a_file_of_their_own(monkeypatch, capsys, tmp_path):
     make_data(tmp_path)
     where = ["--data", tmp_path, "--dataset", "small"]
