@@ -46,7 +46,7 @@ def vllm_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _catalogue(root: Path, count: int) -> DataFolder:
     folder = DataFolder(root, "many")
-    write_json(folder.item, {str(number): Item(f"Item {number}").to_json() for number in range(count)})
+    write_json(folder.item, {str(number): vars(Item(f"Item {number}")) for number in range(count)})
     write_json(folder.inter, {"0": ["0", "1", "2"]})
     return folder
 
