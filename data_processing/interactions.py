@@ -18,7 +18,6 @@ from gream_verl.core.split import HELD_OUT, by_time
 
 SHORTEST = HELD_OUT + 1
 """Least interactions of a user: one for training, one for validation, one for the test."""
-
 _json = json.JSONEncoder(ensure_ascii=False).encode
 
 

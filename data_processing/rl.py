@@ -87,9 +87,8 @@ def write_prompts(
     if not len(targets):
         raise InputError(f"{folder.inter}: {NO_TARGET}")
     drawn = np.random.default_rng(seed).permutation(len(targets))[:rl_rows]
-    users, positions = targets.locate(drawn)
-    everyone = list(sequences)
-    training = [Target(everyone[user], int(position), mode) for user, position in zip(users, positions, strict=True)]
+    users = list(sequences)
+    training = [Target(users[user], int(position), mode) for user, position in zip(*targets.locate(drawn), strict=True)]
     for path, wanted in ((folder.rl_of(mode), training), (folder.val_of(mode), validation), (folder.test, test)):
         rows = (
             _row(folder.name, number, target, sequences[target.user], items, index, history)

@@ -25,7 +25,6 @@ BAD_ROWS = 0.05
 CHECK_EVERY = 10_000
 REJECTS_KEPT = 1000
 LATEST_TIMESTAMP = 2**62
-NO_INTERACTION = "no user, item or timestamp"
 TOO_MANY = "too many fields"
 REST = " rest"
 """Column for the content of a row after the last field of the header."""
@@ -186,7 +185,7 @@ def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFra
     read = read.with_columns(_whole_ids(read["user"]), _whole_ids(read["item"]), timestamp=whole_times(read["when"]))
     has_rest = pl.col(REST).is_not_null() if REST in read.columns else pl.lit(False)
     is_incomplete = pl.any_horizontal(pl.col(*INTERACTIONS).is_null())
-    reason = pl.when(has_rest).then(pl.lit(TOO_MANY)).when(is_incomplete).then(pl.lit(NO_INTERACTION))
+    reason = pl.when(has_rest).then(pl.lit(TOO_MANY)).when(is_incomplete).then(pl.lit("no user, item or timestamp"))
     read = read.with_row_index("row", table.first_row).with_columns(reason=reason)
     for cells in read.drop("timestamp").filter(pl.col("reason").is_not_null()).iter_rows(named=True):
         table.checks.skip(cells.pop("row"), cells.pop("reason"), _joined(cells))
@@ -195,10 +194,7 @@ def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFra
 
 
 def whole_times(times: pl.Series) -> pl.Series:
-    """Return times as whole numbers in the same order, null where there is no time.
-
-    Whole numbers stay as they are and dates become microseconds. Where one number has a fraction, all become ranks.
-    """
+    """Return times as whole numbers in the same order: dates as microseconds, ranks where a number has a fraction."""
     if times.dtype in (pl.Date, pl.Datetime):
         return times.to_physical().cast(pl.Int64)
     is_text = times.dtype == pl.String

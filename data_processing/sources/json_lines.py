@@ -69,9 +69,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         try:
             while line := file.readline(LONGEST_LINE):
                 if len(line) == LONGEST_LINE:
-                    raise InputError(
-                        f"{path}: a line is longer than {LONGEST_LINE >> 20} MB; expected one object per line"
-                    )
+                    raise InputError(f"{path}: a line exceeds {LONGEST_LINE >> 20} MB; expected one object per line")
                 yield line
         except (EOFError, igzip_lib.IsalError, gzip.BadGzipFile) as error:  # type: ignore[misc]  # isal is untyped
             raise InputError(f"{path}: the gzip file is cut short or damaged ({error}); download it again") from error

@@ -21,10 +21,6 @@ def read_layout(interactions: Path, items: Path) -> SourceTables:
 
     The layout has no times: the position in a user's sequence stands for it. Items without a title are left out.
 
-    Args:
-        interactions: ``<D>.inter.json``.
-        items: ``<D>.item.json``.
-
     Raises:
         InputError: When a file is missing or has another form.
     """

@@ -114,11 +114,7 @@ class DataFolder:
         return self.root / f"{self.name}.teacher-{kind}.json"
 
     def mix_of(self, name: str) -> Path:
-        """Return a mix of another name than ``mix``, such as one of chains alone.
-
-        Raises:
-            InputError: When ``name`` cannot be part of a file's name, or is that of another kind of file.
-        """
+        """Return a mix of another name than ``mix``; raise InputError for a name that cannot be used."""
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in OTHER_PARQUET:
             raise InputError(
                 f"a mix named {name!r}: choose letters, digits and '_', and none of {', '.join(OTHER_PARQUET)}"
@@ -163,10 +159,7 @@ class DataFolder:
         return {item: fields.title for item, fields in self.read_items(enriched=False).items()}
 
     def read_inter(self, items: Mapping[str, Item] | None = None) -> dict[str, list[str]]:
-        """Read and check :attr:`inter`.
-
-        Args:
-            items: The result of :meth:`read_items`; read again when None.
+        """Read and check :attr:`inter`; ``items`` are those of :meth:`read_items`, read again when None.
 
         Raises:
             InputError: When the file is missing or malformed, or names an item that :attr:`item` does not hold.

@@ -65,11 +65,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def hold(file: IO[Any] | int, refusal: str) -> None:
-    """Lock an open file until it is closed, against other processes and other openings of it.
-
-    Raises:
-        InputError: When the file is locked; the message is ``refusal``.
-    """
+    """Lock an open file until it is closed; raise InputError with the message ``refusal`` when it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,11 +84,7 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
 
 
 def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
-    """Return ``path`` when it is a file.
-
-    Raises:
-        InputError: When it is none; the message suggests a file of a similar name and ends in ``remedy``.
-    """
+    """Return ``path``; raise InputError with a similar name and the ``remedy`` when there is no such file."""
     path = Path(path)
     if not path.is_file():
         names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

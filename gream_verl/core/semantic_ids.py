@@ -145,8 +145,8 @@ class ItemIndex:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ItemIndex:
         """Read and check ``<D>.index.json``, ``{item: [token, ...]}``, and ``<D>.retired.json`` where there is one."""
-        sids, beside = read_sids(path), retired_file(path)
-        retired = read_sids(beside, "mend it: it keeps retired SIDs from other items") if beside.is_file() else {}
+        sids, file = read_sids(path), retired_file(path)
+        retired = read_sids(file, "repair it: it keeps retired SIDs from other items") if file.is_file() else {}
         return cls(sids, str(path), {item: sid for item, sid in retired.items() if item not in sids})
 
     @classmethod
@@ -162,7 +162,7 @@ class ItemIndex:
 
 
 def retired_file(index: str | os.PathLike[str]) -> Path:
-    """Return where the retired SIDs of an index lie: ``<D>.retired.json`` beside ``<D>.index.json``."""
+    """Return the path of ``<D>.retired.json``, the retired SIDs of an index, next to ``<D>.index.json``."""
     index = Path(index)
     return index.with_name(f"{index.name.removesuffix('.json').removesuffix('.index')}.retired.json")
 

@@ -116,5 +116,5 @@ def test_a_torn_gzip_file_and_an_endless_line_are_named(monkeypatch: pytest.Monk
         with pytest.raises(InputError, match=r"R\.json\.gz: the gzip file is cut short or damaged .*download it again"):
             read(torn)
     monkeypatch.setattr(json_lines, "LONGEST_LINE", 1000)
-    with pytest.raises(InputError, match=r"R\.json\.gz: a line is longer than .* expected one object per line"):
+    with pytest.raises(InputError, match=r"R\.json\.gz: a line exceeds .* expected one object per line"):
         read(b"[" + b",".join([LINE] * 40) + b"]")
