@@ -83,7 +83,7 @@ def quickstart(
     name: Annotated[
         str | None, typer.Option(help="The run: everything is kept in runs/NAME. Default: quickstart or pretrained.")
     ] = None,
-    source: Annotated[Source, typer.Option(help="Where the data come from.")] = Source.movielens,
+    source: Annotated[Source, typer.Option(help="Where the data come from.")] = "movielens",
     reviews: Annotated[Path | None, typer.Option(help="Amazon: reviews (JSON lines), or ratings (.csv).")] = None,
     metadata: Annotated[Path | None, typer.Option(help="Amazon: metadata of the items.")] = None,
     rollout: Annotated[Rollout, typer.Option(help="Engine of SRPO's rollouts; hf_cpu is lighter.")] = Rollout.vllm,
@@ -96,7 +96,7 @@ def quickstart(
     from gream_verl.pipeline.quickstart import steps
     from gream_verl.pipeline.steps import Pipeline
 
-    options = QuickstartOptions(model.value, name, source.value, reviews, metadata, rollout.value, seed)
+    options = QuickstartOptions(model.value, name, source, reviews, metadata, rollout.value, seed)
     results = Pipeline(options.folder, console).run(steps(options))
     _print_result(options.folder)
     seconds = sum(result.seconds for result in results.values() if not result.reused)

@@ -169,7 +169,13 @@ def _data_steps(options: QuickstartOptions) -> list[Step]:
     weights = [model / "model.safetensors"]
     mixed = ["gream", "data", "mix", *where, *options.profile.mix, "--seed", seed]
     steps = [
-        Step("data", "Data: read, filter, split", ["gream", "data", "prepare", *source, *where], raw, tables),
+        Step(
+            "data",
+            "Data: read, filter, split",
+            ["gream", "data", "prepare", str(options.folder), *source, "--dataset", dataset],
+            raw,
+            tables,
+        ),
         Step(
             "index",
             "Item index: embeddings to semantic IDs",
@@ -180,7 +186,18 @@ def _data_steps(options: QuickstartOptions) -> list[Step]:
         Step(
             "rl-data",
             "RL and evaluation prompts",
-            ["gream", "data", "rl", *where, "--rl-rows", str(RL_ROWS), "--seed", seed],
+            [
+                "gream",
+                "data",
+                "rl",
+                str(options.folder),
+                "--dataset",
+                dataset,
+                "--rl-rows",
+                str(RL_ROWS),
+                "--seed",
+                seed,
+            ],
             [*tables, index],
             prompts,
         ),

@@ -7,7 +7,7 @@ verl itself would cut the head of the conversation off, and through a semantic I
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from verl.utils.tokenizer import normalize_token_ids
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
-from gream_verl.core.prompts import NO_TARGET, NextItemRows, drop_oldest
+from gream_verl.core.prompts import NO_TARGET, TEMPLATES, TrainingTargets, drop_oldest, messages
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import ItemIndex, find_sids
 from gream_verl.core.split import INTERACTIONS, read_interactions, training_parts
@@ -228,3 +228,108 @@ def _columns(files: Sequence[str], prompt_key: str) -> Iterator[tuple[str, list[
 
 def _as_list(files: Any) -> list[str]:
     return [files] if isinstance(files, str) else list(files or [])
+
+
+def _row(
+    source: str,
+    number: int,
+    user: str,
+    past: Sequence[str],
+    item: str,
+    prompt: list[dict[str, str]],
+    mode: Mode,
+    index: ItemIndex,
+) -> dict[str, Any]:
+    """Return a row as verl reads it.
+
+    Args:
+        source: Name of the data set.
+        number: Number of the row.
+        user: User id.
+        past: All items before the target, in time order.
+        item: The target.
+        prompt: The conversation.
+        mode: What the prompt asks for.
+        index: Semantic IDs of the items.
+    """
+    return {
+        "data_source": source,
+        "prompt": prompt,
+        "ability": "recommendation",
+        "reward_model": {"style": "rule", "ground_truth": index.text(item)},
+        "extra_info": {"index": number, "user": user, "item": item, "type": mode, "history": list(past)},
+    }
+
+
+class NextItemRows:
+    """Rows for every target that RL may ask for, made when they are asked for.
+
+    Pass after pass over all targets. The order of a pass and the template of each row depend on seed and pass only, so
+    a run that goes on in the middle of a pass sees what it would have seen.
+
+    Args:
+        source: Name of the data set.
+        sequences: What training may see of every user's items, in time order.
+        index: Semantic IDs of the items.
+        mode: What the prompts ask for.
+        history: Items shown, the most recent ones.
+        templates: Wordings of the user's turn; None for those of the mode.
+        system: The system's turn, "" for none; None for that of the mode.
+        passes: Number of passes.
+        seed: Draws orders and templates.
+        limit: Targets to draw; all when None.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        sequences: Mapping[str, Sequence[str]],
+        index: ItemIndex,
+        *,
+        mode: Mode = "reasoning",
+        history: int = 20,
+        templates: Sequence[str] | None = None,
+        system: str | None = None,
+        passes: int = 1,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self._source = source
+        self._users = list(sequences)
+        self._sequences = list(sequences.values())
+        self.index = index
+        self._mode: Mode = mode
+        self._history = history
+        self._templates = templates or TEMPLATES[mode]
+        self._system = system
+        self._passes = passes
+        self._seed = seed
+        self._targets = TrainingTargets(map(len, self._sequences))
+        self._chosen = np.random.default_rng(seed).permutation(len(self._targets))[:limit]
+        self._pass: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._chosen) * self._passes
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        which, place = divmod(range(len(self))[number], len(self._chosen))
+        targets, templates = self._order(which)
+        users, positions = self._targets.locate(targets[place : place + 1])
+        user, position = int(users[0]), int(positions[0])
+        past, item = self._sequences[user][:position], self._sequences[user][position]
+        shown = "".join(self.index.texts(past[-self._history :]))
+        prompt = messages(shown, self._mode, self._templates[templates[place]], self._system)
+        return _row(self._source, number, self._users[user], past, item, prompt, self._mode, self.index)
+
+    def shortest(self) -> list[list[dict[str, str]]]:
+        """Return the prompt with one item, the longest there is, for every template."""
+        item = max(self.index.sids.values(), key=len)
+        return [messages("".join(item), self._mode, template, self._system) for template in self._templates]
+
+    def _order(self, which: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return target and template of every row of a pass."""
+        if self._pass is None or self._pass[0] != which:
+            generator = np.random.default_rng([self._seed, which])
+            targets = generator.permutation(self._chosen)
+            self._pass = (which, targets, generator.integers(len(self._templates), size=len(targets)))
+        return self._pass[1:]

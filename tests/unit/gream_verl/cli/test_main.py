@@ -62,90 +62,8 @@ def amazon(tmp_path):
 
 
 def prepare(folder, reviews="R.json.gz", metadata="M.json.gz"):
-    return ["data", "prepare", "--source", "amazon2018", "--reviews", folder / reviews, "--metadata", folder / metadata,
-            "--data", folder / "data", "--dataset", "D"]  # fmt: skip
-
-
-def test_the_numbers_of_a_data_set_are_printed(monkeypatch, capsys, amazon):
-    run(monkeypatch, capsys, *prepare(amazon))
-    status, out, _ = run(monkeypatch, capsys, "data", "stats", "--data", amazon / "data", "--dataset", "D")
-    assert status == 0
-    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line.count("│") == 3}
-    assert (rows["users"], rows["items"], rows["interactions"], rows["longest"]) == ("12", "8", "96", "8")
-
-
-def test_a_data_set_goes_through_other_sources_unchanged(monkeypatch, capsys, amazon):
-    assert run(monkeypatch, capsys, *prepare(amazon))[0] == 0
-    made = [(amazon / f"data/D.{kind}.json").read_bytes() for kind in ("inter", "item")]
-    layout = ["--source", "layout", "--inter", amazon / "data/D.inter.json", "--item", amazon / "data/D.item.json"]
-    status, _, err = run(monkeypatch, capsys, "data", "prepare", *layout, "--data", amazon / "again", "--dataset", "D")
-    assert (status, err) == (0, "")
-    assert [(amazon / f"again/D.{kind}.json").read_bytes() for kind in ("inter", "item")] == made
-
-    rows = [f"u{user},i{item},{10 * user + item}" for user in range(12) for item in range(8)]
-    (amazon / "i.csv").write_text("\n".join(["who,item,timestamp", *rows]))
-    (amazon / "m.csv").write_text("\n".join(["item,title", *(f"i{item},Title {item}" for item in range(8))]))
-    table = ["--source", "table", "--inter", amazon / "i.csv", "--item", amazon / "m.csv", "--column", "user=who"]
-    status, _, err = run(monkeypatch, capsys, "data", "prepare", *table, "--data", amazon / "table", "--dataset", "D")
-    assert (status, err) == (0, "")
-    assert (amazon / "table/D.inter.json").read_bytes() == made[0]
-
-
-def test_raw_files_become_a_data_set(monkeypatch, capsys, amazon):
-    status, out, _ = run(monkeypatch, capsys, *prepare(amazon))
-    assert status == 0
-    assert "users" in out
-    assert len(json.loads((amazon / "data" / "D.inter.json").read_text())) == 12
-
-
-def test_a_temporal_split_reaches_the_prompts_and_a_dry_run_writes_nothing(monkeypatch, capsys, amazon):
-    temporal = [*prepare(amazon), "--split", "temporal", "--test-share", "0.2", "--validation-share", "0.35"]
-    status, out, _ = run(monkeypatch, capsys, *temporal, "--dry-run")
-    assert status == 0
-    assert "split kind" in out
-    assert not (amazon / "data").exists()
-    assert run(monkeypatch, capsys, *temporal)[0] == 0
-    split = json.loads((amazon / "data/D.split.json").read_text())
-    assert split["users"]["u0"] == [8, None, None]
-    assert split["users"]["u5"] == [3, 3, None]
-    assert split["users"]["u9"] == [0, None, 5]
-    assert split["users"]["u11"] == [0, None, None]
-    status, _, err = run(monkeypatch, capsys, *temporal, "--test-share", "0.9")
-    assert status == 1
-    assert "leave no training" in err
-
-
-def test_reviews_are_kept_for_the_teacher_but_those_of_held_out_interactions(monkeypatch, capsys, amazon):
-    reviews = [
-        {
-            "reviewerID": f"u{user}",
-            "asin": f"i{item}",
-            "unixReviewTime": item,
-            "reviewText": f"Said by u{user} of {item}",
-        }
-        for user in range(12)
-        for item in range(8)
-    ]
-    write_gzip(amazon / "R.json.gz", reviews)
-    status, out, _ = run(monkeypatch, capsys, *prepare(amazon), "--review-texts", "3")
-    assert status == 0
-    assert "18 reviews of 6 items" in out
-    kept = pl.read_parquet(amazon / "data/D.reviews.parquet")
-    assert set(kept["item"]) == {f"i{item}" for item in range(6)}
-    status, _, err = run(monkeypatch, capsys, "data", "prepare", "--review-texts", "3")
-    assert status == 1
-    assert "--review-texts: does not go with --source movielens" in err
-
-
-def test_too_many_bad_rows_stop_the_run_unless_they_are_allowed(monkeypatch, capsys, amazon):
-    whole = gzip.decompress((amazon / "R.json.gz").read_bytes())
-    (amazon / "R.json.gz").write_bytes(gzip.compress(whole + b"{torn\n" * 10))
-    status, _, err = run(monkeypatch, capsys, *prepare(amazon))
-    assert status == 1
-    assert "the first is row 97 (not an object: '{torn')" in err
-    assert run(monkeypatch, capsys, *prepare(amazon), "--bad-rows", "0.2")[0] == 0
-    rejects = [json.loads(line) for line in (amazon / "data/D.rejects.jsonl").read_text().splitlines()]
-    assert [reject["row"] for reject in rejects] == list(range(97, 107))
+    return ["data", "prepare", folder, "--source", "amazon2018", "--reviews", folder / reviews,
+            "--metadata", folder / metadata, "--dataset", "D"]  # fmt: skip
 
 
 def test_alignment_tasks_alone_go_to_a_file_of_their_own(monkeypatch, capsys, tmp_path):
@@ -187,20 +105,9 @@ def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsy
     [
         (["index", "build", "--data", "nowhere"], "no such file"),
         (["data", "mix", "--data", "nowhere"], "no such file"),
-        (["data", "rl", "--data", "nowhere"], "no such file"),
         (["data", "mix", "--rows", "seqrec"], "--rows 'seqrec': expected NAME=VALUE"),
         (["data", "mix", "--rows", "seqrec=many"], "seqrec=40%"),
         (["data", "tasks", "--rows", "reasoning=5"], "gream data mix"),
-        (["data", "prepare", "--source", "amazon2018"], "--reviews"),
-        (["data", "prepare", "--source", "recbole"], "--inter"),
-        (["data", "prepare", "--source", "amazon2023", "--reviews", "r"], "--source amazon2023 needs --metadata FILE"),
-        (["data", "prepare", "--source", "table", "--inter", "i", "--item", "m", "--column", "user"], "NAME=VALUE"),
-        (["data", "prepare", "--source", "layout", "--inter", "i", "--column", "user=x"], "--column: does not go with"),
-        (["data", "prepare", "--source", "layout", "--inter", "i", "--split", "temporal"], "whose files hold no times"),
-        (
-            ["data", "prepare", "--source", "layout", "--inter", "D.inter.json", "--data", ".", "--dataset", "D"],
-            "D.inter.json: would be overwritten",
-        ),
         (["model", "tiny", "--data", "nowhere"], "gream index build"),
         (["model", "extend", "--base", "x", "--index", "nowhere.json", "--output", "y"], "gream index build"),
         (["evaluate", "--model", "nowhere"], "neither"),
