@@ -280,7 +280,7 @@ def test_config_and_recipe_name_the_run_of_their_model(model):
     assert yaml.safe_load(recipe)["gream"]["run"] == folder
 
 
-@pytest.mark.parametrize(("choices", "table"), [(cli_model.Initialisation, ROWS), (cli.Trained, PROFILES)])
+@pytest.mark.parametrize(("choices", "table"), [(cli_model.Initialisation, ROWS)])
 def test_choices_are_those_of_their_table(choices, table):
     assert {choice.value for choice in choices} == set(table)
 
