@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from rich.console import Group
 from rich.text import Text
 
-from data_processing.sft.training import LEGEND, draw_loss, draw_tasks, has_curves, summary, task_rows
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json, write_text
 from gream_verl.core.semantic_ids import ItemIndex, parse_token
@@ -57,8 +56,7 @@ class RunRecord:
         titles: Item to title.
         prompts: Reasoning prompts of the users, for the examples.
         examples: Name in ``results`` of the reasoning evaluation whose users are shown.
-        sft_log: Rows of ``read_sft_log``; drawn when there is no ``training``.
-        training: What `gream sft report` told of SFT, its ``training.json``; empty when it was not called.
+        sft_log: Rows of ``read_sft_log``.
         srpo_log: Rows of ``read_srpo_log``.
         tasks: Task of every SFT row, in the order of training; empty when not known.
         details: Heading to names and values: settings, versions, seeds, timings, memory.
@@ -72,7 +70,6 @@ class RunRecord:
     prompts: Sequence[Prompt]
     examples: str | None = None
     sft_log: Sequence[Mapping[str, float]] = ()
-    training: Mapping[str, Any] = field(default_factory=dict)
     srpo_log: Sequence[Mapping[str, float]] = ()
     tasks: Sequence[str] = ()
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -102,7 +99,6 @@ def write_report(folder: str | os.PathLike[str], record: RunRecord, *, users: in
         protocol={key.replace("_", " "): plain(value) for key, value in merged_protocol(summary["results"]).items()},
         breakdown=_breakdown(summary["results"]),
         curves=_curves(record),
-        training=_training(record.training) if record.training else None,
         balance=_balance(record.index),
         curriculum=_curriculum(record.tasks) if record.tasks else None,
         examples=_examples(record, users, seed),
@@ -258,14 +254,8 @@ def _readable(text: str, record: RunRecord) -> str:
 def _curves(record: RunRecord) -> list[Markup]:
     """Return the pictures of SFT and SRPO that there are data for."""
     pictures = []
-    if record.training:
-        drawings = [("SFT: loss", draw_loss), ("SFT: loss by task", draw_tasks)]
-        for title, draw in drawings if has_curves(record.training) else drawings[:1]:
-            figure, axes = new_axes(title, "step", "nats a token")
-            draw(axes, record.training)
-            pictures.append(_svg(figure, title))
     wanted = [
-        ("SFT: loss", [] if record.training else record.sft_log, r"loss", "loss"),
+        ("SFT: loss", record.sft_log, r"loss", "loss"),
         ("SRPO: mean reward of rollouts", record.srpo_log, r"critic/(rewards|score)/mean", "RSVR"),
         ("SRPO: mean reward on validation", record.srpo_log, r"val-(core|aux)/.*/reward/mean@\d+", "RSVR"),
         ("SRPO: response length", record.srpo_log, r"response_length/mean", "tokens"),
@@ -280,12 +270,6 @@ def _curves(record: RunRecord) -> list[Markup]:
         axes.plot(*zip(*points, strict=True), color=BLUE, linewidth=1.4, marker="." if len(points) < 40 else "")
         pictures.append(_svg(figure, title))
     return pictures
-
-
-def _training(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the table of SFT's tasks, and sentences below it."""
-    header, *rows = task_rows(training)
-    return {"header": header, "rows": rows, "sentences": [summary(training), *training["remarks"]], "legend": LEGEND}
 
 
 def _balance(index: ItemIndex) -> Markup:

@@ -248,7 +248,6 @@ def report_run(run: Path, dataset: str) -> None:
         prompts=prompts,
         examples="SRPO, reasoning",
         sft_log=read_sft_log(run / "sft"),
-        training=read_json(told) if (told := run / "sft" / "training.json").is_file() else {},
         srpo_log=read_srpo_log(sorted(run.glob("srpo/logs/*/gream/srpo.jsonl"))),
         tasks=pl.read_parquet(data / f"{dataset}-mix.parquet", columns=["task"])["task"].to_list(),
         details=_details(run),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_processing.sft.checkpoints import drop_torn_checkpoints
+from gream_verl.core.checkpoints import drop_torn_checkpoints
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 from gream_verl.pipeline.steps import Step
@@ -20,8 +20,6 @@ from gream_verl.pipeline.steps import Step
 DEFAULT_DATASET = "ml-100k"
 AMAZON = ("amazon2014", "amazon2018", "amazon2023")
 SOURCES = ("movielens", *AMAZON)
-TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
-"""SFT rows of each task that the tiny model sees, once."""
 RL_ROWS = 4000
 """RL prompts kept: more than an SRPO run on a CPU gets through."""
 
@@ -167,7 +165,7 @@ def _data_steps(options: QuickstartOptions) -> list[Step]:
     prompts = [data / f"{dataset}-{part}.parquet" for part in ("rl", "val", "test")]
     model = options.folder / "model"
     weights = [model / "model.safetensors"]
-    mixed = ["gream", "data", "mix", *where, *options.profile.mix, "--seed", seed]
+    mixed = ["gream", "data", "mix", str(options.folder), "--dataset", dataset, *options.profile.mix, "--seed", seed]
     steps = [
         Step(
             "data",
@@ -286,13 +284,6 @@ def _training_steps(options: QuickstartOptions) -> list[Step]:
             before=partial(drop_torn_checkpoints, folder / "sft"),
             timeout=options.profile.timeout,
             logged=True,
-        ),
-        Step(
-            "sft-report",
-            "SFT: loss of each task, lengths, speed",
-            ["gream", "sft", "report", str(sft_config), *overrides],
-            [weights, *trained[:2]],
-            [folder / "sft" / "training.json"],
         ),
         _evaluation_step(options, "sft"),
         Step(

@@ -102,7 +102,6 @@ def test_the_house_keeps_its_rooms_apart():
                     "gream_verl.core.files",
                     "gream_verl.core.prompts",
                     "gream_verl.core.semantic_ids",
-                    "data_processing.sft.row_lengths",
                     "gream_verl.core.split",
                     "data_processing.sources.wheels",
                 ), f"{path}: {line}"

@@ -203,25 +203,6 @@ def test_a_report_without_training_data_is_still_written(record: RunRecord, tmp_
     assert page.tags.count("svg") == 1
 
 
-def test_the_loss_of_each_task_is_drawn_and_tabled_when_sft_was_reported(record: RunRecord, tmp_path: Path) -> None:
-    curve = {"steps": [1, 9, 20], "losses": [7.5, None, 2.25], "standard_errors": [0.25, 2.0, None]}
-    nothing: dict[str, list[float]] = {"steps": [], "losses": [], "standard_errors": []}
-    sizes = {"rows": 50, "tokens": 2_000_000, "supervised_tokens": 1500, "cut": 1, "shortened": 5, "left_out": None}
-    training = {
-        "steps": 20, "epochs": 1.0, "tokens": 7000, "minutes": 0.5, "tokens_per_second": 233.0, "padding": 0.25,
-        "memory_gb": None, "loss": {"steps": [*range(1, 21)], "losses": [2.0] * 20}, "remarks": [DIRTY],
-        "evaluation": {"held out": {"steps": [10, 20], "losses": [3.0, 2.5]}},
-        "tasks": {"reasoning": {**sizes, "curve": curve}, DIRTY: {**sizes, "curve": nothing}},
-    }  # fmt: skip
-    write_report(tmp_path, replace(record, training=training))
-    page, html = read_page(tmp_path)
-    assert page.tags.count("svg") == 6  # as without, and the loss by task
-    assert "eval: held out" in html
-    shown = " ".join("".join(page.text).split())
-    assert "reasoning502.00M1.5k7.50±.252.2510.0%–2.0%" in shown.replace(" ", "")
-    assert f"7,000 tokens in 0.5 minutes, 233 tokens a second; padding 25.0% of what was computed. {DIRTY}" in shown
-
-
 def test_logs_of_both_frameworks_are_read(tmp_path: Path) -> None:
     state = {"log_history": [{"step": 10, "loss": 2.5, "epoch": 0.1}, {"step": 20, "train_runtime": 3.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))

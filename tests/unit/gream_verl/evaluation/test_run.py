@@ -8,7 +8,7 @@ from small_data import make_data
 from transformers import AutoTokenizer
 
 from data_processing.rl import write_prompts
-from data_processing.sft.mix import write_mix
+from data_processing.sft.mix import MixOptions, write_mix
 from gream_verl.cli import evaluate as cli_evaluate
 from gream_verl.cli.main import main as cli
 from gream_verl.core.errors import InputError
@@ -24,7 +24,7 @@ from gream_verl.pipeline.steps import Pipeline, Step
 def run(tmp_path):
     """A run whose trainings and evaluations are done."""
     folder = make_data(tmp_path / "data", users=40)
-    write_mix(folder, rows={"seqrec": 50, "reasoning": 20}, seed=0)
+    write_mix(folder, MixOptions({"seqrec": 50, "reasoning": 20}))
     write_prompts(folder, seed=0)
     test = pl.read_parquet(folder.test).unnest("extra_info")
     users = test.filter(type="reasoning").select("user", "item").rows()
