@@ -136,10 +136,9 @@ def test_vllm_on_a_cpu_keeps_the_weights_of_linear_layers(monkeypatch):
 
 @cpu_only
 def test_both_registries_know_the_hugging_face_rollout():
+    from gream_verl.cpu.hf_rollout import HFReplica, HFServerAdapter
     from verl.workers.rollout.base import get_rollout_class
     from verl.workers.rollout.replica import RolloutReplicaRegistry
-
-    from gream_verl.cpu.hf_rollout import HFReplica, HFServerAdapter
 
     assert get_rollout_class("hf_cpu", "async") is HFServerAdapter
     assert RolloutReplicaRegistry.get("hf_cpu") is HFReplica
@@ -156,9 +155,8 @@ def test_sampling_keeps_the_smallest_set_that_reaches_top_p():
 
 
 def make_server(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from gream_verl.cpu.hf_rollout import HFServer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     make_tiny_model(folder, make_index())
     tokenizer = AutoTokenizer.from_pretrained(folder)
