@@ -1,4 +1,4 @@
-"""Whether verl and vLLM still need what ``gream_verl.cpu`` does: a test that fails names a file that can go.
+"""Proof that verl and vLLM still need the parts of ``gream_verl.cpu``: a test that fails names a file that can go.
 
 The facts come from processes of their own: verl without any plugin, and verl with ours where torch says it was built
 for CUDA. Both must be the same, for the platform has to be inert there.
@@ -44,9 +44,6 @@ facts["pins"] = "CPUOffloadPolicy(pin_memory=True)" in inspect.getsource(transfo
 
 from verl.workers.engine.base import EngineRegistry
 facts["engine_devices"] = sorted(map(str, EngineRegistry._engines["language_model"]["fsdp2"]))
-
-from verl.workers.rollout.base import _ROLLOUT_REGISTRY
-facts["rollouts"] = sorted(name for name, _ in _ROLLOUT_REGISTRY)
 
 from verl.utils import distributed
 facts["process_group"] = distributed.initialize_global_process_group_ray.__module__
@@ -115,11 +112,6 @@ def test_fsdp_verl_pins_memory_and_torch_cannot_without_an_accelerator(stock):
 
 def test_log_probs_verl_loops_over_rows(stock):
     assert "for " in stock["log_probs"]
-
-
-def test_hf_rollout_verl_has_none(stock):
-    assert "vllm" in stock["rollouts"]
-    assert not [name for name in stock["rollouts"] if "hf" in name]
 
 
 def test_vllm_distribution_the_cpu_wheel_has_another_name(stock):
