@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.errors import InputError
@@ -61,6 +61,7 @@ REWARDS = st.sampled_from([0.0, 0.5, 0.7071, 0.866, 0.95, 0.9995, 1.0])
 GROUPS = st.lists(st.lists(REWARDS, min_size=1, max_size=20), min_size=1, max_size=6)
 
 
+@settings(max_examples=30)
 @given(GROUPS, st.integers(1, 8), st.sampled_from([0.0, 0.5, 1.0]), st.randoms(use_true_random=False))
 def test_groups_of_unequal_size_agree_with_the_slow_definition(groups, k, weight, random):
     rows = [(number, reward) for number, group in enumerate(groups) for reward in group]
@@ -72,6 +73,7 @@ def test_groups_of_unequal_size_agree_with_the_slow_definition(groups, k, weight
         assert computed[members].tolist() == pytest.approx(expected, abs=1e-6, rel=1e-6)
 
 
+@settings(max_examples=30)
 @given(GROUPS, st.integers(1, 8))
 def test_every_advantage_is_finite_and_every_group_of_several_sums_to_zero(groups, k):
     rewards = [reward for group in groups for reward in group]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import verl  # noqa: F401  loads the plugin
+import verl  # loads the plugin
 from assets import make_index, make_tokenizer, rl_rows, write_rl_files
 from omegaconf import OmegaConf
 
@@ -163,12 +165,12 @@ def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(
 
 
 def test_a_key_that_verl_no_longer_reads_is_refused_before_any_model_is_built(tmp_path, tokenizer):
-    from hydra import compose, initialize_config_module
     from verl.trainer.ppo.utils import create_rl_dataset
 
     path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 4))
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        run = compose("ppo_trainer", ["+recipe=gream_srpo_cpu", "reward_model.reward_manager=dapo", "gream.index=null"])
+    run = OmegaConf.load(Path(verl.__file__).parent / "trainer/config/legacy_reward_impl.yaml")
+    run.data = config(tmp_path, custom_cls={"path": "pkg://gream_verl.plugin.dataset", "name": "SemanticIdDataset"})
+    run.reward_model.reward_manager = "dapo"
     with pytest.raises(InputError, match=r"reward_model\.reward_manager: .*set reward\.reward_manager\.name instead"):
         create_rl_dataset(path, run.data, tokenizer, None)
     run.reward_model.reward_manager = None

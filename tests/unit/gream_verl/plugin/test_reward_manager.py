@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import shlex
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import verl  # noqa: F401  loads the plugin
-import yaml
 from assets import make_index, make_tokenizer, reasoning_response
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
 from transformers import AutoTokenizer
@@ -34,9 +33,9 @@ PAGE = (Path(__file__).parents[4] / "docs/reward.md").read_text()
 
 
 @cache
-def recipe(*overrides: str) -> DictConfig:
+def recipe() -> DictConfig:
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", list(overrides))
+        return compose("ppo_trainer", ["+recipe=gream_srpo_cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +58,13 @@ def make_manager(run, tokenizer, tmp_path, monkeypatch):
     """Return a function from overrides to the reward manager that verl loads; the working directory is empty."""
     monkeypatch.chdir(tmp_path)
 
-    def make(*overrides: str, command: Sequence[str] = ("+recipe=gream_srpo_cpu",), **options: str) -> Any:
-        config = copy.deepcopy(recipe(*command))  # composed once each: the slow part
-        for override in (f"gream.run={run}", "gream.dataset=tiny", *overrides):
-            key, _, value = override.partition("=")
-            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+    def make(*overrides: str, **options: str) -> Any:
+        config = copy.deepcopy(recipe())
+        parsed = OverridesParser.create().parse_overrides([f"gream.run={run}", "gream.dataset=tiny", *overrides])
+        for override in parsed:
+            known = OmegaConf.select(config, override.key_or_group, default=parsed) is not parsed
+            assert known or override.is_add(), f"hydra wants a + before {override.key_or_group}"
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
         return load_reward_manager(config, tokenizer, **options)
 
     return make
@@ -122,7 +123,7 @@ def test_a_truth_that_no_response_can_hold_is_named(make_manager, tokenizer, tru
 
 
 def test_binary_pays_exact_answers_only_and_the_mode_is_an_option(make_manager, tokenizer):
-    manager = make_manager("reward.reward_kwargs.rsvr.binary=true", "reward.reward_kwargs.rsvr.mode=direct")
+    manager = make_manager("+reward.reward_kwargs.rsvr.binary=true", "reward.reward_kwargs.rsvr.mode=direct")
     assert score(manager, row(tokenizer, TRUTH))["reward_score"] == 1
     result = score(manager, row(tokenizer, CLOSE))
     assert result["reward_score"] == 0
@@ -133,22 +134,22 @@ def test_binary_pays_exact_answers_only_and_the_mode_is_an_option(make_manager, 
     ("overrides", "message"),
     [
         (["reward.reward_kwargs.rsvr.format=loose"], r"reward\.reward_kwargs\.rsvr\.format"),
-        (["reward.reward_kwargs.rsvr.strict=true"], r"reward\.reward_kwargs\.rsvr\.strict"),
-        (["reward.reward_kwargs.rsvr.overlong={max_length: 8, buffer: 9}"], r"rsvr\.overlong: .*buffer 9 is longer"),
-        (["reward.reward_kwargs.rsvr.overlong={max_length: 8}"], r"rsvr\.overlong\.buffer: Field required"),
+        (["+reward.reward_kwargs.rsvr.strict=true"], r"reward\.reward_kwargs\.rsvr\.strict"),
+        (["+reward.reward_kwargs.rsvr.overlong={max_length:8,buffer:9}"], r"rsvr\.overlong: .*buffer 9 is longer"),
+        (["+reward.reward_kwargs.rsvr.overlong={max_length:8}"], r"rsvr\.overlong\.buffer: Field required"),
         (["gream.index=nowhere.json"], "nowhere.json: no such file"),
         (["gream.index=null", "reward.reward_kwargs.rsvr.require_valid_item=true"], "needs .*index_file"),
         (["reward.reward_model.enable=true", "reward.reward_model.model_path=${gream.model}"], "reward_model.enable"),
         (
-            ["reward.reward_kwargs.rsvr.binary=true", "reward.custom_reward_function.path=${gream.run}/mine.py"],
+            ["+reward.reward_kwargs.rsvr.binary=true", "reward.custom_reward_function.path=${gream.run}/mine.py"],
             "binary: has no effect next to reward.custom_reward_function",
         ),
-        (["reward.reward_kwargs.overlong_buffer_cfg.enable=true"], r"set reward\.reward_kwargs\.rsvr\.overlong"),
+        (["+reward.reward_kwargs.overlong_buffer_cfg.enable=true"], r"set reward\.reward_kwargs\.rsvr\.overlong"),
         (["custom_reward_function.path=mine.py"], r"path: .*set reward\.custom_reward_function\.path"),
-        (["custom_reward_function.reward_kwargs.a=1"], r"set reward\.custom_reward_function\.reward_kwargs"),
+        (["+custom_reward_function.reward_kwargs.a=1"], r"set reward\.custom_reward_function\.reward_kwargs"),
         (["reward_model.enable=true"], r"reward_model\.enable: .*set reward\.reward_model\.enable"),
         (["reward_model.reward_manager=dapo"], r"reward_manager: .*set reward\.reward_manager\.name"),
-        (["reward_model.reward_kwargs.max_resp_len=9"], r"reward_kwargs: .*set reward\.reward_kwargs"),
+        (["+reward_model.reward_kwargs.max_resp_len=9"], r"reward_kwargs: .*set reward\.reward_kwargs"),
         (["reward_model.model.path=x"], r"reward_model\.model: .*set reward\.reward_model\.model_path"),
         (["reward_model.rollout.name=vllm"], r"rollout: .*set reward\.reward_model\.rollout"),
         (["sandbox_fusion.url=x"], r"sandbox_fusion\.url: .*set reward\.sandbox_fusion\.url"),
@@ -185,8 +186,8 @@ def test_a_custom_function_gets_verls_arguments_and_decides_the_score(make_manag
         make_manager,
         "def judge(**arguments):\n    seen.append(arguments)\n    return 0.25\nseen = []\n",
         "reward.custom_reward_function.name=judge",
-        "reward.custom_reward_function.reward_kwargs.scale=3",
-        "reward.reward_kwargs.rsvr.overlong={max_length: 1, buffer: 1, factor: 0}",
+        "+reward.custom_reward_function.reward_kwargs.scale=3",
+        "+reward.reward_kwargs.rsvr.overlong={max_length:1,buffer:1,factor:0}",
     )
     response = reasoning_response(TRUTH) + " \u00e9\u732b"  # letters of several tokens
     result = score(manager, row(tokenizer, response, user="u"))
@@ -235,7 +236,9 @@ def examples() -> dict[str, tuple[str, list[str]]]:
     for name, code, command in re.findall(part, PAGE.replace("\\\n", ""), re.MULTILINE | re.DOTALL):
         block = block if command else (name, code)
         if command:
-            found[block[0]] = block[1], shlex.split(command)
+            base, *overrides = shlex.split(command)
+            assert base == "+recipe=gream_srpo_cpu"
+            found[block[0]] = block[1], overrides
     return found
 
 
@@ -261,7 +264,7 @@ def test_the_examples_of_the_page_do_what_it_says(make_manager, tokenizer, name,
     code, overrides = EXAMPLES[name]
     if name:
         Path(name).write_text(code)
-    result = score(make_manager(command=tuple(overrides)), row(tokenizer, response))
+    result = score(make_manager(*overrides), row(tokenizer, response))
     assert result["reward_score"] == pytest.approx(reward)
     assert detail.items() <= result["reward_extra_info"].items()
 
