@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     from gream_verl.core.semantic_ids import ItemIndex
     from gream_verl.core.token_text import TokenText
     from gream_verl.cpu import is_active
-    from gream_verl.cpu.environment import set_defaults
+    from gream_verl.core.cpu_environment import set_defaults
 
     if is_active():
         set_defaults()

@@ -1,4 +1,4 @@
-"""Options out of a run's configuration; a wrong one ends in a sentence that names its key."""
+"""Options from a run's configuration; an error names the key."""
 
 from __future__ import annotations
 
@@ -17,12 +17,7 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | None) -> Options:
-    """Return the options that a node of the configuration holds.
-
-    Args:
-        model: What may stand there; should forbid other keys.
-        node: Full name of the node, for messages.
-        given: The node itself, None for an empty one.
+    """Return the options that a node of the configuration holds: ``given``, whose full name is ``node``.
 
     Raises:
         InputError: When a key is missing, unknown or has a wrong value; the message names it.

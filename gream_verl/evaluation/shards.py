@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from gream_verl.core.errors import InputError
-from gream_verl.cpu.environment import set_defaults
+from gream_verl.core.cpu_environment import set_defaults
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")

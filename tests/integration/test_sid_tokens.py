@@ -224,7 +224,7 @@ def test_vllm_keeps_an_item(folder: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     import torch
 
-    from gream_verl.cpu.environment import set_defaults
+    from gream_verl.core.cpu_environment import set_defaults
 
     if not torch.cuda.is_available():
         set_defaults()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
-from gream_verl.cpu.environment import set_defaults
 from gream_verl.evaluation.shards import in_shards
 
 Worker = Callable[[int], tuple[int, int]]
