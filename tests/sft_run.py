@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from process_tree import ProcessTree
 from small_data import make_data
 
 from data_processing.sft.mix import write_mix
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.model.tiny_model import make_tiny_model, read_sft_texts
-from gream_verl.pipeline.steps import ProcessTree, environment
+from gream_verl.pipeline.runner import environment
 
 CONFIG = Path(__file__).parents[1] / "sft_configs" / "tiny_cpu.yaml"
 RECORDER = Path(__file__).with_name("sft_recorder.py")

