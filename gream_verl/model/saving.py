@@ -23,6 +23,8 @@ def new_folder(output: Path, command: str, inputs: Iterable[str | Path] = (), *,
         InputError: When ``output`` is one of ``inputs``, cannot be written or holds files; files of the same
             ``command`` may be replaced with ``replace``.
     """
+    from safetensors import SafetensorError
+
     output, marker = output.resolve(), output.resolve() / MARKER
     if output == Path.cwd() or output in [Path(path).resolve() for path in inputs]:
         raise InputError(f"{output}: is an input of this command or the current folder; choose another folder")
@@ -41,16 +43,12 @@ def new_folder(output: Path, command: str, inputs: Iterable[str | Path] = (), *,
             if output.exists():
                 output.rename(Path(work, "old"))
             new.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{output}: cannot be written ({error}); free some space or choose another folder") from error
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, base: str | Path | None = None) -> None:
-    """Save a model and its tokenizer, and the generation config of ``base`` byte for byte.
-
-    transformers loads generation configs that it refuses to save.
-    """
-    from safetensors import SafetensorError
+    """Save a model and its tokenizer; copy the generation config of ``base``, which transformers may refuse to save."""
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
@@ -58,10 +56,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, base: str | Path | None
     kept = base and cached_file(base, name, _raise_exceptions_for_missing_entries=False)
     if kept:
         model.generation_config = GenerationConfig()
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:
-        raise OSError(error) from error
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if kept:
         shutil.copyfile(kept, folder / name)

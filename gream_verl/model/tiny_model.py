@@ -33,7 +33,8 @@ def read_sft_texts(mix: Path) -> Iterator[str]:
     """Yield every text of an SFT file: system prompts and turns."""
     import polars as pl
 
-    rows = pl.read_parquet(require_file(mix, "make it with `gream data mix`"), columns=["conversations", "system"])
+    require_file(mix, "make it with `gream data mix`")
+    rows = pl.read_parquet(mix, columns=["conversations", "system"], glob=False)
     for row in rows.iter_rows(named=True):
         yield row["system"]
         yield from (turn["value"] for turn in row["conversations"])

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Rows = Literal["distribution", "mean"]
 REASONING_TOKENS = ("<think>", "</think>")
 NOISE = 0.1
-LARGEST_MULTIPLE, LEAST_MULTIPLE, DEFAULT_MULTIPLE = 128, 8, 64
 RECORD = "semantic_ids.json"
 """File of a checkpoint that says what was added to its base."""
 
@@ -87,15 +86,13 @@ def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, index: ItemIndex) -> list
 
 
 def padding_multiple(rows: int) -> int:
-    """Return the multiple to which an embedding of ``rows`` rows is padded: the largest power of two up to 128.
-
-    Less than 8 is chance, not padding. Such a base gets 64, which suits the matrix units of every GPU.
+    """Return the largest power of two up to 128 that divides ``rows``, or 64 where it is below 8, which is chance.
 
     >>> padding_multiple(151_936), padding_multiple(32_008), padding_multiple(50_257)
     (128, 8, 64)
     """
-    multiple = min(rows & -rows, LARGEST_MULTIPLE)
-    return multiple if multiple >= LEAST_MULTIPLE else DEFAULT_MULTIPLE
+    multiple = min(rows & -rows, 128)
+    return multiple if multiple >= 8 else 64
 
 
 def draw_rows(weight: torch.Tensor, trained: int, first: int, seed: int, kind: Rows) -> None:

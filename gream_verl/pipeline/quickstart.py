@@ -104,10 +104,10 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
     root, data, profile = run.root, run.data, PRETRAINED if options.base else TINY
     config, (sft, srpo) = config_file(profile.config), _overrides(options, profile, run)
     seed = f"--seed {options.seed}" if options.seed else ""
-    evaluation = f"{profile.evaluation} {seed}"
-    given = {"--reviews": options.reviews, "--metadata": options.metadata}
-    raw = {option: path for option, path in given.items() if path}
-    files_of = " ".join(f"{option} {quote(str(path))}" for option, path in raw.items())
+    evaluate, chains, stamp = f"gream evaluate {root}", f"{profile.evaluation} {seed}", stamp_file(root, "srpo")
+    amazon = {"--reviews": options.reviews, "--metadata": options.metadata}
+    raw = [path for path in amazon.values() if path]
+    given = " ".join(f"{option} {quote(str(path))}" for option, path in amazon.items() if path)
     base = [Path(options.base)] if options.base and Path(options.base).is_dir() else []
 
     # files that several steps make or read
@@ -128,24 +128,14 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
     train_srpo = f"python -m verl.trainer.main_ppo +recipe={profile.recipe} {srpo}"
     prompts, latest = [data.rl, data.val, data.index], run.srpo / "latest_checkpointed_iteration.txt"
     return [
-        Step("data", f"gream data prepare {root} --source {options.source} {files_of}", list(raw.values()), tables),
+        Step("data", f"gream data prepare {root} --source {options.source} {given}", raw, tables),
         Step("index", f"gream index build {root} {seed}", tables, [data.index]),
         Step("rl-data", f"gream data rl {root} --rl-rows 4000 {seed}", [*tables, data.index], [data.rl, data.test]),
         *model_and_rows,
         Step("sft", train_sft, [config, *rows, run.model], [trained], checkpoints=run.sft),
-        Step(
-            "evaluate-sft",
-            f"gream evaluate {root} {run.sft} {evaluation}",
-            [trained, *tests],
-            [results / "sft-direct.json"],
-        ),
+        Step("evaluate-sft", f"{evaluate} {run.sft} {chains}", [trained, *tests], [results / "sft-direct.json"]),
         Step("srpo", train_srpo, [*prompts, run.sft, recipe_folder()], [latest], checkpoints=run.srpo),
-        Step(
-            "evaluate-srpo",
-            f"gream evaluate {root} {run.srpo} {evaluation}",
-            [stamp_file(root, "srpo"), *tests],
-            [results / "srpo-direct.json"],
-        ),
+        Step("evaluate-srpo", f"{evaluate} {run.srpo} {chains}", [stamp, *tests], [results / "srpo-direct.json"]),
         Step("report", f"gream report {root}", [results], [run.report, root / "metrics.json"]),
     ]
 

@@ -27,8 +27,6 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.files import fingerprint, hold, read_json, require_file, write_json
 
 LOG_TAIL = 25
-PR_SET_PDEATHSIG = 1
-"""Of linux/prctl.h: the signal that a child gets when its parent dies."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _execute(step: Step, log: Path, console: Console) -> None:
             stderr=output if logged else None,
             env=environment(),
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG: end with the parent
         )
         try:
             while process.poll() is None and time.monotonic() < deadline:
@@ -136,10 +134,6 @@ def _execute(step: Step, log: Path, console: Console) -> None:
     reason = f"took more than {step.timeout:.0f} s and was stopped" if code is None else reason
     tail = [*log_lines(log)[-LOG_TAIL:], f"the whole log is {log}"] if logged else []
     raise InputError("\n".join([*tail, f"step {step.name!r} {reason}; earlier steps are kept"]))
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def environment() -> dict[str, str]:
