@@ -30,7 +30,7 @@ RECORD = "semantic_ids.json"
 def sid_token_ids(
     tokenizer: PreTrainedTokenizerBase, index: ItemIndex, model: str = "the model", rows: int | None = None
 ) -> dict[str, int]:
-    """Return the token id of every SID token of ``index``, checked by :func:`token_ids`."""
+    """Return the token id of every SID token of ``index``, as :func:`token_ids` does."""
     return token_ids(tokenizer, index.tokens, model, rows)
 
 
@@ -60,12 +60,12 @@ def token_ids(
         number = vocabulary.get(token, -1)
         faults = {
             "not in the tokenizer": number < 0,
-            "a special token, which vanishes from decoded text": number in special,
+            "special tokens, which vanish from decoded text": number in special,
             "not read as one token": own != [number],
             f"beyond the {rows} rows of the model": rows is not None and number >= rows,
         }
         for fault in (name for name, found in faults.items() if found):
-            raise InputError(f"{model}: SID token {token} is {fault}; make the model with `gream model extend`")
+            raise InputError(f"{model}: some SID tokens, such as {token}, are {fault}; run `gream model extend`")
     return {token: vocabulary[token] for token in tokens}
 
 

@@ -122,7 +122,7 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
         model_and_rows = [
             Step("model", extend, [*base, data.index], [weights]),
             Step("sft-data", f"{mix.command} --tokenizer {run.model}", [*mix.reads, weights], rows),
-            Step("sft-check", f"gream sft check {config} {sft}", [config, *rows, run.model]),
+            Step("sft-check", f"gream sft check {config} {sft}", [config, *rows, run.model], checkpoints=run.sft),
         ]
     train_sft = f"llamafactory-cli train {config} {sft}"
     train_srpo = f"python -m verl.trainer.main_ppo +recipe={profile.recipe} {srpo}"

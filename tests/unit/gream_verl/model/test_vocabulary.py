@@ -276,14 +276,14 @@ def test_the_chat_template_is_that_of_llamafactory():
 def test_sid_tokens_that_are_not_one_ordinary_token_with_a_row_are_refused(files):
     tokenizer = qwen_tokenizer()
     ids = tokenizer.encode("Fargo", add_special_tokens=False)
-    with pytest.raises(InputError, match=r"<\|a_1\|> is not in the tokenizer; .*gream model extend"):
+    with pytest.raises(InputError, match=r"<\|a_1\|>, are not in the tokenizer; .*gream model extend"):
         sid_token_ids(tokenizer, INDEX)
     tokenizer.add_tokens([AddedToken("<|a_1|>", special=True), AddedToken("<|a_2|>"), AddedToken("<|b_1|>")])
     assert token_ids(tokenizer, ["<|a_2|>"], rows=len(tokenizer)).keys() == {"<|a_2|>"}
     assert token_ids(tokenizer, ["<|a_1|>"], allow_special=True).keys() == {"<|a_1|>"}
-    with pytest.raises(InputError, match=r"<\|a_1\|> is a special token"):
+    with pytest.raises(InputError, match=r"<\|a_1\|>, are special tokens"):
         token_ids(tokenizer, ["<|a_2|>", "<|a_1|>"])
-    with pytest.raises(InputError, match=r"<\|b_1\|> is beyond the \d+ rows"):
+    with pytest.raises(InputError, match=r"<\|b_1\|>, are beyond the \d+ rows"):
         token_ids(tokenizer, ["<|a_2|>", "<|b_1|>"], rows=len(tokenizer) - 1)
     backend = Tokenizer(models.WordLevel({"<": 0, "|": 1, "<|c_1|>": 2}, unk_token="<"))
     backend.pre_tokenizer = pre_tokenizers.Punctuation()
@@ -293,5 +293,5 @@ def test_sid_tokens_that_are_not_one_ordinary_token_with_a_row_are_refused(files
 
     base, index, output = files
     tokenizer.save_pretrained(base)
-    with pytest.raises(InputError, match="a special token"):
+    with pytest.raises(InputError, match="are special tokens"):
         extend_checkpoint(base, index, output, grow=True)
