@@ -266,5 +266,6 @@ def _details(run: Path) -> dict[str, dict[str, Any]]:
     steps = {}
     for stamp in sorted((run / ".steps").glob("*.json"), key=lambda path: path.stat().st_mtime):
         kept = read_json(stamp)
-        steps[stamp.stem] = f"{kept['seconds']:.0f} s, {kept['memory'] / 2**30:.1f} GiB at most"
+        if "seconds" in kept:
+            steps[stamp.stem] = f"{kept['seconds']:.0f} s"
     return {"Steps": steps, "Versions": versions}

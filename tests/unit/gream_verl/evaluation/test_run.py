@@ -17,7 +17,7 @@ from gream_verl.core.semantic_ids import ItemIndex, parse_token
 from gream_verl.evaluation.prompts import make_prompts
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.run import report_run, resolve_model
-from gream_verl.pipeline.steps import Pipeline, Step
+from gream_verl.pipeline.runner import Step, run_steps
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def run(tmp_path):
 
 
 def test_a_report_is_made_of_a_run_that_the_pipeline_ran(run):
-    Pipeline(run).run([Step("idle", "Idle", ["true"])])
+    run_steps(run, [Step("idle", "true")], Console(quiet=True))
     report_run(run, "small")
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics["results"]) == [
