@@ -10,10 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from assets import make_index, make_tiny_model
+from evaluation_files import write_prompts
 
 from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
+from gream_verl.evaluation.direct import evaluate_direct
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.shards import in_shards
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 Worker = Callable[[int], tuple[int, int]]
 
@@ -65,7 +73,7 @@ def test_every_piece_is_done_once_by_as_many_processes_as_asked(count: int, shar
 
 
 @pytest.mark.usefixtures("started")
-def test_a_worker_that_is_killed_is_started_anew_and_nothing_is_lost(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
     found = results(squares(tmp_path), 10, 2)
     assert (tmp_path / "killed").exists()
     assert sorted(square for square, _ in found.values()) == [number * number for number in range(10)]
@@ -78,6 +86,21 @@ def test_an_error_of_a_worker_is_the_sentence_it_is(shards: int) -> None:
         results(squares(), 15, shards)
     with pytest.raises(LookupError, match="16"):
         list(in_shards(squares(), [16, 16], shards))
+
+
+@pytest.mark.usefixtures("started")
+def test_the_number_of_shards_changes_no_row(tmp_path: Path) -> None:
+    index = make_index()
+    index.save(tmp_path / "tiny.index.json")
+    model = make_tiny_model(tmp_path / "model", index)
+    file, options = write_prompts(tmp_path / "tiny-test.parquet", index, 7), {"engine": "hf", "max_tokens": 6}
+    alone, sharded = (EvaluationOptions(**options, batch_size=3, beams=5, shards=shards) for shards in (1, 2))
+    direct, reasoning = (read_prompts(file, mode)[0] for mode in ("direct", "reasoning"))
+    progress = tmp_path / "progress.jsonl"
+    assert evaluate_direct(model, direct, index, sharded).rows == evaluate_direct(model, direct, index, alone).rows
+    expected = evaluate_reasoning(model, reasoning, index, alone).rows
+    assert evaluate_reasoning(model, reasoning, index, sharded, progress_file=progress).rows == expected
+    assert progress.read_bytes().count(b"\n") == 8
 
 
 @pytest.fixture
@@ -116,12 +139,3 @@ def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch:
         assert len(results(squares(), 5, 2)) == 5
     with pytest.raises(InputError, match="--shards 3: Ray has 2 CPUs"):
         results(squares(), 5, 3)
-
-
-def test_an_address_where_nobody_answers_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    ray.shutdown()
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(InputError, match=r"RAY_ADDRESS 127.0.0.1:1: no cluster answers there .*ray start --head"):
-        results(squares(), 5, 2)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gream_verl.core.token_text import TokenText
-from gream_verl.evaluation.merging import answer_score, answered_sid, merge_rankings, response_score
+from gream_verl.evaluation.chains import answer_score, merge_rankings, tokens_up_to_answer, up_to_answer
 from gream_verl.evaluation.sampling import Response
 
 INDEX = make_index()
@@ -47,31 +47,42 @@ def test_the_maximum_keeps_the_best_of_duplicates_and_lists_are_cut(rankings: li
     assert all(best[item] == score for item, score in merged.items())
 
 
-@pytest.mark.parametrize(
-    ("text", "ours", "theirs"),
-    [
-        (f"<think>Heat</think>hence<answer>{SID}</answer>", True, True),
-        (f"<think>{SID}</think>{SID}<answer>{SID}</answer>", True, True),
-        (f"<think><answer>{SID}</answer></think>", False, True),
-        (f"<think>Heat</think><answer>{SID}</answer> and so on", False, True),
-        (f"<think>Heat</think><answer>{SID}", False, False),
-        (f"<think>Heat</think><answer>{SID}{SID}</answer>", False, False),
-        ("<think>Heat</think><answer><|a_1|><|b_1|></answer>", False, False),
-        (SID, False, False),
-        ("", False, False),
-    ],
-)
-def test_which_responses_answer_an_item(text: str, ours: bool, theirs: bool) -> None:
-    found = [answered_sid(respond(text), READER, INDEX, ranking) for ranking in ("answers", "reference")]
-    assert found == [INDEX.sids["7"] if is_answer else None for is_answer in (ours, theirs)]
-
-
 @pytest.mark.parametrize("item", ["7", "23"])  # the last shares its path and has a collision token
-def test_only_the_tokens_of_the_answer_count_and_the_authors_count_all(item: str) -> None:
+def test_only_the_tokens_of_the_answer_count(item: str) -> None:
     sid = INDEX.text(item)
     before = f"<think>{sid} likes Heat</think>{sid}{INDEX.text('3')}<answer>"
     response = respond(f"{before}{sid}</answer>")
     first = len(TOKENIZER(before)["input_ids"])
     places = range(first, first + len(INDEX.sids[item]))
     assert answer_score(response, READER, INDEX.sids[item]) == -sum(2.0**place for place in places)
-    assert response_score(response) == 1 - 2.0 ** len(response.tokens)
+
+
+@pytest.mark.parametrize(
+    ("response", "kept", "reached"),
+    [
+        ("<think>a</think>b<answer>c</answer>", "<think>a</think>b<answer>", True),
+        ("<think>a</think>b<answer>", "<think>a</think>b<answer>", True),
+        ("<think>a</think>b<answ", "<think>a</think>b<answ<answer>", False),
+        ("<think>a", "<think>a</think><answer>", False),
+        ("<think><answer>x</answer>", "<think><answer>x</answer></think><answer>", False),
+        ("a", "a<answer>", False),
+        ("", "<answer>", False),
+    ],
+)
+def test_a_chain_is_kept_up_to_its_answer_and_closed_when_it_has_none(response: str, kept: str, reached: bool) -> None:
+    assert up_to_answer(response) == (kept, reached)
+
+
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</ans", "<", "answer", ">", "a", "b>"]), max_size=9)
+)
+def test_the_tokens_of_a_chain_are_kept_as_they_were_sampled(pieces: list[str]) -> None:
+    tokens = [token for piece in pieces for token in TOKENIZER.encode(piece)]  # not those of the text as a whole
+    places = [place for place in range(len(tokens) + 1) if up_to_answer(READER.read(tokens[:place]))[1]]
+    for response in (tokens, [*tokens, TOKENIZER.eos_token_id]):
+        kept, reached = tokens_up_to_answer(response, READER, TOKENIZER)
+        assert reached == bool(places)
+        assert kept[: len(tokens)] == tokens[: min([*places, len(tokens)])]
+        if not reached:
+            assert READER.read(kept) == up_to_answer("".join(pieces))[0]
+            assert TOKENIZER.eos_token_id not in kept

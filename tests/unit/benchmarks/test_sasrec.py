@@ -5,23 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import load_benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.split import UserSplit, by_time, leave_one_out
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.recbole_baseline import (
-    DATASET,
-    PYTHON_VARIABLE,
-    Row,
-    evaluate_recbole,
-    read_parameters,
-    recbole_python,
-    training_rows,
-    write_data,
-)
 
+sasrec = load_benchmark("baselines/sasrec.py")
+Row = sasrec.Row
+PROTOCOL = {"drop_history": True}
 sequences = st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=5)
 
 
@@ -36,7 +30,7 @@ def python_that(tmp_path: Path, script: str) -> Path:
 def test_rows_are_the_beginnings_of_the_training_part_and_the_validation_item(
     users: list[list[int]], longest: int
 ) -> None:
-    training, validation = training_rows(users, [leave_one_out(len(user)) for user in users], longest)
+    training, validation = sasrec.training_rows(users, [leave_one_out(len(user)) for user in users], longest)
     expected = []
     for number, user in enumerate(users):
         seen = user[:-2]
@@ -54,7 +48,7 @@ def test_rows_are_the_beginnings_of_the_training_part_and_the_validation_item(
 def test_nothing_from_the_first_moment_of_validation_on_is_trained_on(times: list[list[int]]) -> None:
     # Items are the moments themselves: what a row holds says when it was.
     splits = [by_time(user, 10, 15) for user in times]
-    training, validation = training_rows(times, splits, 50)
+    training, validation = sasrec.training_rows(times, splits, 50)
     assert all(moment < 10 for row in training for moment in (*row.history, row.target))
     for row in validation:
         assert max(row.history) <= row.target
@@ -65,10 +59,10 @@ def test_the_files_are_recboles_with_whole_histories_and_all_items(tmp_path: Pat
     users = [[0, 1, 2, 3, 4], [4, 0], [5, 1, 6]]
     splits = [leave_one_out(len(user)) for user in users]
     tests = [Row(0, [0, 1, 2, 3], 4), Row(3, [6, 5], 1)]
-    assert write_data(tmp_path / DATASET, users, splits, tests, 3, "x.inter.json") == 3
+    assert sasrec.write_data(tmp_path / sasrec.DATASET, users, splits, tests, 3, "x.inter.json") == 3
 
     def read(part: str) -> list[str]:
-        return (tmp_path / DATASET / f"{DATASET}.{part}").read_text().splitlines()
+        return (tmp_path / sasrec.DATASET / f"{sasrec.DATASET}.{part}").read_text().splitlines()
 
     header = "user_id:token\titem_id_list:token_seq\titem_id:token"
     assert read("train.inter") == [header, "0\t0\t1", "0\t0 1\t2"]
@@ -81,22 +75,22 @@ def test_the_files_are_recboles_with_whole_histories_and_all_items(tmp_path: Pat
     ("split", "missing"), [(UserSplit(1, 1, 2), "train"), (UserSplit(2, None, 2), "valid"), (UserSplit(2, 2, 3), "")]
 )
 def test_a_split_without_rows_is_refused(tmp_path: Path, split: UserSplit, missing: str) -> None:
-    arguments: Any = (tmp_path / DATASET, [[0, 1, 2, 3]], [split], [Row(0, [0, 1], 2)], 5, "x.inter.json")
+    arguments: Any = (tmp_path / sasrec.DATASET, [[0, 1, 2, 3]], [split], [Row(0, [0, 1], 2)], 5, "x.inter.json")
     if not missing:
-        assert write_data(*arguments) == 2
+        assert sasrec.write_data(*arguments) == 2
         return
     with pytest.raises(InputError, match=rf"x.inter.json: its split leaves no row for {missing}"):
-        write_data(*arguments)
+        sasrec.write_data(*arguments)
 
 
 def test_the_environment_is_named_or_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = python_that(tmp_path, "exit 0")
-    assert recbole_python(python) == python
-    monkeypatch.setenv(PYTHON_VARIABLE, str(python))
-    assert recbole_python() == python
-    monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "nowhere"))
+    assert sasrec.recbole_python(python) == python
+    monkeypatch.setenv(sasrec.PYTHON_VARIABLE, str(python))
+    assert sasrec.recbole_python() == python
+    monkeypatch.setenv(sasrec.PYTHON_VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"nowhere: no such file; .* `make recbole`"):
-        recbole_python()
+        sasrec.recbole_python()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +103,9 @@ def test_prompts_that_do_not_fit_are_refused(
     inter = tmp_path / "t.inter.json"
     inter.write_text(json.dumps({"u": ["0", "1", "2", "3"]}))
     with pytest.raises(InputError, match=message):
-        evaluate_recbole(inter, [Prompt("u", target, history, [], "")], python=python_that(tmp_path, "exit 0"))
+        sasrec.evaluate_recbole(
+            inter, [Prompt("u", target, history, [], "")], [], PROTOCOL, python=python_that(tmp_path, "exit 0")
+        )
 
 
 @pytest.mark.parametrize(
@@ -126,8 +122,8 @@ def test_a_failed_training_says_why_and_where_the_log_is(tmp_path: Path, script:
     log.write_text("of a training that ended well")
     inter.write_text(json.dumps({"u": ["0", "1", "2", "3"]}))
     with pytest.raises(InputError, match=rf"could not train GRU4Rec \({reason}\); its log: .*model.failed.log"):
-        evaluate_recbole(
-            inter, [Prompt("u", "3", ("0", "1", "2"), [], "")], model="GRU4Rec",
+        sasrec.evaluate_recbole(
+            inter, [Prompt("u", "3", ("0", "1", "2"), [], "")], ["3"], PROTOCOL, model="GRU4Rec",
             python=python_that(tmp_path, script), log_file=log,
         )  # fmt: skip
     assert log.with_suffix(".failed.log").read_text() == "why\n"
@@ -140,11 +136,13 @@ def test_a_longest_history_that_is_no_number_is_refused(tmp_path: Path, longest:
     inter.write_text(json.dumps({"u": ["0", "1", "2", "3"]}))
     prompts, parameters = [Prompt("u", "3", ("0",), [], "")], {"MAX_ITEM_LIST_LENGTH": longest}
     with pytest.raises(InputError, match=r"MAX_ITEM_LIST_LENGTH=.*: expected a number of items"):
-        evaluate_recbole(inter, prompts, parameters=parameters, python=python_that(tmp_path, "exit 0"))
+        sasrec.evaluate_recbole(
+            inter, prompts, [], PROTOCOL, parameters=parameters, python=python_that(tmp_path, "exit 0")
+        )
 
 
 def test_parameters_are_yaml_values() -> None:
-    assert read_parameters(["a=1", "b=0.5", "c=CE", "d=[1, 2]", "e=~"]) == {
+    assert sasrec.read_parameters(["a=1", "b=0.5", "c=CE", "d=[1, 2]", "e=~"]) == {
         "a": 1, "b": 0.5, "c": "CE", "d": [1, 2], "e": None,
     }  # fmt: skip
 
@@ -152,4 +150,4 @@ def test_parameters_are_yaml_values() -> None:
 @pytest.mark.parametrize("text", ["a", "=1", "a=[1"])
 def test_a_parameter_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected NAME=VALUE"):
-        read_parameters([text])
+        sasrec.read_parameters([text])
