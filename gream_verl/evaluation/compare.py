@@ -87,14 +87,16 @@ def results_table(results: Mapping[str, Evaluation], differences: Differences | 
         differences: Of some of the results, from ``other``; they go into the cells with their p-values.
         other: Text for the recommender to which the differences are.
     """
-    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(differences is not None))
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
     table.add_column("", overflow="fold")
     known = {metric for evaluation in results.values() for metric in evaluation.metrics} | {"valid_item"}
     columns: dict[str, str] = {}
     for name, heading in HEADINGS.items():
-        # A terminal has room for three lengths of lists, the longest.
+        # A terminal has room for three lengths of lists, the longest, and for two with wide differences.
         cutoffs = sorted(int(metric.partition("@")[2]) for metric in known if metric.startswith(f"{name}@"))
-        columns |= {f"{name}@{k}": f"{heading}@{k}" for k in cutoffs[-3:] if name != "ndcg" or k >= 5}
+        columns |= {
+            f"{name}@{k}": f"{heading}@{k}" for k in cutoffs[-2 if differences else -3 :] if name != "ndcg" or k >= 5
+        }
         columns |= {name: heading} if name in known else {}
     for heading in [*columns.values(), "Users"]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -102,7 +104,7 @@ def results_table(results: Mapping[str, Evaluation], differences: Differences | 
         found = (differences or {}).get(name, {})
         cells = (_cell(evaluation, metric, found.get(metric)) for metric in columns)
         table.add_row(Text(name.replace("/", "/\n", 1)), *cells, f"{len(evaluation.rows):,}")
-    return Group(table, Text(LEGEND + (TESTS.format(other) if differences is not None else ""), style="dim"))
+    return Group(table, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
 
 
 def warning_texts(results: Mapping[str, Evaluation], baseline: str) -> list[Text]:

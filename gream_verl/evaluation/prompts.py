@@ -7,8 +7,6 @@ what they are shown and what is ranked for them: two results are comparable when
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import re
@@ -103,16 +101,10 @@ def modes_of(path: str | os.PathLike[str]) -> tuple[Mode, ...]:
 def make_prompts(
     inter_file: str | os.PathLike[str], mode: Mode, options: EvaluationOptions, index: ItemIndex
 ) -> tuple[list[Prompt], int]:
-    """Make the prompts for the held-out interaction of every user, in the words of `gream data rl` by default.
+    """Make the prompts for the held-out interaction of every user from ``<D>.inter.json``.
 
-    Args:
-        inter_file: ``<D>.inter.json``, split as ``gream_verl.core.split`` reads it.
-        mode: ``direct`` or ``reasoning``.
-        options: Uses ``split``, ``history``, ``template``, ``system``, ``limit``, ``seed`` and ``skip_missing``.
-        index: The items.
-
-    Returns:
-        The prompts, and the number of users with a held-out interaction.
+    The words are those of `gream data rl`, except where ``history``, ``template`` or ``system`` are given. All else is
+    as in :func:`read_prompts`.
     """
     sequences = read_interactions(inter_file)
     held_out = [
@@ -146,11 +138,6 @@ def read_protocol(
     source = file if is_read else data.inter
     prompts, total = (read_prompts if is_read else make_prompts)(source, mode, options, index)
     held_out = read_json(data.split).get("kind", "temporal") if data.split.is_file() else "leave-one-out"
-    # Equal digests are one evaluation, whatever file the prompts are from.
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        turns = [[turn["role"], turn["content"]] for turn in prompt.messages]
-        digest.update(json.dumps([prompt.user, prompt.target, turns]).encode())
     questions = [_last_question(prompt.messages) for prompt in prompts]
     is_whole = all(prompt.whole for prompt in prompts)
     return prompts, {
@@ -171,7 +158,6 @@ def read_protocol(
         "prompts": os.fspath(source),
         "prompts_are": "read from the file" if is_read else "made of the interactions",
         "prompts_sha256": fingerprint(source),
-        "prompts_digest": digest.hexdigest(),
         "index": os.fspath(data.index),
         "index_sha256": fingerprint(data.index),
     }

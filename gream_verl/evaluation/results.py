@@ -158,7 +158,8 @@ def measure(
     Returns:
         The evaluation with, of its ranking, ``coverage@10``; ``novelty@10``, the mean of -log2 p of the recommended
         items with p = (count + 1) / (interactions + items) (Zhou et al., "Solving the apparent diversity-accuracy
-        dilemma of recommender systems", 2010); and the 95% ``intervals`` of the main metrics.
+        dilemma of recommender systems", 2010); 95% ``intervals`` of the main metrics; and in every row
+        ``target_popularity``, the count of the target.
     """
     metrics = dict(evaluation.metrics)
     if evaluation.depth:
@@ -176,4 +177,5 @@ def measure(
     values = {metric: evaluation.values(metric) for metric in MAIN_METRICS}
     intervals = {metric: bootstrap_mean(some, seed=seed) for metric, some in values.items() if some is not None}
     known = {metric: value for metric, value in metrics.items() if is_known(metric)}
-    return replace(evaluation, metrics=known, intervals=intervals)
+    rows = [{**row, "target_popularity": counts[row["target"]]} for row in evaluation.rows]
+    return replace(evaluation, metrics=known, rows=rows, intervals=intervals)
