@@ -185,11 +185,11 @@ class Questions:
             if users := [(user, len(items) - 1) for user, items in self._training.items() if len(items) > 1]:
                 return users
             raise InputError(f"{self.folder.inter}: no user has two interactions for training; bring longer histories")
-        targets, users = TrainingTargets(map(len, self._training.values())), list(self._training)
+        names, targets = list(self._training), TrainingTargets(map(len, self._training.values()))
         if not len(targets):
             raise InputError(f"{self.folder.inter}: {NO_TARGET}")
         owners, positions = targets.locate(np.arange(len(targets)))
-        return [(users[owner], position) for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)]
+        return [(names[owner], position) for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)]
 
     def ask(self, subject: Any) -> Question:
         """Return the question about a subject."""

@@ -46,7 +46,8 @@ def write_report(run: RunFolder, *, seed: int = 0) -> Group:
     """
     saved = read_results([str(run.evaluation)])
     results = {name: one for name, one in saved.items() if one.settings.get("protocol", {}).get("split") != "val"}
-    results, differences = results or saved, {}
+    results = results or saved
+    differences: dict[str, Any] = {}
     for mode in MODEL_MODES:
         pair = {name: results[name] for name in (f"sft-{mode}", f"srpo-{mode}") if name in results}
         differences |= paired_differences(pair, next(iter(pair.values())), seed=seed) if pair else {}
