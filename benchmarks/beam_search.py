@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.cpu_environment import set_defaults
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search
 from gream_verl.decoding.prefix_tree import PrefixTree
 from gream_verl.evaluation.prompts import batches, encode, load_model, read_prompts

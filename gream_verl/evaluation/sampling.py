@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.cpu_environment import set_defaults
+from gream_verl.core.errors import InputError
 from gream_verl.decoding.answer_automaton import FREE, AnswerAutomaton
 from gream_verl.evaluation.memory import HalvedBatches
 from gream_verl.evaluation.prompts import batches

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.cpu_environment import set_defaults
+from gream_verl.core.errors import InputError
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
