@@ -4,22 +4,25 @@ The alignment rows fall in three equal parts. Over parts 1 and 2 the rate of rea
 to 1.5 times the overall rate, and stays there over part 3: half of the reasoning rows lie in parts 1 and 2, half in
 part 3, and none are left over for a block at the end (arXiv 2510.20815, section 3.3; the authors' code leaves 47%).
 
-What is placed are blocks of rows of one task, the size of a batch: rows of one task have like lengths, and a batch of
-like lengths has little padding to compute.
+The order is one of blocks, rows of one task and the size of a batch: they have like lengths, so that a batch has little
+padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from gream_verl.core.files import atomic_path
 
 RAMP = 2 / 3
 """Share of the alignment rows over which the rate rises."""
 
 Rows = npt.NDArray[np.uint32]
-"""Row numbers, in half the memory of int64: there may be many."""
+"""Row numbers, in half the memory of int64."""
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -30,19 +33,28 @@ def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, blo
         alignment: Number of rows of each alignment task; their rows come first, one task after the other.
         reasoning: Number of reasoning rows; they are the rows after those.
         seed: Shuffles the rows of every task, and the blocks, and spreads the reasoning blocks.
-        block: Rows of one task that stay together. What is left of all tasks, less than a block of each, comes last.
+        block: Rows of one task that stay together. The rest of all tasks, less than a block of each, comes last.
 
     Returns:
         Row numbers, ``[sum(alignment) + reasoning]``, every row once.
     """
     generator = np.random.default_rng(seed)
-    parts = [_shuffled_blocks(size, start, block, generator) for size, start in _spans([*alignment, reasoning])]
-    whole = np.concatenate([blocks for blocks, _ in parts[:-1]] or [np.zeros((0, block), np.uint32)])
-    whole, thoughts = generator.permutation(whole), parts[-1][0]
+    # 1. Shuffle the rows of each task and cut them into whole blocks.
+    sizes = [*alignment, reasoning]
+    blocks, rest = [], []
+    for size, start in zip(sizes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True):
+        rows = generator.permutation(np.arange(start, start + size, dtype=np.uint32))
+        whole = size - size % block
+        blocks.append(rows[:whole].reshape(-1, block))
+        rest.append(rows[whole:])
+    # 2. Shuffle the alignment blocks, and place them evenly between 0 and 1.
+    aligned = generator.permutation(np.concatenate(blocks[:-1] or [np.zeros((0, block), np.uint32)]))
+    thoughts = blocks[-1]
+    # 3. Place the reasoning blocks by the ramp, one in each of as many equal shares of the rate's integral.
     strata = (np.arange(len(thoughts)) + generator.random(len(thoughts))) / max(len(thoughts), 1)
-    places = np.concatenate([(np.arange(len(whole)) + 0.5) / max(len(whole), 1), ramp_quantile(strata)])
-    ordered = np.concatenate([whole, thoughts])[np.argsort(places, kind="stable")]
-    return np.concatenate([ordered.ravel(), generator.permutation(np.concatenate([left for _, left in parts]))])
+    places = np.concatenate([(np.arange(len(aligned)) + 0.5) / max(len(aligned), 1), ramp_quantile(strata)])
+    ordered = np.concatenate([aligned, thoughts])[np.argsort(places, kind="stable")]
+    return np.concatenate([ordered.ravel(), generator.permutation(np.concatenate(rest))])
 
 
 def ramp_quantile(share: FloatArray) -> FloatArray:
@@ -54,29 +66,25 @@ def ramp_quantile(share: FloatArray) -> FloatArray:
 
 
 def expected_shares(alignment: int, reasoning: int, points: int = 200) -> tuple[FloatArray, FloatArray]:
-    """Return the share of reasoning rows that the ramp means at places of the file.
-
-    Args:
-        alignment: Number of alignment rows.
-        reasoning: Number of reasoning rows.
-        points: Number of places.
-
-    Returns:
-        Places in rows of the file, and the share at each, ``[points]``.
-    """
+    """Return places in rows of the file, and the share of reasoning rows that the ramp means at each, ``[points]``."""
     place = np.linspace(0, 1, points)
     before = np.where(place < RAMP, 0.75 * place**2 / RAMP, 0.5 + 1.5 * (place - RAMP))
     rate = 1.5 * np.minimum(place / RAMP, 1) * reasoning
     return place * alignment + before * reasoning, rate / np.maximum(alignment + rate, 1)
 
 
-def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return size and first row of every task."""
-    return list(zip(sizes, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+def draw_curriculum(path: Path, reasoning: npt.NDArray[np.bool_]) -> None:
+    """Draw the share of reasoning rows along the file, ``[rows]``, to a ``.png``; same rows, same bytes."""
+    from matplotlib.figure import Figure
 
-
-def _shuffled_blocks(size: int, start: int, block: int, generator: np.random.Generator) -> tuple[Rows, Rows]:
-    """Shuffle the rows of one task; return its whole blocks ``[blocks, block]`` and the rows left over."""
-    rows = generator.permutation(np.arange(start, start + size, dtype=np.uint32))
-    whole = size - size % block
-    return rows[:whole].reshape(-1, block), rows[whole:]
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    bins = np.array_split(reasoning, min(60, len(reasoning)))
+    middles = np.cumsum([len(part) for part in bins]) - [len(part) / 2 for part in bins]
+    axes.bar(middles, [part.mean() for part in bins], width=len(bins[0]), color="tab:blue", label="as written")
+    places, shares = expected_shares(int((~reasoning).sum()), int(reasoning.sum()))
+    axes.plot(places, shares, color="tab:orange", label="the ramp")
+    axes.set(xlabel="row of the file", ylabel="share of reasoning rows", ylim=(0, 1), title="Curriculum")
+    axes.legend(loc="upper left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png", metadata={"Software": None})

@@ -1,76 +1,83 @@
-"""Lengths of SFT rows in tokens, and histories short enough that a trainer cuts no row.
-
-What a trainer cuts off is the end, which holds the answer.
-"""
+"""Lengths of SFT rows in tokens; histories short enough that the trainer cuts no row, which would cost its answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from data_processing.sft.fields import LENGTH, Specs
-from data_processing.sft.row_lengths import turn_counter
-from data_processing.sft.tasks import Renderer, Row
-from data_processing.sft.texts import Ints
+from data_processing.sft.tasks import LENGTH, Corpus, SftRow, Specs
+from gream_verl.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROWS_AT_ONCE = 1024
+"""Rows given to a tokenizer, whose output takes a hundred times the memory of the text."""
 
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """How long a row may be.
+    """The longest row: a function that returns the tokens of whole rows, and the trainer's ``cutoff_len``."""
 
-    Attributes:
-        count_tokens: Returns the tokens of whole rows, chat template included.
-        longest: The trainer's limit, ``cutoff_len``.
-    """
-
-    count_tokens: Callable[[Sequence[Row]], Sequence[int]]
+    count_tokens: Callable[[Sequence[SftRow]], Sequence[int]]
     longest: int
 
-    def fit(self, renderer: Renderer, kinds: Ints, specs: Specs) -> Ints:
+    def fit(self, corpus: Corpus, task: str, specs: Specs) -> npt.NDArray[np.int32]:
         """Shorten histories, in ``specs``, item by item from the oldest, until rows fit or one item is left.
 
         A chain of a language model speaks of the history it was written for, so that one stays whole.
 
         Args:
-            renderer: Turns specs to rows.
-            kinds: Number of the task of every row.
-            specs: The rows.
+            corpus: Renders rows.
+            task: The task of all rows.
+            specs: The rows, ``[rows, 3]``; changed in place.
 
         Returns:
-            int32, the tokens of every row, ``[rows]``.
+            The tokens of every row, ``[rows]``.
         """
-        tokens = np.array(self.count_tokens(renderer.rows(kinds, specs)), np.int32)
-        fixed = renderer.history_fixed[kinds]
-        while len(long := np.flatnonzero((tokens > self.longest) & (specs[:, LENGTH] > 1) & ~fixed)):
+        tokens = np.array(self.count_tokens([corpus.row(task, *spec) for spec in specs.tolist()]), np.int32)
+        while len(long := np.flatnonzero((tokens > self.longest) & (specs[:, LENGTH] > 1))):
+            if corpus.has_chains(task):
+                break
             specs[long, LENGTH] -= 1
-            tokens[long] = self.count_tokens(renderer.rows(kinds[long], specs[long]))
+            tokens[long] = self.count_tokens([corpus.row(task, *spec) for spec in specs[long].tolist()])
         return tokens
 
 
-def token_counter(tokenizer: Any) -> Callable[[Sequence[Row]], list[int]]:
-    """Return a function that counts the tokens of rows as the trainer does, with the tokenizer's chat template.
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[SftRow]], list[int]]:
+    """Return a function that counts the tokens of rows.
+
+    A prompt is what SRPO and the evaluation give the model, by the tokenizer's chat template. A response is the answer
+    as it stands, with the text by which the chat template closes it. LLaMA-Factory, too, encodes the two apart.
 
     Raises:
         InputError: When the tokenizer is not a fast one, or has no chat template.
     """
-    count_turns = turn_counter(tokenizer)
-    return lambda rows: count_turns(rows).sum(1).tolist()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not tokenizer.chat_template:
+        lack = "has no chat template" if backend else "is not a fast tokenizer (tokenizer.json)"
+        raise InputError(f"{tokenizer.name_or_path}: {lack}; give the tokenizer of a chat model")
+    marked = [{"role": "user", "content": "."}, {"role": "assistant", "content": "ANSWER"}]
+    closing = tokenizer.apply_chat_template(marked, tokenize=False).rpartition("ANSWER")[2]
+
+    def count(rows: Sequence[SftRow]) -> list[int]:
+        counts: list[int] = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = rows[start : start + ROWS_AT_ONCE]
+            texts = [*render_prompts(tokenizer, part), *(row.assistant + closing for row in part)]
+            sizes = [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            counts += [sum(pair) for pair in zip(sizes[: len(part)], sizes[len(part) :], strict=True)]
+        return counts
+
+    return count
 
 
-def length_table(tokens: Ints, shortened: int, left_out: int) -> dict[str, float]:
-    """Return the spread of the lengths of rows, and how many of them were shortened and others left out.
-
-    Args:
-        tokens: Tokens of every row.
-        shortened: How many rows lost the oldest part of their history.
-        left_out: How many rows did not fit.
-    """
-    quantiles = np.quantile(tokens, [0.5, 0.95, 1]) if len(tokens) else np.zeros(3)
-    return {
-        **dict(zip(("median", "95%", "longest"), quantiles.tolist(), strict=True)),
-        "shortened": shortened,
-        "left out": left_out,
-    }
+def render_prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[SftRow]) -> list[str]:
+    """Return the text that the model is given before it answers, by the tokenizer's chat template."""
+    turns = [(("system", row.system), ("user", row.user)) for row in rows]
+    chats = [[{"role": role, "content": text} for role, text in chat if text] for chat in turns]
+    return tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)

@@ -1,39 +1,42 @@
-"""The SFT tasks: what each row asks and answers (arXiv 2510.20815, section 3.2; LC-Rec's tasks, in our own words).
+"""The SFT tasks: the question and the answer of every row (arXiv 2510.20815, section 3.2; LC-Rec's tasks).
 
-A task draws *specs*, small rows of integers, and its templates turn many specs to text at once. Drawing is vectorised
-and cheap, so that a mix of any size is planned in memory and written in chunks. Tasks over users see the training part
-of a sequence only: what the split holds out for validation and test is in no row.
+A task is a list of templates, a question and its answer each. Its rows are drawn as *specs*, three integers each, and
+rendered one by one, so that a large mix is in memory as specs only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
+import numpy.typing as npt
+import yaml
 
-from data_processing.sft import prompts
-from data_processing.sft.corpus import Corpus
-from data_processing.sft.fields import TEMPLATE, TITLES_SHOWN, ItemFields, Specs, WindowFields
-from data_processing.sft.rules import DOMINANT, KEPT, WORDINGS
-from data_processing.sft.texts import Filled, Ints, Templates, render, string_array
+from data_processing.sft.rules import RuleTeacher, Wording
+from gream_verl.core.data_folder import Item
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
+from gream_verl.core.semantic_ids import ItemIndex
 
-CANONICAL_SHARE = 0.5
-"""Share of seqrec rows with the prompt of evaluation; the rest spreads over the other templates."""
+REASONING = "reasoning"
+FULL_SHARE, CANONICAL_SHARE = 0.5, 0.5
+"""Share of rows with the longest history there is, and of seqrec rows with the prompt of the evaluation."""
+TITLES_SHOWN = 8
+"""Longest history in titles, which cost more tokens than semantic IDs."""
+DESCRIPTION_WORDS, DESCRIPTION_LETTERS = 40, 320
+TELLING_WORDS = 8
+"""A description of at least so many words can stand for an item without its title."""
+
+Specs = npt.NDArray[np.int32]
+"""``[rows, 3]``, the columns below."""
+TARGET, LENGTH, TEMPLATE = 0, 1, 2
+"""Number of the target interaction, or of the item; length of the history, 0 for items; number of the template."""
 
 
-class Row(NamedTuple):
-    """One training example.
-
-    Attributes:
-        user: The user's turn.
-        assistant: The answer.
-        task: Name of the task.
-        system: The system's turn, "" when there is none.
-    """
+class SftRow(NamedTuple):
+    """One training example: the user's turn, the answer, the task, and the system's turn ("" for none)."""
 
     user: str
     assistant: str
@@ -41,230 +44,192 @@ class Row(NamedTuple):
     system: str = ""
 
 
-Draw = Callable[[Corpus, int, np.random.Generator], Specs]
-"""Draws that many specs, or fewer when fewer exist."""
+class TeacherTexts(NamedTuple):
+    """Texts of a language-model teacher: preferences by user, searches for the user's last item, chains by target."""
+
+    preferences: Mapping[str, Sequence[str]] = {}
+    queries: Mapping[str, Sequence[str]] = {}
+    chains: Mapping[tuple[str, int], str] = {}
 
 
-@dataclass(frozen=True)
-class Task:
-    """One kind of row.
-
-    Attributes:
-        draw: Draws specs, in random order.
-        exist: Returns how many there are.
-        fields: What the templates are filled in with.
-        user: Templates of the user's turn.
-        assistant: Templates of the answer.
-        form: The field that numbers the template of the answer: ``template`` when it goes with that of the user's turn.
-        system: The system's turn, "" when there is none.
-    """
-
-    draw: Draw
-    exist: Callable[[Corpus], int]
-    fields: type[ItemFields] | type[WindowFields]
-    user: Sequence[str]
-    assistant: Sequence[str]
-    form: str = "template"
-    system: str = ""
+NO_TEXTS = TeacherTexts()
 
 
-class Renderer:
-    """Turns specs of all tasks to text.
+class Corpus:
+    """The source of rows: users' sequences, whose interactions are numbered user by user, and items.
 
     Args:
-        corpus: Where the texts are.
-        tasks: Names of tasks that are to be rendered; the places here are the numbers of *kinds*.
-
-    Attributes:
-        tasks: The same.
-        systems: The system's turn of each.
-        history_fixed: Whether the histories of each must stay as they are, because given chains speak of them.
+        sequences: The items of every user that rows may show, in time order.
+        items: All items.
+        index: Their semantic IDs.
+        history: Longest history of a row, in items.
+        texts: Texts of a language-model teacher, used where there are some.
+        wording: Wording of the chains by rule.
+        last_only: Only the last interaction of every user is a target, as in held-out rows.
     """
 
-    def __init__(self, corpus: Corpus, tasks: Sequence[str]) -> None:
-        self.tasks = list(tasks)
-        self._corpus = corpus
-        self._tasks = [TASKS[task] for task in tasks]
-        self.systems = [task.system for task in self._tasks]
-        self.history_fixed = np.array([task == REASONING and len(corpus.chains[0]) > 0 for task in tasks])
-        self._templates = [(Templates(task.user), Templates(task.assistant)) for task in self._tasks]
+    def __init__(
+        self,
+        sequences: Mapping[str, Sequence[str]],
+        items: Mapping[str, Item],
+        index: ItemIndex,
+        history: int = 20,
+        texts: TeacherTexts = NO_TEXTS,
+        wording: Wording = "notes",
+        last_only: bool = False,
+    ) -> None:
+        self.users, self.sequences, self._history = list(sequences), list(sequences.values()), history
+        self.keys, self.items, self.index, self.texts = list(items), items, index, texts
+        self.sids = dict(zip(self.keys, index.texts(self.keys), strict=True))
+        self.teacher = RuleTeacher(items, self.sids, wording)
+        lengths = np.fromiter(map(len, self.sequences), np.int64, len(sequences))
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._positions = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], lengths)
+        self._targets = self.starts[1:][lengths > 0] - 1 if last_only else np.arange(self.starts[-1])
+        starts = dict(zip(self.users, self.starts.tolist(), strict=False))
+        self._chained = np.array(sorted(starts[user] + position for user, position in texts.chains), np.int64)
 
-    def turns(self, kinds: Ints, specs: Specs) -> tuple[np.ndarray, Ints]:
-        """Return the turns of rows, user's and assistant's in turn.
+    def has_chains(self, task: str) -> bool:
+        """Return whether a language model wrote the answers, which speak of one history each."""
+        return task == REASONING and bool(self.texts.chains)
 
-        Args:
-            kinds: Number of the task of every row, ``[rows]``.
-            specs: The rows.
+    def exist(self, task: str) -> int:
+        """Return the number of rows of a task that can be drawn."""
+        return len(self.keys) * len(TASKS[task]) if task in ITEM_TASKS else len(self._targets_of(task))
 
-        Returns:
-            UTF-8 text, and where each turn begins, ``[2 * rows + 1]``.
-        """
-        parts: list[tuple[Filled, Ints]] = []
-        for kind, (task, (user, assistant)) in enumerate(zip(self._tasks, self._templates, strict=True)):
-            rows = np.flatnonzero(kinds == kind)
-            if len(rows):
-                fields = task.fields(self._corpus, specs[rows])
-                parts.append((user.fill(fields.template, fields), 2 * rows))
-                parts.append((assistant.fill(getattr(fields, task.form), fields), 2 * rows + 1))
-        return render(self._corpus.arena.characters, parts)
+    def _targets_of(self, task: str) -> npt.NDArray[np.int64]:
+        if self.has_chains(task):
+            return self._chained
+        first = FIRST_REASONING_TARGET if task == REASONING else 1
+        return self._targets[self._positions[self._targets] >= first]
 
-    def rows(self, kinds: Ints, specs: Specs) -> list[Row]:
-        """Return rows as Python objects; see :meth:`turns`."""
-        turns = string_array(*self.turns(kinds, specs)).to_pylist()
-        rows = zip(turns[::2], turns[1::2], kinds.tolist(), strict=True)
-        return [Row(user, assistant, self.tasks[kind], self.systems[kind]) for user, assistant, kind in rows]
+    def draw(self, task: str, count: int | None, seed: int) -> Specs:
+        """Draw ``count`` specs of a task in random order: all when None, or fewer when fewer exist."""
+        generator = np.random.default_rng([seed, crc32(task.encode())])
+        if task in ITEM_TASKS:  # every item once before any comes again, at most once per template on average
+            items, exist = len(self.keys), self.exist(task)
+            count = exist if count is None else min(count, exist)
+            passes = [generator.permutation(items)[: count - start] for start in range(0, count, items)]
+            targets = np.concatenate([np.zeros(0, np.int64), *passes])
+            lengths = np.zeros_like(targets)
+        else:
+            targets = self._targets_of(task)
+            targets = targets[generator.permutation(len(targets))[:count]]
+            most = lengths = np.minimum(self._positions[targets], self._history)
+            if task == "historyreconstruction":
+                most = np.minimum(most, TITLES_SHOWN)
+            if not self.has_chains(task):
+                full = generator.random(len(targets)) < (1 if task == REASONING else FULL_SHARE)
+                lengths = np.where(full, most, generator.integers(1, most + 1))
+        numbers = generator.integers(len(TASKS[task]), size=len(targets))
+        if task == "seqrec":
+            numbers[generator.random(len(targets)) < CANONICAL_SHARE] = 0
+        return np.stack([targets, lengths, numbers], axis=1, dtype=np.int32, casting="same_kind")
 
-
-# Drawing
-
-
-def draw_windows(
-    corpus: Corpus,
-    count: int,
-    generator: np.random.Generator,
-    *,
-    templates: int,
-    longest: int | None = None,
-    first: int = 1,
-    full_share: float = 0.5,
-) -> Specs:
-    """Draw targets without replacement, each with a history before it.
-
-    Args:
-        corpus: Where to draw from.
-        count: Number of specs; clamped to the number of targets.
-        generator: Source of randomness.
-        templates: Number of templates to draw from.
-        longest: Longest history; the corpus' own when None.
-        first: First position that may be a target.
-        full_share: Share of rows with the longest history there is; the rest draws a length evenly.
-
-    Returns:
-        Specs, in random order.
-    """
-    possible = np.flatnonzero(corpus.positions >= first)
-    targets = possible[generator.permutation(len(possible))[:count]]
-    most = np.minimum(corpus.positions[targets], longest or corpus.history)
-    full = generator.random(len(targets)) < full_share
-    lengths = np.where(full, most, generator.integers(1, most + 1))
-    return _specs(targets, lengths, generator.integers(templates, size=len(targets)))
+    def row(self, task: str, target: int, length: int, template: int) -> SftRow:
+        """Return the row of a spec."""
+        question, answer = TASKS[task][template]
+        fields = ItemFields(self, target) if task in ITEM_TASKS else Window(self, target, length, template)
+        system = SYSTEM["reasoning"] if task == REASONING else ""
+        return SftRow(question.format_map(fields), answer.format_map(fields), task, system)
 
 
-def _specs(targets: Ints, lengths: Ints, templates: Ints) -> Specs:
-    return np.stack([targets, lengths, templates], axis=1, dtype=np.int32, casting="same_kind")
+class ItemFields:
+    """The fields of templates about one item; a text is made when a template names it."""
+
+    def __init__(self, corpus: Corpus, number: int) -> None:
+        self._item, self._sid = corpus.items[corpus.keys[number]], corpus.sids[corpus.keys[number]]
+
+    def __getitem__(self, name: str) -> str:
+        return self._sid if name == "sid" else ITEM_TEXTS[name](self._item)
 
 
-def draw_items(corpus: Corpus, count: int, generator: np.random.Generator, *, templates: int) -> Specs:
-    """Draw items evenly: every item once before any comes again; at most once per item and template on average."""
-    count = min(count, len(corpus.items) * templates)
-    specs = np.zeros((count, 3), dtype=np.int32)
-    for start in range(0, count, len(corpus.items)):
-        specs[start : start + len(corpus.items), 0] = generator.permutation(len(corpus.items))[: count - start]
-    specs[:, TEMPLATE] = generator.integers(templates, size=count)
-    return specs
+class Window:
+    """A target, the history before it that a row shows, and the fields of templates about them."""
+
+    def __init__(self, corpus: Corpus, target: int, length: int, template: int = 0) -> None:
+        number = int(np.searchsorted(corpus.starts, target, side="right")) - 1
+        sequence, position = corpus.sequences[number], target - int(corpus.starts[number])
+        self._corpus, self._template, self._user, self._position = corpus, template, corpus.users[number], position
+        self._last = position == len(sequence) - 1
+        self.history, self.target = sequence[position - length : position], sequence[position]
+
+    def __getitem__(self, name: str) -> str:
+        corpus, texts = self._corpus, self._corpus.texts
+        match name:
+            case "history":
+                return "".join([corpus.sids[item] for item in self.history])
+            case "titles":
+                return "; ".join([corpus.teacher.titles[item] for item in self.history[-TITLES_SHOWN:]])
+            case "sid":
+                return corpus.sids[self.target]
+            case "preference":
+                return corpus.teacher.preference(self.history)
+            case "taste":
+                return self._written(texts.preferences) or self["preference"]
+            case "query":
+                return (self._last and self._written(texts.queries)) or self["text"]
+            case "chain":
+                written = texts.chains.get((self._user, self._position))
+                return written or corpus.teacher.chain(self.history, self.target)
+        return ITEM_TEXTS[name](corpus.items[self.target])
+
+    def _written(self, texts: Mapping[str, Sequence[str]]) -> str:
+        """Return the text of this user that goes with the template, "" when there is none."""
+        written = texts.get(self._user)
+        return written[self._template % len(written)] if written else ""
 
 
-def _draw_seqrec(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-    specs = draw_windows(corpus, count, generator, templates=len(TEMPLATES["direct"]))
-    specs[generator.random(len(specs)) < CANONICAL_SHARE, TEMPLATE] = 0
-    return specs
+def description(item: Item) -> str:
+    """Return description and categories, cut to a few dozen words; the title when there are neither."""
+    words = " ".join(item.description.split()[:DESCRIPTION_WORDS])
+    if len(words) > DESCRIPTION_LETTERS:  # a language without spaces, say
+        words = words[: DESCRIPTION_LETTERS + 1].rpartition(" ")[0] or words[:DESCRIPTION_LETTERS]
+    return _sentences(words, ", ".join(item.categories)) or item.title
 
 
-def _draw_reasoning(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-    """Draw targets that a language model has thought about; any target when it has about none."""
-    written, _ = corpus.chains
-    if not len(written):
-        return draw_windows(corpus, count, generator, templates=1, first=FIRST_REASONING_TARGET, full_share=1.0)
-    targets = generator.permutation(written)[:count]
-    return _specs(targets, np.minimum(corpus.positions[targets], corpus.history), np.zeros_like(targets))
+def title_and_description(item: Item) -> str:
+    """Return title and description; a description that begins with the title stands alone."""
+    text = description(item)
+    return text if text.startswith(item.title) else _sentences(item.title, text)
 
 
-def _targets(corpus: Corpus, first: int = 1) -> int:
-    return int((corpus.positions >= first).sum())
+def telling_text(item: Item) -> str:
+    """Return the description where it can stand for the item, else title and description."""
+    telling = len(item.description.split()) >= TELLING_WORDS
+    return description(item) if telling else title_and_description(item)
 
 
-def _reasoning_targets(corpus: Corpus) -> int:
-    return len(corpus.chains[0]) or _targets(corpus, FIRST_REASONING_TARGET)
+def features(item: Item) -> str:
+    """Return categories and brand; the title when there are neither."""
+    return ", ".join(filter(None, (*item.categories, item.brand))) or item.title
 
 
-# Templates
+def _sentences(*parts: str) -> str:
+    """Join the parts that are not empty, with a full stop after each but the last that has none."""
+    *ended, last = [part for part in parts if part] or [""]
+    return " ".join([*(part if part[-1] in ".!?" else f"{part}." for part in ended), last])
 
 
-def _pairs(groups: Mapping[str, Sequence[str]], answers: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return the templates of all groups, and with each the answer of its group."""
-    pairs = [(template, answers[kind]) for kind, templates in groups.items() for template in templates]
-    return [user for user, _ in pairs], [assistant for _, assistant in pairs]
-
-
-def _over_users(
-    user: Sequence[str], assistant: Sequence[str], *, form: str = "template", longest: int | None = None
-) -> Task:
-    def draw(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-        most = min(longest or corpus.history, corpus.history)
-        return draw_windows(corpus, count, generator, templates=len(user), longest=most)
-
-    return Task(draw, _targets, WindowFields, user, assistant, form)
-
-
-def _over_items(user: Sequence[str], assistant: Sequence[str]) -> Task:
-    def draw(corpus: Corpus, count: int, generator: np.random.Generator) -> Specs:
-        return draw_items(corpus, count, generator, templates=len(user))
-
-    return Task(draw, lambda corpus: len(user) * len(corpus.items), ItemFields, user, assistant)
-
-
-def chain_templates() -> list[str]:
-    """Return the forms of :meth:`RuleTeacher.chain`: for each wording, two for each number of dominant traits.
-
-    The first of two is for a target without a trait; the last of all is the response of a language model.
-    """
-    kept = "".join(f"{{kept[{number}]}}" for number in range(KEPT))
-    made = []
-    for wording, traits, intent in product(WORDINGS.values(), range(DOMINANT + 1), (None, "{intent}")):
-        named = [(f"{{dominant[{number}]}}", f"{{counts[{number}]}}") for number in range(traits)]
-        thought = wording.thought(named, "{length}", "{last}", intent)
-        made.append(f"<think>{thought}</think>{kept}<answer>{{sid}}</answer>")
-    return [*made, "{chain}"]
-
-
-LIKED = "{liked}" + "".join(f"{{commas[{number}]}}{{dominant[{number}]}}" for number in range(1, DOMINANT))
-"""The most frequent traits of a history."""
-
-REASONING = "reasoning"
-TASKS: dict[str, Task] = {
-    "seqrec": Task(_draw_seqrec, _targets, WindowFields, TEMPLATES["direct"], ["{sid}"] * len(TEMPLATES["direct"])),
-    "item2index": _over_items(
-        [
-            template.replace("{text}", ("{title}", "{both}", "{telling}")[number % 3])
-            for number, template in enumerate(prompts.ITEM_TO_INDEX)
-        ],
-        ["{sid}"] * len(prompts.ITEM_TO_INDEX),
-    ),
-    "index2item": _over_items(*_pairs(prompts.INDEX_TO_ITEM, {"title": "{title}", "description": "{description}"})),
-    "fusionseqrec": _over_users(
-        *_pairs(prompts.FUSION, {"title": "{title}", "description": "{description}", "sid": "{sid}"})
-    ),
-    "itemsearch": _over_users(
-        [
-            template.replace("{preference}", LIKED)
-            for templates in prompts.ITEM_SEARCH.values()
-            for template in templates
-        ],
-        ["{sid}"] * sum(map(len, prompts.ITEM_SEARCH.values())),
-    ),
-    "preferenceobtain": _over_users(prompts.PREFERENCE, [LIKED, "{sentence}"], form="taste_form"),
-    "itemfeatureobtain": _over_items(*_pairs(prompts.FEATURES, {"features": "{text}", "sid": "{sid}"})),
-    "historyreconstruction": _over_users(
-        *_pairs(prompts.RECONSTRUCTION, {"titles": "{titles}", "sids": "{history}"}), longest=TITLES_SHOWN
-    ),
-    REASONING: Task(
-        _draw_reasoning,
-        _reasoning_targets,
-        WindowFields,
-        TEMPLATES["reasoning"],
-        chain_templates(),
-        "chain_form",
-        SYSTEM["reasoning"],
-    ),
+ITEM_TEXTS: Mapping[str, Callable[[Item], str]] = {
+    "title": lambda item: item.title,
+    "description": description,
+    "title_and_description": title_and_description,
+    "telling_text": telling_text,
+    "text": features,
 }
-"""All tasks by name; ``reasoning`` is placed by the curriculum, the others are alignment."""
+
+
+def _answered(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Return the questions of all groups, each with the answer that names its group: ``{sid}`` for "sid"."""
+    return [(question, f"{{{answer}}}") for answer, questions in groups.items() for question in questions]
+
+
+ITEM_TASKS = ("item2index", "index2item", "itemfeatureobtain")
+_TEMPLATES = yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8"))
+TASKS: dict[str, list[tuple[str, str]]] = {
+    "seqrec": _answered({"sid": TEMPLATES["direct"]}),
+    **{task: _answered(groups) for task, groups in _TEMPLATES.items()},
+    REASONING: _answered({"chain": TEMPLATES["reasoning"]}),
+}
+"""Questions and answers of each task. The curriculum places ``reasoning``; the others are alignment."""

@@ -310,15 +310,3 @@ def inspect(
     titles = read_titles(data / f"{dataset}.item.json")
     index = ItemIndex.load(data / f"{dataset}.index.json")
     console.print(rollout_table(read_rollouts(rollouts, index, titles), limit))
-
-
-@evaluate_app.command()
-def learning(
-    run: Annotated[Path, typer.Option(help="A finished quickstart.")] = Path("runs") / DEFAULT_RUN,
-    dataset: DatasetOption = DEFAULT_DATASET,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of SRPO, from 0.")] = 3,
-) -> None:
-    """Does SRPO improve on SFT? Mean RSVR of held-out validation prompts, several seeds, bootstrap intervals."""
-    from gream_verl.pipeline.learning import compare
-
-    compare(run, dataset, seeds=seeds, console=console)

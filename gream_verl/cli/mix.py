@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,36 +9,29 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from gream_verl.cli.common import DEFAULT_DATA, DataOption, DatasetOption, HistoryOption, SeedOption, console, pairs
+from data_processing.sft.rules import Wording
+from gream_verl.cli.common import HistoryOption, RunArgument, RunDatasetOption, SeedOption, console, pairs
 from gream_verl.cli.data import data_app
 from gream_verl.core.errors import InputError
-from gream_verl.pipeline.quickstart import DEFAULT_DATASET
-
-
-class Chains(StrEnum):
-    """Wordings of the chains that rules write."""
-
-    notes = "notes"
-    sentences = "sentences"
-
+from gream_verl.core.run_folder import RunFolder
 
 RowsOption = Annotated[
     list[str] | None,
     typer.Option(help="Rows of a task: TASK=COUNT, or TASK=40% of those that exist; a weight with --total. Repeat it."),
 ]
 TotalOption = Annotated[int | None, typer.Option(min=1, help="Rows of all tasks together, shared by weight.")]
-BlockOption = Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch a device.")]
+BlockOption = Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch per device.")]
 TokenizerOption = Annotated[
     str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
 ]
-LongestOption = Annotated[int, typer.Option(min=1, help="Tokens a row may have: the trainer's cutoff_len.")]
+LongestOption = Annotated[int, typer.Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Count the rows, and write nothing.")]
 
 
 @data_app.command()
 def tasks(
-    data: DataOption = DEFAULT_DATA,
-    dataset: DatasetOption = DEFAULT_DATASET,
+    run: RunArgument,
+    dataset: RunDatasetOption = None,
     rows: RowsOption = None,
     total: TotalOption = None,
     history: HistoryOption = 20,
@@ -54,28 +46,29 @@ def tasks(
     Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
     historyreconstruction.
     """
+    from data_processing.sft.mix import MixOptions
     from data_processing.sft.tasks import REASONING, TASKS
-    from gream_verl.core.data_folder import DataFolder
 
-    folder = DataFolder(data, dataset)
     counts = _row_counts(rows) if rows else {task: 1.0 for task in TASKS if task != REASONING}
     if REASONING in counts:
         raise InputError("--rows reasoning: chains of thought are no alignment task; `gream data mix` has both")
-    _write_sft(folder, folder.align, counts, total, history, block, tokenizer, longest, dry_run, seed)
+    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest))
+    folder = RunFolder.open(run, dataset).data
+    _write(folder, options, folder.align, dry_run)
 
 
 @data_app.command()
 def mix(
-    data: DataOption = DEFAULT_DATA,
-    dataset: DatasetOption = DEFAULT_DATASET,
+    run: RunArgument,
+    dataset: RunDatasetOption = None,
     rows: RowsOption = None,
     total: TotalOption = None,
     history: HistoryOption = 20,
     block: BlockOption = 16,
-    name: Annotated[str, typer.Option(help="Write D-NAME.parquet: another mix beside D-mix.parquet.")] = "mix",
+    name: Annotated[str, typer.Option(help="Write D-NAME.parquet: another mix next to D-mix.parquet.")] = "mix",
     chains: Annotated[
-        Chains, typer.Option(help="How rules word chains of thought: notes are short, sentences suit a real model.")
-    ] = Chains.notes,
+        Wording, typer.Option(help="Chains of thought by rule: notes are short, sentences suit a pretrained model.")
+    ] = "notes",
     tokenizer: TokenizerOption = None,
     longest: LongestOption = 2048,
     dry_run: DryRunOption = False,
@@ -83,65 +76,44 @@ def mix(
 ) -> None:
     """Write the SFT mix, D-mix.parquet: alignment tasks and chains of thought (task reasoning), by the curriculum.
 
-    Default: a mix for the tiny model. D-mix.png shows where the chains lie, and the lengths when there is a tokenizer.
+    Default: a mix for the tiny model. D-mix.png shows the share of chains, D-mix-eval-TASK.parquet are held-out rows.
     """
-    from gream_verl.core.data_folder import DataFolder
-    from gream_verl.pipeline.quickstart import TINY_MIX
+    from data_processing.sft.mix import TINY_MIX, MixOptions
 
-    folder = DataFolder(data, dataset)
     counts: dict[str, int | float] = _row_counts(rows) if rows else {**TINY_MIX}
-    output = folder.mix_of(name)
-    _write_sft(folder, output, counts, total, history, block, tokenizer, longest, dry_run, seed, chains.value)
+    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
+    folder = RunFolder.open(run, dataset).data
+    _write(folder, options, folder.mix_of(name), dry_run)
 
 
-def _write_sft(
-    folder: Any,
-    output: Path,
-    rows: dict[str, int | float],
-    total: int | None,
-    history: int,
-    block: int,
-    tokenizer: str | None,
-    longest: int,
-    dry_run: bool,
-    seed: int,
-    wording: str = "notes",
-) -> None:
+def _write(folder: Any, options: Any, output: Path, dry_run: bool) -> None:
     from data_processing.sft.mix import write_mix
 
-    limit = _length_limit(tokenizer, longest) if tokenizer else None
-    report = write_mix(
-        folder, rows=rows, seed=seed, total=total, history=history, block=block, limit=limit, dry_run=dry_run,
-        output=output, wording=wording,
-    )  # fmt: skip
-    _print_rows("SFT rows" + (", not written" if dry_run else ""), report["tasks"], ("asked", "exist", "made"))
-    if limit:
-        _print_rows("Tokens of a row", report["tasks"], ("median", "95%", "longest", "shortened", "left out"))
-    leaks = {kind: count for kind, count in report["leaks"].items() if kind != "rate"}
-    if leaks:
-        console.print(f"chains dropped because they name their target: {leaks} ({report['leaks']['rate']:.2%})")
+    report = write_mix(folder, options, output, dry_run=dry_run)
+    tables = [("SFT rows" + (", not written" if dry_run else ""), ["asked", "exist", "made", "held out", "leaks"])]
+    if options.limit:
+        tables.append(("Tokens of a row", ["longest", "shortened", "left out"]))
+    for title, columns in tables:
+        table = Table("task", *(Column(name, justify="right") for name in columns), title=title, box=SIMPLE_HEAD)
+        for task, values in report.items():
+            table.add_row(task, *(f"{values[column]:,}" for column in columns))
+        console.print(table)
     if not dry_run:
         console.print(f"{output}, its picture {output.stem}.png", highlight=False, soft_wrap=True)
 
 
-def _print_rows(title: str, rows: dict[str, dict[str, float]], columns: tuple[str, ...]) -> None:
-    table = Table("task", *(Column(name, justify="right") for name in columns), title=title, box=SIMPLE_HEAD)
-    for task, values in rows.items():
-        table.add_row(task, *(f"{values[column]:,.0f}" for column in columns))
-    console.print(table)
-
-
-def _length_limit(tokenizer: str, longest: int) -> Any:
-    """Return a limit that counts the tokens of a whole conversation as the trainer does."""
+def _length_limit(tokenizer: str | None, longest: int) -> Any:
+    """Return a limit that counts the tokens of a whole conversation as the trainer does; None without a tokenizer."""
+    if tokenizer is None:
+        return None
     from transformers import AutoTokenizer
 
     from data_processing.sft.lengths import LengthLimit, token_counter
 
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
+        return LengthLimit(token_counter(AutoTokenizer.from_pretrained(tokenizer)), longest)
     except (OSError, ValueError) as error:
         raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({error})") from error
-    return LengthLimit(token_counter(loaded), longest)
 
 
 def _row_counts(rows: list[str]) -> dict[str, int | float]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import yaml
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -28,6 +31,28 @@ def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | 
         raise InputError(
             f"{'.'.join([node, *map(str, first['loc'])])}: {first['msg']}; known keys are {', '.join(known)}"
         ) from None
+
+
+def file_options(model: type[Options], file: Path | None, line: Mapping[str, Any], command: str) -> Options:
+    """Return the options of a command, from a YAML file and from the command line.
+
+    Args:
+        model: The options.
+        file: YAML file with any of them, or None.
+        line: Options of the command line, which win; None leaves that of the file.
+        command: The command, for messages.
+
+    Raises:
+        InputError: When the file is missing or malformed, or an option is missing, unknown or wrong.
+    """
+    try:
+        kept = yaml.safe_load(require_file(file, "write it, or leave out -c").read_text("utf-8")) if file else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())}); correct it") from error
+    if not isinstance(kept := kept or {}, dict):
+        raise InputError(f"{file}: expected one option per line, such as `timeout: 60`")
+    given = {name: value for name, value in line.items() if value is not None}
+    return checked_options(model, str(file or command), {**kept, **given})
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

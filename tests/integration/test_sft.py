@@ -1,51 +1,92 @@
+"""LLaMA-Factory feeds the rows of the mix in the file's order, also on two nodes; held-out losses change nothing."""
+
+from __future__ import annotations
+
 import json
-import subprocess
-import sys
+import socket
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
-import polars as pl
 import pytest
-from small_data import make_data
+from sft_run import RECORDER, ROWS, logged, make_sft_run, running, sft_arguments, train
+from transformers import AutoTokenizer
 
-from data_processing.sft.mix import write_mix
-from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.model.tiny_model import make_tiny_model, read_sft_texts
-from gream_verl.model.vocabulary import sid_token_ids
+from data_processing.sft.check import read_rows
+from data_processing.sft.lengths import token_counter
 
-ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 
-
-def train(folder, *overrides):
-    command = [str(Path(sys.executable).parent / "llamafactory-cli"), "train", str(ROOT / "sft_configs/tiny_cpu.yaml")]
-    paths = [
-        f"model_name_or_path={folder}/model",
-        f"dataset_dir={folder}/data",
-        "dataset=small-mix",
-        f"output_dir={folder}/sft",
-    ]
-    done = subprocess.run(
-        [*command, *paths, *overrides], cwd=folder, capture_output=True, text=True, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / "sft" / "trainer_state.json").read_text())
+BATCH, ACCUMULATION = 4, 2
+EVALUATION = (
+    f"eval_dataset={','.join(f'small-mix-eval-{task}' for task in ROWS)}",
+    "eval_on_each_dataset=true",
+    "eval_strategy=steps",
+    "eval_steps=8",
+    "per_device_eval_batch_size=8",
+    "plot_loss=true",
+)
+"""The keys of the Qwen3-4B configs."""
 
 
-def test_llamafactory_trains_the_mix_in_its_order_and_goes_on_after_a_stop(tmp_path):
-    folder = make_data(tmp_path / "data", users=60)
-    write_mix(folder, rows={"seqrec": 200, "item2index": 20, "reasoning": 60}, seed=0, block=16)
-    index = ItemIndex.load(folder.index)
-    make_tiny_model(read_sft_texts(folder.mix), index, tmp_path / "model", hidden_size=32, layers=1, heads=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    make_sft_run(folder)
+    return folder
 
-    first = train(tmp_path, "num_train_epochs=8", "max_steps=40", "save_steps=40", "logging_steps=5")
-    losses = [row["loss"] for row in first["log_history"] if "loss" in row]
-    assert losses[-1] < losses[0] - 0.5
 
-    from transformers import AutoTokenizer
+def test_the_model_is_fed_the_rows_of_the_file_and_held_out_losses_change_nothing(folder: Path) -> None:
+    settings = [f"per_device_train_batch_size={BATCH}", f"gradient_accumulation_steps={ACCUMULATION}", "save_steps=50"]
+    settings.append("num_train_epochs=4")
+    plain = train(folder, *settings, f"output_dir={folder}/plain", script=RECORDER)
+    evaluated = train(folder, *settings, *EVALUATION, f"output_dir={folder}/evaluated")
 
-    sid_token_ids(AutoTokenizer.from_pretrained(tmp_path / "sft"), index)
-    assert len(pl.read_parquet(folder.mix)) == 280
+    rows = read_rows(folder / "data" / "small-mix.parquet")
+    assert len(set(rows)) == len(rows) == sum(ROWS.values())
+    tokenizer, texts = AutoTokenizer.from_pretrained(folder / "model"), {}
+    for number, row in enumerate(rows):
+        turns = {"system": row.system, "user": row.user, "assistant": row.assistant}
+        chat = [{"role": role, "content": text} for role, text in turns.items() if text]
+        texts[tokenizer.apply_chat_template(chat, tokenize=False)] = number
+    fed = [[texts[text] for text in json.loads(line)] for line in (folder / "plain" / "fed-0.jsonl").open()]
+    assert max(map(len, fed)) == BATCH
+    assert list(chain(*fed)) == list(range(len(rows))) * 4
 
-    second = train(tmp_path, "num_train_epochs=8", "max_steps=50", "save_steps=40", "logging_steps=5")
-    assert second["global_step"] == 50
-    assert [row["step"] for row in second["log_history"] if "loss" in row][: len(losses)] == list(range(5, 41, 5))
+    for name in ("step", "loss", "grad_norm", "learning_rate"):
+        assert logged(evaluated, name) == logged(plain, name)
+    weights = [(folder / output / "model.safetensors").read_bytes() for output in ("plain", "evaluated")]
+    assert weights[0] == weights[1]
+    for task in ROWS:
+        name = f"eval_small-mix-eval-{task}_loss"
+        losses = [row[name] for row in evaluated["log_history"] if name in row]
+        assert len(losses) >= 4
+        assert losses[-1] < losses[0] - 0.1
+        assert (folder / "evaluated" / f"training_{name}.png").is_file()
+    assert (folder / "evaluated" / "training_loss.png").is_file()
+
+
+def test_two_nodes_train_the_rows_in_the_order_of_the_file(folder: Path) -> None:
+    """Two launchers on this machine, gloo between them; each step has seen all tokens of the next rows."""
+    steps, output = 3, folder / "nodes"
+    settings = [f"max_steps={steps}", f"per_device_train_batch_size={BATCH}", "ddp_backend=gloo", "warmup_steps=1"]
+    settings += [f"output_dir={output}", "include_num_input_tokens_seen=non_padding"]
+    command = ["llamafactory-cli", "train", *sft_arguments(folder, *settings)]
+    nodes = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        nodes["MASTER_PORT"] = str(listener.getsockname()[1])
+    with ExitStack() as both:
+        logs = [folder / f"node-{rank}.log" for rank in range(2)]
+        launchers = [
+            both.enter_context(running(command, log, **nodes, NODE_RANK=str(rank))) for rank, log in enumerate(logs)
+        ]
+        for launcher, log in zip(launchers, logs, strict=True):
+            assert launcher.wait(150) == 0, log.read_text(errors="replace")[-4000:]
+    assert "Multi-node training enabled: num nodes: 2, node rank: 1" in logs[1].read_text()
+
+    rows = read_rows(folder / "data" / "small-mix.parquet")
+    tokens = token_counter(AutoTokenizer.from_pretrained(folder / "model"))(rows)
+    step = BATCH * ACCUMULATION * 2
+    expected = [sum(tokens[: step * done]) for done in range(1, steps + 1)]
+    assert logged(json.loads((output / "trainer_state.json").read_text()), "num_input_tokens_seen") == expected

@@ -21,11 +21,21 @@ CPU = {
     "model_name_or_path", "train_on_prompt", "deepspeed", "dataset_dir", "dataset", "cutoff_len", "learning_rate",
     "preprocessing_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps",
     "use_cpu", "bf16", "flash_attn", "disable_gradient_checkpointing", "output_dir", "save_steps", "save_total_limit",
+    "eval_dataset", "eval_on_each_dataset", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
+    "logging_steps",
 }  # fmt: skip
 # In what a config may differ from the reference; everything else must not drift apart.
 DIFFERENCES = {
-    "qwen3_4b_alignment.yaml": {"dataset", "output_dir"},
-    "qwen3_4b_reasoning.yaml": {"model_name_or_path", "dataset", "learning_rate", "output_dir", "save_steps"},
+    "qwen3_4b_alignment.yaml": {"dataset", "eval_dataset", "output_dir"},
+    "qwen3_4b_reasoning.yaml": {
+        "model_name_or_path",
+        "dataset",
+        "eval_dataset",
+        "eval_steps",
+        "learning_rate",
+        "output_dir",
+        "save_steps",
+    },
     "qwen3_4b_lora.yaml": {"finetuning_type", "adapter_name_or_path", "deepspeed", "learning_rate", "output_dir"},
     "smollm2_cpu.yaml": CPU | {"template", "default_system"},
     "tiny_cpu.yaml": CPU,
@@ -47,9 +57,9 @@ def test_llamafactory_accepts_the_arguments(name: str, tmp_path: Path, monkeypat
     assert finetuning.disable_shuffling
     assert not data.packing
     assert not model.trust_remote_code
-    assert (training.include_num_input_tokens_seen, training.logging_steps) == ("non_padding", 1)
+    assert data.eval_on_each_dataset == training.do_eval == name.startswith("qwen3")
+    assert not data.eval_dataset or all(part.startswith(f"{data.dataset[0]}-eval-") for part in data.eval_dataset)
     assert data.cutoff_len == given["cutoff_len"]
-    assert training.resume_from_checkpoint is None  # nothing there yet
 
 
 PARSE_ALL = """

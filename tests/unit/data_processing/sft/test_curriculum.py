@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_processing.sft.curriculum import RAMP, curriculum_order, expected_shares, ramp_quantile
@@ -10,6 +10,7 @@ from data_processing.sft.curriculum import RAMP, curriculum_order, expected_shar
 sizes = st.integers(0, 400)
 
 
+@settings(max_examples=25)
 @given(st.lists(sizes, max_size=4), sizes, st.integers(0, 2**32), st.integers(1, 50))
 def test_every_row_is_there_once_and_the_order_is_the_seeds(
     alignment: list[int], reasoning: int, seed: int, block: int
@@ -19,6 +20,7 @@ def test_every_row_is_there_once_and_the_order_is_the_seeds(
     assert np.array_equal(order, curriculum_order(alignment, reasoning, seed=seed, block=block))
 
 
+@settings(max_examples=25)
 @given(st.lists(sizes, min_size=1, max_size=4), sizes, st.integers(1, 50))
 def test_blocks_hold_one_task_and_leftovers_come_last(alignment: list[int], reasoning: int, block: int) -> None:
     order = curriculum_order(alignment, reasoning, seed=0, block=block)
@@ -58,15 +60,12 @@ def test_both_kinds_are_shuffled_among_themselves() -> None:
         assert abs(np.corrcoef(kind, np.arange(2000))[0, 1]) < 0.1
 
 
+@settings(max_examples=25)
 @given(st.floats(0, 1))
 def test_the_quantile_inverts_the_integral_of_the_rate(share: float) -> None:
     place = ramp_quantile(np.array([share]))[0]
     integral = 0.75 * place**2 / RAMP if place <= RAMP else 0.5 + 1.5 * (place - RAMP)
     assert integral == pytest.approx(share, abs=1e-9)
-
-
-def test_the_size_of_a_real_mix_takes_a_blink() -> None:
-    assert len(curriculum_order([2_000_000], 500_000, seed=0)) == 2_500_000
 
 
 @pytest.mark.parametrize(("alignment", "reasoning"), [(9000, 3000), (3000, 6000), (5000, 0), (0, 50)])

@@ -9,14 +9,12 @@ import pytest
 from assets import make_tiny_model
 from small_data import make_data
 
-from data_processing.sft.corpus import Corpus
-from data_processing.sft.fields import LENGTH
-from data_processing.sft.lengths import LengthLimit, length_table, token_counter
-from data_processing.sft.tasks import REASONING, TASKS, Renderer, Row
+from data_processing.sft.lengths import LengthLimit, token_counter
+from data_processing.sft.tasks import LENGTH, REASONING, Corpus, SftRow, TeacherTexts
 from gream_verl.core.errors import InputError
 
 
-def words(rows: Sequence[Row]) -> list[int]:
+def words(rows: Sequence[SftRow]) -> list[int]:
     return [len(f"{row.system} {row.user} {row.assistant}".replace("<|a", " <|a").split()) for row in rows]
 
 
@@ -27,41 +25,38 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(folder.read_training(items), items, folder.read_index(items))
 
 
-def test_every_row_keeps_the_longest_history_that_fits(corpus: Corpus) -> None:
-    tasks = ["seqrec", "item2index", REASONING]
-    plans = [TASKS[task].draw(corpus, 40, np.random.default_rng(0)) for task in tasks]
-    specs, kinds = np.concatenate(plans), np.repeat(np.arange(3), [len(plan) for plan in plans])
-    renderer = Renderer(corpus, tasks)
-    longest = int(np.median(words(renderer.rows(kinds, specs))))
+@pytest.mark.parametrize("task", ["seqrec", "item2index", REASONING])
+def test_every_row_keeps_the_longest_history_that_fits(corpus: Corpus, task: str) -> None:
+    specs = corpus.draw(task, 40, 0)
+    longest = int(np.median(words([corpus.row(task, *spec) for spec in specs.tolist()])))
     fitted = specs.copy()
-    tokens = LengthLimit(words, longest).fit(renderer, kinds, fitted)
-    assert (fitted[:, LENGTH] < specs[:, LENGTH]).sum() > 10
-    for row in range(len(specs)):
-        one, kind = specs[row : row + 1].copy(), kinds[row : row + 1]
-        while words(renderer.rows(kind, one))[0] > longest and one[0, LENGTH] > 1:
-            one[0, LENGTH] -= 1
-        assert np.array_equal(one[0], fitted[row])
-        assert tokens[row] == words(renderer.rows(kind, one))[0]
+    tokens = LengthLimit(words, longest).fit(corpus, task, fitted)
+    assert (fitted[:, LENGTH] < specs[:, LENGTH]).any() == (task != "item2index")
+    for (target, length, template), one, count in zip(specs.tolist(), fitted.tolist(), tokens.tolist(), strict=True):
+        shown = length
+        while words([corpus.row(task, target, shown, template)])[0] > longest and shown > 1:
+            shown -= 1
+        assert one == [target, shown, template]
+        assert count == words([corpus.row(task, *one)])[0]
 
 
-def test_the_history_of_a_given_chain_is_left_as_it_is(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_history_of_a_chain_of_a_language_model_stays_whole(tmp_path: Path) -> None:
     folder = make_data(tmp_path)
     items = folder.read_items()
     sequences, index = folder.read_training(items), folder.read_index(items)
     user = max(sequences, key=lambda user: len(sequences[user]))
-    chain = f"<think>x</think><answer>{index.text(sequences[user][5])}</answer>"
-    given = Corpus(sequences, items, index, chains={(user, 5): chain})
-    specs = TASKS[REASONING].draw(given, 1, np.random.default_rng(0))
-    tokens = LengthLimit(words, 1).fit(Renderer(given, [REASONING]), np.zeros(1, np.int64), specs)
+    texts = TeacherTexts(chains={(user, 5): f"<think>x</think><answer>{index.text(sequences[user][5])}</answer>"})
+    corpus = Corpus(sequences, items, index, texts=texts)
+    specs = corpus.draw(REASONING, None, 0)
+    assert LengthLimit(words, 1).fit(corpus, REASONING, specs)[0] > 1
     assert specs[0, LENGTH] == 5
-    assert tokens[0] > 1
 
 
 def test_tokens_are_those_of_the_whole_conversation(corpus: Corpus, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path, corpus.index))
-    rows = [Row("Hello there", "<|a_1|>", "t"), Row("Hi", "<|a_1|><|b_1|>", "t", "Be kind.")]
+    rows = [SftRow("Hello there", "<|a_1|>", "t"), SftRow("Hi", "<|a_1|><|b_1|>", "t", "Be kind.")]
     expected = []
     for row in rows:
         turns = [("system", row.system)] * bool(row.system) + [("user", row.user), ("assistant", row.assistant)]
@@ -69,23 +64,8 @@ def test_tokens_are_those_of_the_whole_conversation(corpus: Corpus, tmp_path: Pa
         expected.append(len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]))
     assert token_counter(tokenizer)(rows * 700) == expected * 700
     assert token_counter(tokenizer)([]) == []
-
-
-def test_a_slow_tokenizer_is_one_sentence() -> None:
-    with pytest.raises(InputError, match="models/slow: not a fast tokenizer"):
-        token_counter(SimpleNamespace(name_or_path="models/slow"))
-
-
-def test_a_tokenizer_without_a_chat_template_is_one_sentence(corpus: Corpus, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path, corpus.index))
     tokenizer.chat_template = None
-    with pytest.raises(InputError, match="has no chat template; give a tokenizer that has one"):
+    with pytest.raises(InputError, match="has no chat template; give the tokenizer of a chat model"):
         token_counter(tokenizer)
-
-
-def test_the_table_is_about_the_rows_that_fit() -> None:
-    table = length_table(np.array([1, 2, 3]), 1, 2)
-    assert table == {"median": 2.0, "95%": 2.9, "longest": 3.0, "shortened": 1, "left out": 2}
-    assert length_table(np.zeros(0, np.int32), 0, 1)["longest"] == 0
+    with pytest.raises(InputError, match="models/slow: is not a fast tokenizer"):
+        token_counter(SimpleNamespace(name_or_path="models/slow"))
