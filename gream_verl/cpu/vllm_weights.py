@@ -2,8 +2,7 @@
 
 After loading, vLLM packs the weight of a linear layer for its CPU kernels and drops the parameter together with its
 ``weight_loader`` (vllm/model_executor/layers/linear.py:220), so that the first weight synchronisation fails and verl
-hangs. With the parameter kept, ``process_weights_after_loading``, which verl calls after each synchronisation, packs it
-again.
+hangs. With the parameter kept, verl's call of ``process_weights_after_loading`` packs it again after each one.
 """
 
 from __future__ import annotations
