@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +65,11 @@ class MixOptions:
     limit: LengthLimit | None = None
     wording: Wording = "notes"
 
+    def __post_init__(self) -> None:
+        for task in self.rows:
+            if task not in TASKS:
+                raise InputError(f"SFT task {task!r}: unknown; choose from {', '.join(TASKS)}")
+
 
 def write_mix(
     folder: DataFolder, options: MixOptions, output: Path | None = None, *, dry_run: bool = False
@@ -91,11 +95,6 @@ def write_mix(
         InputError: When a task is unknown, nothing is to be written, or a file of the data set cannot be used.
     """
     path = output or folder.mix
-    for task in options.rows:
-        if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(TASKS)}"
-            raise InputError(f"SFT task {task!r}: unknown; {hint}")
     corpus, validation = _read(folder, options)
     exist = {task: corpus.exist(task) for task in options.rows}
     asked = asked_rows(options.rows, exist, options.total)
@@ -114,22 +113,18 @@ def write_mix(
     thoughts = sizes.pop(REASONING, 0)
     order = curriculum_order(list(sizes.values()), thoughts, seed=options.seed, block=options.block)
     tasks = np.repeat(np.array(list(chosen), object), [len(specs) for specs in chosen.values()])[order]
-    files = {path: (corpus, tasks, np.concatenate(list(chosen.values()))[order])}
-    for task, (source, specs) in held_out.items():
-        if len(specs):
-            files[path.with_stem(f"{path.stem}-eval-{task}")] = (
-                source,
-                np.repeat(np.array([task], object), len(specs)),
-                specs,
-            )
-    for file, rows in files.items():
-        write_rows(file, *rows)
-    stale = [file for file in path.parent.glob(f"{path.stem}-eval-*.parquet") if file not in files]
+    write_rows(path, corpus, tasks, np.concatenate(list(chosen.values()))[order])
     entries = read_json(folder.dataset_info) if folder.dataset_info.is_file() else {}
-    entries |= {file.stem: {"file_name": file.name, **READ_AS} for file in files}
-    for file in stale:  # of an earlier mix
-        entries.pop(file.stem, None)
-        file.unlink()
+    entries[path.stem] = {"file_name": path.name, **READ_AS}
+    for task in TASKS:
+        file = path.with_stem(f"{path.stem}-eval-{task}")
+        source, specs = held_out.get(task, (corpus, None))
+        if specs is not None and len(specs):
+            write_rows(file, source, np.full(len(specs), task, object), specs)
+            entries[file.stem] = {"file_name": file.name, **READ_AS}
+        else:  # an earlier mix may have had this task
+            file.unlink(missing_ok=True)
+            entries.pop(file.stem, None)
     write_json(folder.dataset_info, dict(sorted(entries.items())), indent=2)
     write_json(path.with_suffix(".json"), report, indent=2)
     draw_curriculum(path.with_suffix(".png"), tasks == REASONING)
@@ -217,11 +212,11 @@ def _hold_out(corpus: Corpus, validation: Corpus, task: str, mixed: Specs, optio
     if task not in ITEM_TASKS and not corpus.has_chains(task):
         drawn = validation.draw(task, None, options.seed)
         return validation, _choose(validation, task, HELD_OUT_ROWS, options, drawn)[0]
-    rows = corpus.draw(task, None, options.seed + 1)  # another seed than that of the mix, which may have drawn all
-    used = {(target, template) for target, _, template in mixed.tolist()}
-    fresh = {(target, template): row for row, (target, _, template) in enumerate(rows.tolist())}
-    kept = [row for spec, row in fresh.items() if spec not in used]
-    return corpus, _choose(corpus, task, HELD_OUT_ROWS, options, rows[kept])[0]
+    rows = corpus.draw(task, HELD_OUT_ROWS << 7, options.seed + 1)  # the mix may have drawn all rows of its seed
+    drawn, used = (specs.view("i4,i4,i4").ravel() for specs in (rows, mixed))
+    _, first = np.unique(drawn, return_index=True)
+    fresh = np.sort(first[~np.isin(drawn[first], used)])
+    return corpus, _choose(corpus, task, HELD_OUT_ROWS, options, rows[fresh])[0]
 
 
 def write_rows(path: Path, corpus: Corpus, tasks: npt.NDArray[np.object_], specs: Specs) -> None:

@@ -1,4 +1,4 @@
-"""Environment variables for CPU training, so that a user has none to set."""
+"""Environment variables for processes on a CPU, so that a user has none to set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import MutableMapping
 
 DEFAULTS = {
-    # One thread a process: the actor, the rollout engine and the reward workers already share few cores.
+    # One thread per process: the actor, the rollout engine and the reward workers already share few cores.
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     # Ray binds to and advertises the loopback address only (ray/_private/services.py:815).
@@ -16,7 +16,7 @@ DEFAULTS = {
     # Logical CPU slots are not cores: do not start one idle Python process for each of them.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    # TransferQueue asks for 8 torch threads, and warns of every call when there are fewer cores.
+    # TransferQueue asks for 8 torch threads, and warns at every call when the machine has fewer cores.
     "TQ_NUM_THREADS": "1",
     # vLLM: 1 GiB for the key-value cache, no pinning, every core usable.
     "VLLM_CPU_KVCACHE_SPACE": "1",

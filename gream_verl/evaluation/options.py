@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import require_file
-from gream_verl.core.options import checked_options
+from gream_verl.core.options import file_options
 from gream_verl.core.rsvr import Mode
 
 Split = Literal["test", "val"]
@@ -100,16 +98,7 @@ def read_options(file: Path | None, line: Mapping[str, Any]) -> EvaluationOption
     Raises:
         InputError: When the file is missing or malformed, or an option is unknown, wrong, or contradicts another.
     """
-    kept: Any = {}
-    if file is not None:
-        try:
-            kept = yaml.safe_load(require_file(file, "write it, or leave out -c").read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise InputError(f"{file}: not valid YAML ({error})") from error
-        if not isinstance(kept, dict):
-            raise InputError(f"{file}: expected options, such as `beams: 30`")
-    given = {name: value for name, value in line.items() if value is not None}
-    options = checked_options(EvaluationOptions, str(file or "gream evaluate"), {**kept, **given})
+    options = file_options(EvaluationOptions, file, line, "gream evaluate")
     if (options.engine == "server") != (options.endpoint is not None):
         raise InputError("the engine server needs an endpoint, and no other engine takes one")
     if not options.beams and options.modes != ("reasoning",):

@@ -257,7 +257,6 @@ def test_rows_that_do_not_fit_are_shortened_or_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"seqrek": 5}, "SFT task 'seqrek': unknown; did you mean 'seqrec'"),
         ({"xyz": 5}, "SFT task 'xyz': unknown; choose from seqrec, item2index"),
         ({}, "no rows to write"),
         ({"seqrec": 1.5}, "rows of seqrec: 1.5 cannot be; give a count, or a share of what exists up to 100%"),

