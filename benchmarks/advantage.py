@@ -1,4 +1,4 @@
-"""The advantage BGAE: ours over all groups at once against a plain loop over groups, in one run.
+"""Speed of BGAE over all groups at once, against a plain loop over groups, in one run.
 
 The loop does per group what the formulas say, with exact binomials, on the rows that a dictionary collected. The run
 fails when an advantage differs.
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run both sides and print milliseconds and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=2560)
-    parser.add_argument("--responses", type=int, default=10, help="responses a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens a response")
+    parser.add_argument("--responses", type=int, default=10, help="responses per prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per response")
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)

@@ -24,14 +24,16 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.cpu.environment import set_defaults
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search
-from gream_verl.decoding.prefix_tree import PrefixTree
-from gream_verl.evaluation.prompts import batches, encode, load_model, read_prompts
-from gream_verl.evaluation.ranking import shared_prefix
+from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
+from gream_verl.evaluation.batches import pad_left
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.ranking import encode, shared_prefix
+from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 from gream_verl.model.tiny_model import train_tokenizer
-from gream_verl.model.vocabulary import sid_token_ids
 
 LEVELS, CODES, TEXT_TOKENS = 4, 256, 2048
 SHAPES = {  # the second is that of SmolLM2-135M
@@ -95,15 +97,17 @@ def random_world(options: argparse.Namespace, folder: Path) -> World:
 
 
 def real_world(options: argparse.Namespace) -> World:
-    model, tokenizer = load_model(options.checkpoint)
+    model, tokenizer = load_model(options.checkpoint, inference=True), load_tokenizer(options.checkpoint)
     data, dataset = Path(options.data), options.dataset
     index = ItemIndex.load(data / f"{dataset}.index.json")
-    ids = sid_token_ids(tokenizer, index, options.checkpoint)
+    ids = sid_ids(index, tokenizer, options.checkpoint)
     paths = np.full((len(index), max(map(len, index.sids.values()))), -1)
     for row, sid in enumerate(index.sids.values()):
         paths[row, : len(sid)] = [ids[token] for token in sid]
-    prompts, _ = read_prompts(data / f"{dataset}-test.parquet", "direct", limit=options.users, seed=options.seed)
-    sequences = sorted(encode(prompts, tokenizer), key=len, reverse=True)
+    sample = EvaluationOptions(limit=options.users, seed=options.seed)
+    prompts, _ = read_prompts(data / f"{dataset}-test.parquet", "direct", sample)
+    config = load_decoding_config(options.checkpoint, tokenizer)
+    sequences = sorted(encode(prompts, index, tokenizer, config, paths.shape[1]), key=len, reverse=True)
     return World(options.checkpoint, Path(options.checkpoint), model, sequences, paths)
 
 
@@ -116,7 +120,7 @@ def with_hugging_face(world: World, beams: int, score: Score) -> Callable[[], Ra
     if (world.paths < 0).any():
         raise SystemExit("SIDs of several lengths: Hugging Face would have to score an end; take an index without")
     lists = {prefix: sorted(tokens) for prefix, tokens in allowed.items()}
-    [(_, ids, mask)] = batches(world.prompts, len(world.prompts))
+    ids, mask = pad_left(world.prompts)
     length = ids.shape[1]
 
     def work() -> Ranking:
@@ -149,7 +153,7 @@ def with_hugging_face(world: World, beams: int, score: Score) -> Callable[[], Ra
 def with_ours(world: World, beams: int, score: Score, prefix_tokens: Sequence[int]) -> Callable[[], Ranking]:
     tree = PrefixTree.from_paths(world.paths)
     prefix = Prefix(world.model, prefix_tokens)
-    [(_, ids, mask)] = batches([prompt[len(prefix_tokens) :] for prompt in world.prompts], len(world.prompts))
+    ids, mask = pad_left([prompt[len(prefix_tokens) :] for prompt in world.prompts])
 
     def work() -> Ranking:
         items, scores = beam_search(world.model, ids, mask, tree, beams, score=score, prefix=prefix)

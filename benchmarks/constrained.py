@@ -120,11 +120,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """Return tokens a second of every round of one engine, by what its requests ask for."""
     import torch
 
+    from gream_verl.core.cpu_environment import set_defaults
     from gream_verl.core.rsvr import score_response
     from gream_verl.core.semantic_ids import ItemIndex
     from gream_verl.core.token_text import TokenText
     from gream_verl.cpu import is_active
-    from gream_verl.cpu.environment import set_defaults
 
     if is_active():
         set_defaults()

@@ -1,11 +1,10 @@
-"""Raw data to training text: ours against plain Python, in one run.
+"""Raw data to training text: ours against plain Python.
 
 Ingest: reviews and metadata are read, texts of items cleaned, repeats dropped, the 5-core taken, every user's items put
-in order and split by leave-one-out. The other side does it the way research code does: `gzip.open`, `json.loads` a
-line, dictionaries of lists, loops until the core stands. The reviews are made up, in the format of Amazon 2018, with
-dirty lines and about as many users and items as real dumps of that size have. Every pass runs in a process of its own;
-the run fails when the results differ. Ours unpacks in a second thread: on a machine whose other cores are busy the
-seconds of the processor tell more.
+in order and split by leave-one-out. The plain side does it as research code does: `gzip.open`, `json.loads` per line,
+dictionaries of lists, loops until the core stands. The reviews are made up, in the format of Amazon 2018, with dirty
+lines and about as many users and items as real dumps of that size. Every pass runs in its own process. The run fails
+when the results differ. Compare processor seconds on a machine with busy cores: ours unpacks in a second thread.
 
     python benchmarks/data.py                       # 5 million reviews: some minutes, 1 GB on disk for a while
     python benchmarks/data.py --reviews 200000      # a quick look
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 CORE = 5
-AIM_RATIO, AIM_MEGABYTES = 5, 2000
+AIM_RATIO, AIM_MEGABYTES = 2, 2000
 REVIEWS, METADATA = "reviews.json.gz", "metadata.json.gz"
 CHUNK = 100_000
 TEXTS, WORDS = 20_000, 5_000
@@ -41,8 +40,8 @@ DAY, FIRST_DAY, LAST_DAY = 86_400, 12_000, 17_800
 def make_dump(folder: Path, reviews: int, seed: int = 0) -> None:
     """Write reviews and metadata; the same arguments give the same lines.
 
-    Users write 1.9 reviews each, with a tail of some hundred; items have 18 each, the share of an item falls with its
-    rank. One line in 50 repeats a user and item, one in 10,000 is dirty, one item in 30 has no title.
+    Users write 1.9 reviews on average, with a tail of some hundred. Items have 18 on average; the share of an item
+    falls with its rank. One line in 50 repeats a user and item, one in 10,000 is dirty, one item in 30 has no title.
     """
     import numpy as np
     from isal import igzip
@@ -173,7 +172,7 @@ def _split(sequences: dict[str, list[str]]) -> dict[str, int]:
 
 
 def peak_megabytes() -> float:
-    """Return the most memory this program ever held; `ru_maxrss` would count the one that started it too."""
+    """Return the peak memory of this process; `ru_maxrss` would count its parent too."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 
@@ -182,7 +181,7 @@ STEPS = {"plain": plainly, "ours": ours}
 
 
 def run_step(step: str, folder: Path, reviews: int) -> dict[str, Any]:
-    """Run one step in a process of its own; return its outcome, seconds, processor seconds and peak memory in MB."""
+    """Run one step in its own process; return its outcome, seconds, processor seconds and peak memory in MB."""
     command = [sys.executable, __file__, "--step", step, "--folder", str(folder), "--reviews", str(reviews)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -215,7 +214,7 @@ def ingest(reviews: int, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run every section, or one step of one in a process of its own."""
+    """Run every section, or one step of one in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reviews", type=int, default=5_000_000)
     parser.add_argument("--step", choices=["make", *STEPS], help=argparse.SUPPRESS)

@@ -36,7 +36,7 @@ def make_data(root: str, interactions: int, seed: int) -> None:
     for item in range(count):
         title, text = (" ".join(generator.choice(words, size)) for size in generator.integers((3, 10), (12, 60)))
         names = ["All", *(kinds[kind] for kind in generator.choice(400, generator.integers(1, 5), replace=False))]
-        items[str(item)] = Item(title, text, f"Brand {item % 997}", tuple(names)).to_json()
+        items[str(item)] = vars(Item(title, text, f"Brand {item % 997}", tuple(names)))
     folder = DataFolder(root, "made")
     write_json(folder.item, items)
     lengths = 5 + generator.geometric(1 / (interactions / users - 4), users)

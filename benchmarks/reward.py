@@ -1,7 +1,7 @@
-"""Scoring responses with RSVR: ours from token ids, against decoding and one anchored regular expression, in one run.
+"""Speed of RSVR from token ids, against decoding and one anchored regular expression, in one run.
 
 The other side decodes a response, enforces the whole form by one pattern and looks the answer up. Both score the
-same responses; the run fails when a reward differs. Our table of token texts is built once, outside of the timing.
+same responses; the run fails when a reward differs. Our table of token texts is built once, outside the timing.
 
     python benchmarks/reward.py
 """
@@ -68,7 +68,7 @@ def with_regular_expression(text: str, truth: SemanticId, index: ItemIndex, end:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run both sides and print responses a second and the ratio."""
+    """Run both sides and print responses per second and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--responses", type=int, default=4000)
     parser.add_argument("--tokens", type=int, default=500, help="tokens of each response")

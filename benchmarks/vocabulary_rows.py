@@ -1,9 +1,9 @@
-"""Which first values of the rows of semantic-ID tokens SFT starts best from: the three of `gream model extend`, and two
-of Hugging Face: its ``mean_resizing``, and rows drawn as for an untrained model.
+"""First values of the rows of semantic-ID tokens: the ones from which SFT starts best.
 
-``python -m benchmarks.vocabulary_rows --base FOLDER --data FOLDER`` trains the same pretrained base on the same rows of
+``python benchmarks/vocabulary_rows.py --base FOLDER --run FOLDER`` trains the same pretrained base on the same rows of
 the SFT mix in the same order, and measures the loss of the responses on rows that no training saw: before the first
-step, on the way and at the end.
+step, on the way and at the end. It compares the product's ``distribution`` and ``mean``, rows from the texts of the
+items under a code, and two ways of Hugging Face: ``mean_resizing``, and rows drawn as for an untrained model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.model.embedding_rows import ROWS, read_item_texts
 from gream_verl.model.vocabulary import add_sid_tokens, extend_model
 
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -40,6 +40,31 @@ def resized(mean_resizing: bool) -> Callable[[Any, Any, ItemIndex], None]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=mean_resizing)
 
     return extend
+
+
+def text_rows(model: Any, tokenizer: Any, index: ItemIndex, texts: dict[str, str], seed: int) -> None:
+    """Extend a model by rows m + |s| d / |d| + 0.1 s z.
+
+    m and s are mean and standard deviation of the base's rows, z is standard normal. d is what the items under a code
+    say and others do not: the mean, over those items, of the mean row of the tokens of their texts, less the mean of
+    that over the codes of the level. A code without texts gets d = 0.
+    """
+    base = len(tokenizer)
+    extend_model(model, tokenizer, index, rows="mean", seed=seed)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for weight in [embedding] if head is embedding else [embedding, head]:
+        told: dict[str, list[torch.Tensor]] = {}
+        for item, tokens in index.readable.items():
+            if ids := tokenizer(texts.get(item, ""), add_special_tokens=False)["input_ids"]:
+                row = weight.data[ids].float().mean(0)
+                for token in tokens:
+                    told.setdefault(token, []).append(row)
+        means = {token: torch.stack(rows).mean(0) for token, rows in told.items()}
+        spread = weight.data[:base].float().std(0).norm()
+        for token, row in means.items():
+            level = torch.stack([other for name, other in means.items() if name[2] == token[2]]).mean(0)
+            direction = torch.nn.functional.normalize(row - level, dim=0)
+            weight.data[tokenizer.convert_tokens_to_ids(token)] += spread * direction
 
 
 def batches(mix: Path, tokenizer: Any, batch: int, longest: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -75,8 +100,7 @@ def held_out_loss(model: Any, rows: list[dict[str, torch.Tensor]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=Path("runs/pretrained/base"))
-    parser.add_argument("--data", type=Path, default=Path("runs/pretrained/data"))
-    parser.add_argument("--dataset", default="ml-100k")
+    parser.add_argument("--run", type=Path, default=Path("runs/pretrained"), help="run with an SFT mix")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--longest", type=int, default=256, help="tokens of a row; longer rows are left out")
@@ -84,15 +108,20 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4, help="after a linear warm-up of 10 steps")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    console, mix = Console(), given.data / f"{given.dataset}-mix.parquet"
-    for path, remedy in ((given.base, "a pretrained base (--base)"), (mix, "`gream data mix` (--data, --dataset)")):
-        if not path.exists():
-            console.print(f"skipped: {path} is not there; it needs {remedy}", soft_wrap=True)
-            return
-    index = ItemIndex.load(given.data / f"{given.dataset}.index.json")
-    texts = read_item_texts(given.data / f"{given.dataset}.item.json")
+    console = Console()
+    if not given.base.exists() or not given.run.exists():
+        console.print(f"skipped: it needs {given.base} (--base) and {given.run} (--run)", soft_wrap=True)
+        return
+    data = RunFolder.open(given.run).data
+    index, mix = ItemIndex.load(data.index), data.mix
+    texts = {
+        item: " ".join([known.title, known.description, known.brand, *known.categories])
+        for item, known in data.read_items().items()
+    }
     ways: dict[str, Callable[[Any, Any, ItemIndex], Any]] = {
-        rows: partial(extend_model, rows=rows, texts=texts, seed=given.seed) for rows in ROWS
+        "distribution": partial(extend_model, seed=given.seed),
+        "mean": partial(extend_model, rows="mean", seed=given.seed),
+        "texts": partial(text_rows, texts=texts, seed=given.seed),
     }
     ways |= {"transformers, mean_resizing": resized(True), "transformers, untrained": resized(False)}
     tokenizer = AutoTokenizer.from_pretrained(given.base)

@@ -1,8 +1,4 @@
-"""Does a chain of thought give its own answer away?
-
-The teacher is shown the true next item and asked to reason as if it did not know it. A chain that names the item's
-title or semantic ID before the answer would teach the model to recall, not to reason, so it is dropped.
-"""
+"""The check that a chain of thought, whose writer knows the next item, does not name that item before its answer."""
 
 from __future__ import annotations
 
@@ -17,13 +13,10 @@ from gream_verl.core.semantic_ids import SID_TOKEN, SemanticId, find_sids
 
 _ANSWER = re.compile(r"<answer>[^<]*(?:<\|[^<]*)*</answer>\s*$")
 _WORD = re.compile(r"\w+")
-SIMILAR = 0.9
-SHARED_TRIGRAMS = 0.4
-"""What is similar by :data:`SIMILAR` lacks at most 18% of the title's letters, and each letter is in 3 trigrams."""
-FUZZY_LENGTH = 8
-"""Shorter titles are compared exactly: a letter more makes another word of them."""
 TITLE_WORDS = 8
-"""Words of a short title."""
+SIMILAR = 0.9  # least similarity of a misspelt title
+SHARED_TRIGRAMS = 0.4  # least share in common: such a title lacks at most 18% of the letters, each in 3 trigrams
+FUZZY_LENGTH = 8  # fewest letters of a misspelt title: another letter makes another word of a shorter one
 
 
 def find_leak(
@@ -34,10 +27,9 @@ def find_leak(
     history_titles: Collection[str] = (),
     history_sids: Collection[SemanticId] = (),
 ) -> str | None:
-    """Return what of the target a chain names outside its final answer.
+    """Return the part of the target that a chain names before its final answer: "sid", "title" or None.
 
-    What the user has really had before may be named: an item that is bought again, or "Alien 3" when the target is
-    "Alien".
+    The user's own history may be named: an item that is bought again, or "Alien 3" when the target is "Alien".
 
     Args:
         chain: The whole response, with its ``<answer>``.
@@ -45,25 +37,24 @@ def find_leak(
         sid: The target's semantic ID.
         history_titles: Titles of the user's earlier items.
         history_sids: Their semantic IDs.
-
-    Returns:
-        "sid", "title" or None.
     """
     thought = _ANSWER.sub("", chain)
-    if any(_names_target(mention, sid) for mention in find_sids(thought) if mention not in history_sids):
-        return "sid"
+    for mention in find_sids(thought):
+        # All of the target's path but its last token gives it away, too.
+        names_target = mention[: len(sid)] == sid or (len(sid) > 1 and mention == sid[:-1])
+        if names_target and mention not in history_sids:
+            return "sid"
     return "title" if names_title(SID_TOKEN.sub(" ", thought), title, history_titles) else None
 
 
 def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
-    """Whether ``text`` names ``title``: any case, accents, punctuation and division in words, small misspellings too.
+    """Return whether a text names a title, in any case, punctuation and spacing, with small misspellings.
 
     Args:
-        text: Where to look.
-        title: What to look for: see :func:`title_forms`. One of a single word, such as "Heat", only counts with a
-            capital: the text may be about heat.
-        allowed: Other titles that the text may name. "Alien 3" may be named when "Alien" is looked for, and "Alien 3"
-            is found although "Alien" may be named.
+        text: The text to search.
+        title: The title. One of a single word, such as "Heat", counts only with a capital: the text may be about heat.
+        allowed: Other titles that the text may name. "Alien 3" may be named when the title is "Alien", and is found
+            as a title although "Alien" is allowed.
     """
     words, forms = f" {normal_words(text)} ", title_forms(title)
     others = sorted({normal_words(other) for other in allowed} - {""}, key=lambda other: (-len(other), other))
@@ -75,9 +66,23 @@ def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
     return any(len(form) >= FUZZY_LENGTH and _fuzzy(left, form) for form in forms)
 
 
+def short_title(title: str, words: int = TITLE_WORDS) -> str:
+    """Return the first words of a title."""
+    return " ".join(title.split()[:words]).rstrip(".,;:")
+
+
 def title_forms(title: str) -> set[str]:
-    """Return what a title is found by: its words, those without brackets, and the first ones of a long title."""
+    """Return the texts that stand for a title: its words, those outside brackets, the first ones of a long title."""
     return {normal_words(form) for form in (title, re.sub(r"\(.*?\)", " ", title), short_title(title))} - {""}
+
+
+@lru_cache(maxsize=1 << 16)
+def normal_words(text: str) -> str:
+    """Return the words of a text without case, accents and punctuation, with one space between."""
+    if not text.isascii():
+        letters = unicodedata.normalize("NFKD", text).casefold()
+        text = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return " ".join(_WORD.findall(text.casefold()))
 
 
 def _without(words: str, titles: Iterable[str]) -> str:
@@ -87,13 +92,14 @@ def _without(words: str, titles: Iterable[str]) -> str:
 
 
 def _with_capital(text: str, word: str) -> bool:
-    """Whether ``word`` stands in ``text`` with a capital letter, or in letters that have none."""
+    """Return whether a word stands in a text with a capital letter, or in letters that have none."""
     found = (match[0] for match in _WORD.finditer(text) if normal_words(match[0]) == word)
     return any(as_is != as_is.lower() or as_is == as_is.upper() for as_is in found)
 
 
 def _fuzzy(text: str, form: str) -> bool:
-    """Whether some words of ``text`` are nearly ``form``; the trigrams in common rule most texts out at once."""
+    """Return whether some words of a text are nearly a title's form."""
+    # Trigrams in common exclude nearly every text, a hundred times faster than the comparison below.
     trigrams = [form[start : start + 3] for start in range(len(form) - 2)]
     if sum(trigram in text for trigram in trigrams) < SHARED_TRIGRAMS * len(trigrams):
         return False
@@ -104,22 +110,3 @@ def _fuzzy(text: str, form: str) -> bool:
         if matcher.real_quick_ratio() >= SIMILAR and matcher.quick_ratio() >= SIMILAR and matcher.ratio() >= SIMILAR:
             return True
     return False
-
-
-def short_title(title: str) -> str:
-    """Return the first words of a title."""
-    return " ".join(title.split()[:TITLE_WORDS]).rstrip(".,;:")
-
-
-@lru_cache(maxsize=1 << 16)
-def normal_words(text: str) -> str:
-    """Return the words of ``text`` without case, accents and punctuation, with one space between."""
-    if text.isascii():
-        return " ".join(_WORD.findall(text.casefold()))
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    return " ".join(_WORD.findall("".join(letter for letter in plain if not unicodedata.combining(letter))))
-
-
-def _names_target(mention: SemanticId, sid: SemanticId) -> bool:
-    """Whether ``mention`` is the target or all of its path but the last token."""
-    return mention[: len(sid)] == sid or (len(sid) > 1 and mention == sid[:-1])

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gream_verl.core.token_text import TokenText
-from gream_verl.evaluation.prompts import load_model
-from gream_verl.evaluation.sampling import HuggingFaceSampler, SamplingSettings
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.sampling import HuggingFaceSampler
+from gream_verl.model.loading import load_model, load_tokenizer
 
 Reply = tuple[int, bytes]
 Change = Callable[[dict[str, Any]], None]
@@ -27,20 +28,18 @@ class CompletionServer:
 
     Attributes:
         url: Base URL.
-        requests: The body of every request for a completion, as it came, but for fingerprints.
-        fingerprints: The body of every request at temperature 0.
+        requests: The body of every request for a completion.
         keys: The header with the API key of each.
         faults: Replies that go out first, in place of answers.
-        models: What the list of models holds; None: there is no such list.
+        models: The list of models; None answers 404 instead.
     """
 
     def __init__(self, folder: Path, change: Change | None = None) -> None:
-        self.model, self.tokenizer = load_model(folder)
+        self.model, self.tokenizer = load_model(folder, inference=True), load_tokenizer(folder)
         pieces = TokenText(self.tokenizer).pieces
         self.pieces = [*pieces, *[""] * (self.model.config.vocab_size - len(pieces))]
         self.change = change
         self.requests: list[dict[str, Any]] = []
-        self.fingerprints: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.faults: list[Reply] = []
         self.models: list[str] | None = ["tiny"]
@@ -50,6 +49,7 @@ class CompletionServer:
     def running(self) -> Iterator[CompletionServer]:
         """Serve until the block ends."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        server.daemon_threads = False  # closing waits for requests that the client gave up
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         self.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
@@ -74,12 +74,8 @@ class CompletionServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with owner._lock:
                     owner.keys.append(self.headers["Authorization"])
-                    if body["temperature"] == 0:
-                        owner.fingerprints.append(body)
-                        status, reply = 200, owner.complete(body)
-                    else:
-                        owner.requests.append(body)
-                        status, reply = owner.faults.pop(0) if owner.faults else (200, owner.complete(body))
+                    owner.requests.append(body)
+                    status, reply = owner.faults.pop(0) if owner.faults else (200, owner.complete(body))
                 self._reply(status, reply)
 
             def _reply(self, status: int, body: bytes) -> None:
@@ -98,14 +94,12 @@ class CompletionServer:
         """Return the body of an answer."""
         assert body["n"] == 1
         ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
-        greedy = 1e-6  # all but temperature 0
-        settings = SamplingSettings(1, body["temperature"] or greedy, body["top_p"], body["max_tokens"])
+        options = EvaluationOptions(**{name: body[name] for name in ("temperature", "top_p", "max_tokens")})
         eos = self.tokenizer.eos_token_id
-        [[response]] = HuggingFaceSampler(self.model, settings, eos, 1).sample([ids], [body["seed"]])
+        [[response]] = HuggingFaceSampler(self.model, options, eos).sample([ids], [body["seed"]])
         ended = response.tokens[-1] == eos
         unknown = len(self.pieces) - 1
         tokens = [self.pieces[min(token, unknown)] for token in response.tokens[: len(response.tokens) - ended]]
-        logprobs = {"tokens": tokens, "token_logprobs": list(response.logprobs)[: len(tokens)]}
         answer = {
             "id": "x",
             "object": "text_completion",
@@ -113,7 +107,6 @@ class CompletionServer:
                 {
                     "index": 0,
                     "text": "".join(tokens),
-                    "logprobs": logprobs if body.get("logprobs") else None,
                     "finish_reason": "stop" if ended else "length",
                 }
             ],

@@ -1,13 +1,22 @@
-"""Prompts of test users on disk, for the tests of evaluation."""
+"""Prompts and results of test users, for the tests of evaluation."""
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from assets import rl_rows
 
 from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.evaluation.metrics import ranking_metrics
+from gream_verl.evaluation.results import Evaluation, measure
+
+ITEMS = [str(item) for item in range(40)]
+COUNTS = Counter({item: int(item) for item in ITEMS})
+PROTOCOL = {"split": "test", "history": 20, "drop_history": True, "template": "a"}
 
 
 def write_prompts(path: Path, index: ItemIndex, users: int) -> Path:
@@ -24,3 +33,24 @@ def write_prompts(path: Path, index: ItemIndex, users: int) -> Path:
             rows.append(row)
     pl.DataFrame(rows).write_parquet(path)
     return path
+
+
+def make_evaluation(
+    mode: str, *, skill: float = 0.2, users: int = 60, shift: int = 0, shuffled: bool = False,
+    protocol: dict[str, Any] = PROTOCOL,
+) -> Evaluation:  # fmt: skip
+    """Return the evaluation of a model that finds a target with the chance ``skill`` and is otherwise random."""
+    rows = []
+    for user in range(users):
+        draw = random.Random(f"{user}{skill}{mode}")
+        target = ITEMS[(user * 7 + shift) % 40]
+        recommended = draw.sample(ITEMS, 20)
+        if draw.random() < skill:
+            recommended = [target, *(item for item in recommended if item != target)][:20]
+        row = {"user": str(user), "target": target, "recommended": recommended, "history_length": user % 30}
+        rows.append(row | ({"rsvr": draw.choice([0.0, 0.5, 1.0])} if mode == "direct" else {}))
+    if shuffled:
+        random.Random(1).shuffle(rows)
+    settings = {"mode": mode, "users": users, "seed": 0, "drop_history": True, "protocol": protocol}
+    made = Evaluation({}, settings, rows)
+    return measure(Evaluation(ranking_metrics(made.ranks), settings, rows), ITEMS, COUNTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def make_data(root: Path, *, users: int = 12, items: int = 60, longest: int = 16
         past = generator.choice(seen, int(generator.integers(1, longest - 1)), replace=False)
         last = generator.choice(held_out, 2, replace=False)
         sequences[str(user)] = [str(item) for item in [*past, *last]]
-    write_json(folder.item, {key: item.to_json() for key, item in catalogue.items()})
+    write_json(folder.item, {key: asdict(item) for key, item in catalogue.items()})
     write_json(folder.inter, sequences)
     codes = [(number // 16, number // 4 % 4, number % 4) for number in range(items - 2)]
     collision = [(3, 3, 3, 0), (3, 3, 3, 1)]

@@ -1,4 +1,4 @@
-"""Real HTTP servers for tests of the teacher: one answers by a script, one puts faults before another server."""
+"""Real HTTP servers for tests of clients: one answers by a script, one puts faults before another server."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def answer(text: str, finish: str = "stop", prompt_tokens: int = 10, completion_
     return web.json_response({"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage})
 
 
-class Server:
+class HttpServer:
     """An HTTP server on loopback, in a thread.
 
     Args:
         handle: Returns the reply to the JSON body of a request; may wait.
-        close: What to close with the server.
+        close: Called when the server stops.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> HttpServer:
         self._thread.start()
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(30)
         return self
@@ -91,13 +91,13 @@ class Server:
         return reply
 
 
-def scripted(script: Callable[[dict[str, Any]], Reply]) -> Server:
+def scripted(script: Callable[[dict[str, Any]], Reply]) -> HttpServer:
     """Return a server whose replies a function writes."""
 
     async def handle(body: dict[str, Any]) -> Reply:
         return script(body)
 
-    return Server(handle)
+    return HttpServer(handle)
 
 
 class FaultyProxy:
@@ -120,7 +120,7 @@ class FaultyProxy:
         self.faults: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._session: ClientSession | None = None
-        self.server = Server(self._handle, self._close)
+        self.server = HttpServer(self._handle, self._close)
 
     async def _handle(self, body: dict[str, Any]) -> Reply:
         if self._random.random() < self.share:

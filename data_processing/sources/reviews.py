@@ -1,53 +1,44 @@
-"""What users wrote about items, from the reviews of an Amazon dump."""
+"""Texts that users wrote about items, from the reviews of an Amazon dump."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import polars as pl
 
-from data_processing.sources.amazon import CHUNK, RELEASES, AmazonRelease, Id, holds_ratings, renamed
+from data_processing.sources.amazon import Id, holds_ratings, read_chunks
 from data_processing.sources.clean import clean_text, cut_text
-from data_processing.sources.json_lines import read_json_lines
-from data_processing.sources.tables import BAD_ROWS, INTERACTIONS, RowChecks
+from data_processing.sources.common import BAD_ROWS, INTERACTIONS, RowChecks
 from gream_verl.core.errors import InputError
 
-
-class Written(msgspec.Struct, gc=False):
-    """What is needed of a review here, as it stands there."""
-
-    user: Id
-    item: Id
-    summary: Any = None
-    text: Any = None
-    votes: Any = None
+FIELDS = [("user", Id), ("item", Id), *((name, Any, None) for name in ("summary", "text", "votes"))]
+KEYS = {name: INTERACTIONS[name] for name in ("user", "item")}
+BEST = pl.Schema({**KEYS, "text": pl.String(), "votes": pl.Int64(), "row": pl.Int64()})
 
 
 def read_review_texts(
     year: int,
-    reviews: str | os.PathLike[str],
-    pairs: pl.DataFrame,
+    reviews: Path,
+    training: Mapping[str, Sequence[str]],
     *,
     per_item: int = 5,
     letters: int = 400,
     bad_rows: float = BAD_ROWS,
 ) -> pl.DataFrame:
-    """Return the best reviews of every item, out of those that ``pairs`` allow.
+    """Return the best reviews of every item, among those of interactions for training.
 
-    The reviews that most found helpful come first, then the longest (up to the cut), then the first in the file. Of a
-    user who reviewed an item several times, the best review counts. No more than the best reviews are held in memory.
+    The reviews that most users found helpful come first, then the longest (after the cut), then the first in the file.
+    Of a user who reviewed an item several times, the best review counts. Memory holds only the best reviews.
 
     Args:
         year: Release of the dump: 2014, 2018 or 2023.
         reviews: Reviews as JSON lines.
-        pairs: Columns ``user`` and ``item``: the interactions whose reviews may be used, those of training.
-        per_item: Reviews an item, at most.
-        letters: Length of a text, at most; it ends with a whole word.
-        bad_rows: Largest share of bad lines, 0 to 1, that does not stop the run.
+        training: The items of every user whose reviews may be used, the result of ``DataFolder.read_training``.
+        per_item: Most reviews per item.
+        letters: Longest text, in letters; it ends with a whole word.
+        bad_rows: Largest share of bad lines that does not stop the run.
 
     Returns:
         Columns ``item`` and ``text`` (``summary: text``, without HTML), items sorted as text, the best review first.
@@ -55,65 +46,34 @@ def read_review_texts(
     Raises:
         InputError: When the file is missing or cut short, holds no texts, or too many of its lines cannot be used.
     """
-    path = Path(reviews)
-    if holds_ratings(path):
-        raise InputError(f"{path}: a file of ratings holds no texts; give the file of reviews, such as reviews.json.gz")
-    kinds = {name: INTERACTIONS[name] for name in ("user", "item")}
-    allowed = pairs.select(pl.col(name).cast(pl.String).cast(kind) for name, kind in kinds.items())
-    best = pl.DataFrame(
-        schema=kinds | {"text": pl.String(), "votes": pl.Int64(), "length": pl.Int64(), "row": pl.Int64()}
-    )
-    rows, waiting = 0, [best]
-    for chunk in _chunks(path, RELEASES[year], bad_rows):
-        frame = pl.DataFrame(
-            {"user": [review.user for review in chunk], "item": [review.item for review in chunk]},
-            schema_overrides=kinds,
+    if holds_ratings(reviews):
+        raise InputError(
+            f"{reviews}: a file of ratings holds no texts; give the file of reviews, such as reviews.json.gz"
         )
-        chosen = frame.with_row_index("row").join(allowed, on=["user", "item"], how="semi", maintain_order="left")
-        texts = [_text(chunk[row], letters) for row in chosen["row"]]
-        waiting.append(
-            chosen.with_columns(
-                text=pl.Series(texts, dtype=pl.String),
-                votes=pl.Series([_votes(chunk[row].votes) for row in chosen["row"]], dtype=pl.Int64),
-                length=pl.Series(map(len, texts), dtype=pl.Int64),
-                row=pl.col("row").cast(pl.Int64) + rows,
-            ).select(best.columns)
+    pairs = [(user, item) for user, items in training.items() for item in items]
+    allowed = pl.DataFrame(pairs, schema=KEYS, orient="row")
+    best, rows = pl.DataFrame(schema=BEST), 0
+    for chunk in read_chunks(reviews, year, RowChecks(reviews, bad_rows), FIELDS):
+        found = pl.DataFrame({name: [getattr(line, name) for line in chunk] for name in KEYS}, schema=KEYS)
+        chosen = found.with_row_index("row").join(allowed, on=list(KEYS), how="semi", maintain_order="left")
+        lines = [chunk[row] for row in chosen["row"]]
+        chosen = chosen.with_columns(
+            text=pl.Series([_text(line, letters) for line in lines], dtype=pl.String),
+            votes=pl.Series([_votes(line.votes) for line in lines], dtype=pl.Int64),
+            row=pl.col("row").cast(pl.Int64) + rows,
         )
+        best = _best(pl.concat([best, chosen.select(*BEST)]), per_item)
         rows += len(chunk)
-        if sum(map(len, waiting[1:])) >= max(CHUNK, len(waiting[0])):  # so that sorting stays a small part
-            waiting = [_best(pl.concat(waiting), per_item)]
-    found = _best(pl.concat(waiting), per_item).with_columns(pl.col("item").cast(pl.String))
-    return found.sort("item", maintain_order=True).select("item", "text")
+    return best.select(pl.col("item").cast(pl.String), "text").sort("item", maintain_order=True)
 
 
-def _chunks(path: Path, release: AmazonRelease, bad_rows: float) -> Iterator[list[Written]]:
-    checks = RowChecks(str(path), bad_rows)
-    names = {name: getattr(release, name) for name in Written.__struct_fields__}
-
-    def mend(number: int, line: dict[str, Any]) -> Written | None:
-        user, item, *others = (line.get(name) for name in names.values())
-        if isinstance(user, str) and user and isinstance(item, str) and item:
-            return Written(user, item, *others)
-        checks.skip(number, "no user or item", str(line))
-        return None
-
-    chunk: list[Written] = []
-    expected = f"{release.user} and {release.item} in every line"
-    for reviews in read_json_lines(path, checks, expected, renamed(Written, names), mend):
-        chunk += reviews
-        if len(chunk) >= CHUNK:
-            yield chunk
-            chunk = []
-    yield chunk
-
-
-def _text(review: Written, letters: int) -> str:
-    parts = (clean_text(part) for part in (review.summary, review.text) if isinstance(part, str))
+def _text(line: Any, letters: int) -> str:
+    parts = (clean_text(part) for part in (line.summary, line.text) if isinstance(part, str))
     return cut_text(": ".join(filter(None, parts)), letters)
 
 
 def _votes(value: Any) -> int:
-    """Return how many found a review helpful: a number, text such as "1,234", or [helpful, all]; else 0."""
+    """Return the count of helpful votes: a number, text such as "1,234", or [helpful, all]; else 0."""
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, str):
@@ -123,9 +83,10 @@ def _votes(value: Any) -> int:
 
 
 def _best(reviews: pl.DataFrame, per_item: int) -> pl.DataFrame:
+    """Return the best ``per_item`` reviews of every item, the best first, one of each user."""
     return (
         reviews.filter(pl.col("text") != "")
-        .sort("votes", "length", "row", descending=[True, True, False])
+        .sort("votes", pl.col("text").str.len_chars(), "row", descending=[True, True, False])
         .unique(["user", "item"], keep="first", maintain_order=True)
         .filter(pl.int_range(pl.len()).over("item") < per_item)
     )

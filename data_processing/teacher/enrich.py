@@ -1,245 +1,203 @@
-"""Texts that a language model writes: descriptions of items, tastes of users, chains of thought.
-
-Every answer is kept in ``<D>.teacher.jsonl``; the files that later steps read are made from it, whole, after each run.
-A question that was not answered, or not usably, is in none of them: a failed call is never training text.
-"""
+"""A run of the teacher: it is asked what it never answered, and all its answers become a file of texts."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, get_args
+import json
+import re
+from collections import Counter
+from itertools import takewhile
+from typing import Any, Literal
 
-import numpy as np
-import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
+from rich.progress import Progress, TextColumn
 
-from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS
-from data_processing.teacher.asking import Asked, Asker, Estimate, Result, Settings, estimate, results
-from data_processing.teacher.budget import Budget
-from data_processing.teacher.client import Connection, Teacher
-from data_processing.teacher.questions import Questions, chain_questions, item_questions, sample, user_questions, window
-from data_processing.teacher.store import AnswerStore
-from data_processing.teacher.templates import Prompt, read_prompts
-from gream_verl.core.data_folder import DataFolder
+from data_processing.teacher.questions import FORMS, Form, Questions, UnusableError, json_schema
+from data_processing.teacher.store import Answer, AnswerStore
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import atomic_path, read_json, write_json
-from gream_verl.core.prompts import NO_TARGET, TrainingTargets
+from gream_verl.core.files import write_json
+from gream_verl.core.openai_client import FailedError, RefusedError, Server, as_done
 
-What = Literal["items", "users", "chains"]
+IN_A_ROW = 20  # requests without an answer, one after the other, that end a run
+TOKENS_A_BYTE = 0.3  # of a prompt, for the estimate; English has a little fewer
+TEMPLATE_TOKENS = 100  # most that a server puts around a conversation
 
 
-@dataclass
-class Enrichment:
-    """What a run made.
+class Teacher(BaseModel):
+    """A language model, its server and the fields of every request.
 
     Attributes:
-        path: The file that was written, None when there was nothing to write.
-        before: Texts in that file before this run.
-        usable: Questions with a usable answer.
-        open: Questions, or later rounds of them, that are still to be asked.
-        dropped: Questions whose every answer was unusable, by the kind of the last.
-        faults: Unusable answers, by kind.
-        leaks: Share of well-formed answers that named what they must not, and were asked again or dropped.
-        asked: What this run asked.
-        seconds: How long it took.
+        model: Name of the model, as the server knows it.
+        endpoint, key_variable, concurrency, timeout, attempts: See :class:`gream_verl.core.openai_client.Server`.
+        structure: Form of the answer in a request: its schema, any JSON object, or nothing but the prompt's words.
+        max_tokens: Longest answer.
+        temperature: Temperature of sampling, 0 for the likeliest answer.
+        rounds: Times a question is asked: once, and again after every unusable answer.
+        extra: More fields of a request, such as ``{"chat_template_kwargs": {"enable_thinking": false}}``.
     """
 
-    path: Path | None = None
-    before: int = 0
-    usable: int = 0
-    open: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    asked: Asked = field(default_factory=Asked)
-    seconds: float = 0.0
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @property
-    def leaks(self) -> float:
-        """Share of answers of the right form that named what they must not."""
-        return self.faults["leak"] / max(self.usable + self.faults["leak"], 1)
+    model: str
+    endpoint: str
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = Field(32, ge=1)
+    timeout: float = Field(120.0, gt=0)
+    attempts: int = Field(8, ge=1)
+    structure: Literal["json_schema", "json_object", "none"] = "json_schema"
+    max_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.7, ge=0)
+    rounds: int = Field(3, ge=1)
+    extra: dict[str, Any] = {}
 
-    def count(self, found: Iterable[Result]) -> Iterator[Result]:
-        """Count results; yield those with data."""
-        for result in found:
-            self.faults.update(result.faults)
-            if result.data is not None:
-                self.usable += 1
-                yield result
-            elif result.open:
-                self.open += 1
-            else:
-                self.dropped[result.faults[-1]] += 1
+    def fields(self, form: type[Form]) -> dict[str, Any]:
+        """Return the fields of a request but for its messages."""
+        fields = self.model_dump(include={"model", "max_tokens", "temperature"})
+        response: dict[str, Any] = {"type": self.structure}
+        if self.structure == "json_schema":
+            response["json_schema"] = {"name": form.__name__, "schema": json_schema(form), "strict": True}
+        fields |= {"response_format": response} if self.structure != "none" else {}
+        return fields | ({"extra_body": self.extra} if self.extra else {})
 
 
-@dataclass
 class Enricher:
-    """Asks a teacher about a data set.
+    """A teacher that is asked some questions.
 
-    Attributes:
-        folder: A prepared data set.
-        what: Descriptions of items, tastes of users, or chains of thought.
-        settings: Fields of the requests.
-        prompts: Folder with the prompts, those of the package when None.
-        limit: Most questions, a seeded sample; all when None.
-        history: Items shown of a user, the most recent ones.
-        seed: Draws the sample.
+    Args:
+        questions: The questions.
+        teacher: The teacher.
+        store: The answers.
+        budget: Most tokens, prompts and answers, of all answers in the store; no bound when None.
     """
 
-    folder: DataFolder
-    what: What
-    settings: Settings
-    prompts: Path | None = None
-    limit: int | None = None
-    history: int = 20
-    seed: int = 0
+    def __init__(self, questions: Questions, teacher: Teacher, store: AnswerStore, budget: int | None = None) -> None:
+        self.questions, self.teacher, self.store, self.budget = questions, teacher, store, budget
+        self._server = Server(**teacher.model_dump(include=set(Server.__dataclass_fields__)))
+        self._fields = teacher.fields(FORMS[questions.what])
+        self._spent = sum(store.tokens())
+        self._held = self._answered = self._in_a_row = 0
+        self._unanswered: Counter[str] = Counter()
+        self._works = self._budget_spent = False
 
-    def __post_init__(self) -> None:
-        if self.what not in get_args(What):
-            raise InputError(f"{self.what!r}: cannot be written by a teacher; choose {', '.join(get_args(What))}")
-        prompts = read_prompts(self.prompts)
-        self._again = prompts["again"]
-        self._items = self.folder.read_items(enriched=self.what != "items")
-        self._questions = self._ask_about(prompts)
-        self._output = {
-            "items": self.folder.enriched,
-            "users": self.folder.user_texts,
-            "chains": self.folder.chains,
-        }[self.what]
-        self._before = self._count_before()
+    def follow(self, subject: Any) -> tuple[Any, list[str], dict[str, Any] | None]:
+        """Follow the conversation about a subject through the stored answers.
 
-    @cached_property
-    def _training(self) -> dict[str, Sequence[str]]:
-        return self.folder.read_training(self._items)
-
-    def estimate(self, budget: Budget) -> Estimate:
-        """Return what asking would take, without asking."""
-        if not self.folder.teacher.is_file():
-            return estimate(self._questions, self.settings, (), budget)
-        with AnswerStore(self.folder.teacher) as store:
-            return estimate(self._questions, self.settings, store, budget)
-
-    def run(self, connection: Connection, budget: Budget, console: Console) -> Enrichment:
-        """Ask what was never answered, then write the file from all that was.
-
-        What has been answered is written also when the budget or the server ends before the questions do; when the run
-        is broken off, only if it is as much as the file holds.
-
-        Raises:
-            InputError: When no request can be answered, or a file cannot be used.
+        Returns:
+            Data of the usable answer, kinds of the unusable ones, and the request to send next; None for nothing.
         """
-        made, began = Enrichment(before=self._before), time.monotonic()
-        with AnswerStore(self.folder.teacher) as store:
-            budget.prompt_tokens, budget.completion_tokens = store.prompt_tokens, store.completion_tokens
-            budget.cost = store.cost
-            stopped = True
+        question, faults = self.questions.ask(subject), list[str]()
+        messages = question.messages
+        for _ in range(self.teacher.rounds):
+            request = {"messages": messages, **self._fields}
+            answer = self.store.get(request)
+            if answer is None:
+                return None, faults, request
+            self._works = True
             try:
-                made.asked = asyncio.run(self._ask(connection, budget, store, console))
-                stopped = False
-            finally:
-                found = list(made.count(results(self._questions, self.settings, store, self._again)))
-                if found and (not stopped or len(found) >= self._before):
-                    self._write(found)
-                    made.path = self._output
-        made.seconds = time.monotonic() - began
-        write_json(self.folder.enrichment(self.what), describe(made, budget), indent=1)
-        return made
+                return question.read(answer.text, answer.finish), faults, None
+            except UnusableError as fault:
+                kind, reason = fault.args
+                faults.append(kind)
+                again = self.questions.templates["again"].messages(reason=reason)[-1]
+                messages = [*messages, {"role": "assistant", "content": answer.text}, again]
+        return None, faults, None
 
-    async def _ask(self, connection: Connection, budget: Budget, store: AnswerStore, console: Console) -> Asked:
-        async with Teacher(connection) as teacher:
-            return await Asker(self._questions, self.settings, store, budget, self._again, teacher).run(console)
-
-    def _ask_about(self, prompts: Mapping[str, Prompt]) -> Questions:
-        if self.what == "items":
-            chosen = sample(list(self._items), self.limit, self.seed)
-            return item_questions(self._items, _reviews(self.folder), prompts["item"], chosen)
-        if self.what == "users":
-            users = sample([user for user, part in self._training.items() if len(part) > 1], self.limit, self.seed)
-            if not users:
-                raise InputError(
-                    f"{self.folder.inter}: no user has two interactions for training; bring longer histories"
-                )
-            return user_questions(self._items, self._training, prompts["user"], users, self.history)
-        return chain_questions(self._items, self._training, prompts["chain"], self._targets(), self.history)
-
-    def _targets(self) -> list[tuple[str, int]]:
-        """Draw the interactions to write chains for, of those that training may ask for."""
-        targets, users = TrainingTargets(map(len, self._training.values())), list(self._training)
-        if not len(targets):
-            raise InputError(f"{self.folder.inter}: {NO_TARGET}")
-        owners, positions = targets.locate(np.array(sample(range(len(targets)), self.limit, self.seed), np.int64))
-        return [(users[owner], position) for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)]
-
-    def _count_before(self) -> int:
-        if not self._output.is_file():
-            return 0
-        if self.what == "chains":
-            return pq.read_metadata(self._output).num_rows
-        written = read_json(self._output)
-        if self.what == "users" and USER_TEXTS not in written:
-            raise InputError(f"{self._output}: holds something else; move it, and call again")
-        return len(written[USER_TEXTS] if self.what == "users" else written)
-
-    def _write(self, found: Sequence[Result]) -> None:
-        if self.what == "items":
-            write_json(self._output, {row.subject: {"description": row.data.description} for row in found}, indent=0)
-        elif self.what == "users":
-            preferences = {row.subject: row.data.preferences for row in found}
-            queries = {row.subject: row.data.queries for row in found}
-            targets = {row.subject: self._training[row.subject][-1] for row in found}
-            written = {USER_TEXTS: preferences, SEARCHES: {"train": queries}, SEARCHED: targets}
-            write_json(self._output, written, indent=0)
-        else:
-            table = pa.Table.from_pylist([self._chain_record(row) for row in found], CHAINS)
-            with atomic_path(self._output) as path:
-                pq.write_table(table, path, compression="zstd")
-
-    def _chain_record(self, row: Result) -> dict[str, Any]:
-        user, position = row.subject
-        past, target = window(self._training, row.subject, self.history)
+    def estimate(self) -> dict[str, int]:
+        """Return questions and tokens still to ask, with one answer per question; nothing is asked."""
+        requests = (self.follow(subject)[2] for subject in self.questions.subjects)
+        sizes = [_prompt_bytes(request) for request in requests if request]
         return {
-            "user": user,
-            "position": position,
-            "item": target,
-            "history": len(past),
-            **{name: getattr(row.data, name) for name in ("evidence", "preference", "intent")},
-            "keep": [past[number - 1] for number in sorted(set(row.data.keep))],
+            "questions": len(self.questions.subjects),
+            "to ask": len(sizes),
+            "prompt tokens, about": round(TOKENS_A_BYTE * sum(sizes)),
+            "answer tokens, at most": len(sizes) * self.teacher.max_tokens,
         }
 
+    def run(self, console: Console) -> dict[str, Any]:
+        """Ask what was never answered, then write the file from all answers.
 
-def _reviews(folder: DataFolder) -> dict[str, list[str]]:
-    """Return the reviews that `gream data prepare` kept of each item; none when it kept none."""
-    texts: dict[str, list[str]] = defaultdict(list)
-    if folder.reviews.is_file():
-        for item, text in pl.read_parquet(folder.reviews, columns=["item", "text"]).iter_rows():
-            texts[item].append(text)
-    return texts
+        Returns:
+            The report, which also goes to ``D.teacher-<what>.json``.
+
+        Raises:
+            InputError: When no request can be answered. The answers are kept, and written where there is no file yet.
+        """
+        complete, found = False, {}
+        faults, without = Counter[str](), Counter[str]()
+        try:
+            asyncio.run(self._ask_all(console))
+            complete = True
+        finally:
+            for subject in self.questions.subjects:
+                data, kinds, request = self.follow(subject)
+                faults.update(kinds)
+                if data is not None:
+                    found[subject] = data
+                else:
+                    without["still to ask" if request else f"dropped: {kinds[-1]}"] += 1
+            writes = bool(found) and (complete or not self.questions.path.exists())
+            if writes:
+                self.questions.write(found)
+        prompts, answers = self.store.tokens()
+        report = {
+            "written": self.questions.path.name if writes else "nothing",
+            "usable": len(found),
+            "without a text": dict(without),
+            "unusable answers": dict(faults),
+            "leak rate": faults["leak"] / max(len(found) + faults["leak"], 1),
+            "answered now": self._answered,
+            "not answered": dict(self._unanswered),
+            "budget spent": self._budget_spent,
+            "tokens of all runs": {"prompts": prompts, "answers": answers},
+        }
+        write_json(self.questions.folder.enrichment(self.questions.what), report, indent=1)
+        return report
+
+    async def _ask_all(self, console: Console) -> None:
+        todo = takewhile(lambda _: not self._budget_spent, self.questions.subjects)
+        columns = *Progress.get_default_columns(), TextColumn("{task.fields[tokens]:,} tokens")
+        async with self._server.client() as client:
+            create = client.chat.completions.with_raw_response.create
+            with Progress(*columns, console=console) as progress:
+                bar = progress.add_task(self.teacher.model, total=len(self.questions.subjects), tokens=self._spent)
+                async for _ in as_done(todo, lambda subject: self._converse(subject, create), self.teacher.concurrency):
+                    progress.update(bar, advance=1, tokens=self._spent)
+
+    async def _converse(self, subject: Any, create: Any) -> None:
+        """Ask one question, and again while its answers cannot be used."""
+        while (request := self.follow(subject)[2]) is not None:
+            # A prompt has at most one token per byte. Its true count replaces this bound when the request has ended.
+            most = _prompt_bytes(request) + TEMPLATE_TOKENS + self.teacher.max_tokens
+            while self.budget is not None and self._spent + self._held + most > self.budget:
+                if not self._held:
+                    self._budget_spent = True
+                    return
+                await asyncio.sleep(0.05)
+            self._held += most
+            try:
+                answer = await self._server.ask(create, Answer, request)
+            except (FailedError, RefusedError) as error:
+                self._count_failure(error)
+                return
+            finally:
+                self._held -= most
+            self.store.put(request, answer, str(subject))
+            self._spent += answer.prompt + answer.completion
+            self._answered += 1
+            self._in_a_row = 0
+
+    def _count_failure(self, error: FailedError | RefusedError) -> None:
+        self._unanswered[re.sub(r"(?<![:\d])\d{4,}", "#", str(error))] += 1  # some reasons count the tokens
+        self._in_a_row += 1
+        # A server that answers others may refuse all questions that are left.
+        if self._in_a_row >= IN_A_ROW and not (self._works and isinstance(error, RefusedError)):
+            raise InputError(
+                f"{IN_A_ROW} requests in a row were not answered, the last because of {error}; change the options "
+                "(a server without JSON schemas needs --structure none) and call again: answers are kept"
+            )
 
 
-def describe(made: Enrichment, budget: Budget) -> dict[str, Any]:
-    """Return what a run made, for a table."""
-    asked = made.asked
-    return {
-        "written": str(made.path or "nothing"),
-        "texts before": made.before,
-        "usable": made.usable,
-        "still to ask": made.open,
-        "dropped": dict(made.dropped),
-        "unusable answers": dict(made.faults),
-        "leak rate": made.leaks,
-        "answers asked for now": asked.answers,
-        "attempts made again": asked.retried,
-        "failed": asked.failed,
-        "refused": dict(asked.refused),
-        "budget spent": asked.budget_spent,
-        "tokens of all runs": {"prompts": budget.prompt_tokens, "answers": budget.completion_tokens},
-        "cost of all runs": budget.cost,
-        "seconds": made.seconds,
-    }
+def _prompt_bytes(request: dict[str, Any]) -> int:
+    """Return the bytes that a model reads of a request: the conversation and the form of the answer."""
+    return len(json.dumps([request["messages"], request.get("response_format")], ensure_ascii=False).encode())

@@ -1,23 +1,100 @@
-"""What is asked of a teacher about items, users and next items, and how an answer is read."""
+"""The questions to a teacher about items, users and next items, and the files that the answers go to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS
 from data_processing.leaks import names_title, short_title
-from data_processing.teacher.answers import Chain, ItemText, UnusableError, UserTexts, json_schema, read_answer
-from data_processing.teacher.templates import Messages, Prompt
-from gream_verl.core.data_folder import Item
+from data_processing.teacher.templates import Messages, read_prompts
+from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import atomic_path, read_json, write_json
+from gream_verl.core.prompts import NO_TARGET, TrainingTargets
+from gream_verl.core.semantic_ids import SID_TOKEN
 
+What = Literal["items", "users", "chains"]
 TITLE_WORDS = 24
 DESCRIPTION_WORDS = 120
-CATEGORIES = 3
-"""Categories named of an item of a history, the most special ones."""
-NOTHING = "(nothing known)"
+CATEGORIES = 3  # of an item of a history, the most special ones
+_MARKUP = re.compile(r"</?\s*(think|answer)\b|<\|", re.IGNORECASE)
+_JSON = re.compile(r"\{.*\}", re.DOTALL)
+
+
+class UnusableError(ValueError):
+    """An answer that cannot be used; its arguments are the kind (``form``, ``cut`` or ``leak``) and the reason."""
+
+
+def _plain(text: str) -> str:
+    """Collapse blanks; refuse markup that would be read as part of a response's form."""
+    if SID_TOKEN.search(text) or _MARKUP.search(text):
+        raise ValueError("must be plain words, without tags or identifiers")
+    if not any(letter.isalnum() for letter in text):
+        raise ValueError("must hold words")
+    return " ".join(text.split())
+
+
+Sentence = Annotated[str, Field(min_length=3, max_length=200), AfterValidator(_plain)]
+Thought = Annotated[str, Field(min_length=3, max_length=500), AfterValidator(_plain)]
+Paragraph = Annotated[str, Field(min_length=3, max_length=1000), AfterValidator(_plain)]
+
+
+class Form(BaseModel):
+    """The fields of one kind of answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ItemText(Form):
+    """A description of an item."""
+
+    description: Paragraph
+
+
+class UserTexts(Form):
+    """The tastes of a user, and searches of this user for the next item."""
+
+    preferences: list[Sentence] = Field(min_length=1, max_length=3)
+    queries: list[Sentence] = Field(min_length=1, max_length=3)
+
+
+class Chain(Form):
+    """A chain of thought in its four steps (arXiv 2510.20815, section 3.3).
+
+    Attributes:
+        evidence: The pattern in the history.
+        preference: The lasting taste that explains it.
+        intent: The kind of item that the user wants now.
+        keep: Numbers, from 1, of the items of the denoised history.
+    """
+
+    evidence: Thought
+    preference: Thought
+    intent: Thought
+    keep: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=50)
+
+
+def json_schema(form: type[Form]) -> dict[str, Any]:
+    """Return the JSON schema of a form, without titles and docstrings: no part of a request changes with those."""
+    schema = form.model_json_schema()
+    for part in (schema, *schema["properties"].values()):
+        part.pop("title", None)
+        part.pop("description", None)
+    return schema
+
+
+FORMS: Mapping[What, type[Form]] = {"items": ItemText, "users": UserTexts, "chains": Chain}
 
 
 @dataclass(frozen=True)
@@ -25,156 +102,141 @@ class Question:
     """One thing to ask.
 
     Attributes:
-        subject: What it is about, an item, a user, or a user and a position; the key of its result.
-        messages: The conversation of the first round.
-        read: Returns the data in an answer's text, given why the answer ended; raises UnusableError.
+        messages: The conversation.
+        form: The fields of its answer.
+        past: Items that the conversation shows as a history.
+        target: The next item, which the answer must not name; None when the answer may name any.
     """
 
-    subject: Any
     messages: Messages
-    read: Callable[[str, str], Any]
+    form: type[Form]
+    past: Sequence[Item] = ()
+    target: Item | None = None
+
+    def read(self, text: str, finish: str | None) -> Any:
+        """Return the data of an answer; thoughts before it and fences around it are ignored.
+
+        Raises:
+            UnusableError: When the answer was cut, is not of the form, or names the target.
+        """
+        if finish == "length":
+            raise UnusableError("cut", "it is too long and was cut; write less.")
+        found = _JSON.search(text.rpartition("</think>")[2])
+        if not found:
+            raise UnusableError("form", "it holds no JSON object.")
+        try:
+            data = self.form.model_validate_json(found[0])
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, fault['loc'])) or 'JSON'}: {fault['msg']}" for fault in error.errors()[:3]]
+            raise UnusableError("form", "; ".join(faults) + ".") from error
+        if isinstance(data, Chain) and max(data.keep) > len(self.past):
+            raise UnusableError("form", f"keep: there is no item {max(data.keep)}; the last one is {len(self.past)}.")
+        if self.target is not None:
+            known = [title for item in self.past for title in (item.title, short_title(item.title))]
+            values = data.model_dump(exclude={"keep"}).values()
+            texts = " | ".join(value if isinstance(value, str) else " | ".join(value) for value in values)
+            if names_title(texts, self.target.title, known):
+                raise UnusableError("leak", "it names the next item; describe the kind of item, without that title.")
+        return data
 
 
-@dataclass(frozen=True)
+@dataclass
 class Questions:
-    """Questions of one kind, each made when it is asked.
+    """All questions for one kind of text of a data set.
 
     Attributes:
-        form: Name and JSON schema of the answers.
-        subjects: What is asked about.
-        make: Makes the question on a subject.
+        folder: A prepared data set.
+        what: The kind: descriptions of items, preferences and searches of users, or chains of thought.
+        prompts: Folder of the user's prompts; None for those of the package.
+        limit: Most questions, a seeded sample; None for all. A higher limit keeps the questions of a lower one.
+        history: Longest history in a question, in items, the most recent ones.
+        seed: Draws the sample.
+        path: The file of the texts.
+        subjects: One per question: an item id, or user id and position of the next item.
     """
 
-    form: tuple[str, Mapping[str, Any]]
-    subjects: Sequence[Any]
-    make: Callable[[Any], Question]
+    folder: DataFolder
+    what: What
+    prompts: Path | None = None
+    limit: int | None = None
+    history: int = 20
+    seed: int = 0
 
-    def __len__(self) -> int:
-        return len(self.subjects)
+    def __post_init__(self) -> None:
+        paths = {"items": self.folder.enriched, "users": self.folder.user_texts, "chains": self.folder.chains}
+        self.path = paths[self.what]
+        self.templates = read_prompts(self.prompts)
+        self._items = self.folder.read_items(enriched=self.what != "items")
+        self._training = {} if self.what == "items" else self.folder.read_training(self._items)
+        self._reviews: dict[str, list[str]] = defaultdict(list)
+        if self.what == "items" and self.folder.reviews.is_file():  # holds none of a held-out interaction
+            for item, text in pl.read_parquet(self.folder.reviews, columns=["item", "text"]).iter_rows():
+                self._reviews[item].append(text)
+        every = self._every_subject()
+        drawn = np.random.default_rng(self.seed).permutation(len(every))[: self.limit]
+        self.subjects = [every[number] for number in np.sort(drawn).tolist()]
 
-    def __iter__(self) -> Iterator[Question]:
-        return map(self.make, self.subjects)
+    def _every_subject(self) -> list[Any]:
+        if self.what == "items":
+            return list(self._items)
+        if self.what == "users":
+            if self.path.is_file() and USER_TEXTS not in read_json(self.path):
+                raise InputError(f"{self.path}: holds something else; move it away")
+            if users := [(user, len(items) - 1) for user, items in self._training.items() if len(items) > 1]:
+                return users
+            raise InputError(f"{self.folder.inter}: no user has two interactions for training; bring longer histories")
+        names, targets = list(self._training), TrainingTargets(map(len, self._training.values()))
+        if not len(targets):
+            raise InputError(f"{self.folder.inter}: {NO_TARGET}")
+        owners, positions = targets.locate(np.arange(len(targets)))
+        return [(names[owner], position) for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)]
 
+    def ask(self, subject: Any) -> Question:
+        """Return the question about a subject."""
+        if self.what == "items":
+            item = self._items[subject]
+            fields = {
+                "title": item.title,
+                "brand": item.brand,
+                "categories": ", ".join(item.categories),
+                "description": _first_words(item.description, DESCRIPTION_WORDS),
+                "reviews": "\n".join(f"- {text}" for text in self._reviews.get(subject, ())),
+            }
+            known = {name: text or "(nothing known)" for name, text in fields.items()}
+            return Question(self.templates["item"].messages(**known), ItemText)
+        *past, target = (self._items[item] for item in self._window(subject))
+        prompt = self.templates["user" if self.what == "users" else "chain"]
+        history = "\n".join(f"{number}. {_line(item)}" for number, item in enumerate(past, start=1))
+        described = "\n".join(filter(None, (_line(target), _first_words(target.description, DESCRIPTION_WORDS))))
+        return Question(prompt.messages(history=history, target=described), FORMS[self.what], past, target)
 
-def item_questions(
-    items: Mapping[str, Item], reviews: Mapping[str, Sequence[str]], prompt: Prompt, chosen: Sequence[str]
-) -> Questions:
-    """Ask for a description of each chosen item.
+    def write(self, found: Mapping[Any, Any]) -> None:
+        """Write the file from the data of the answers, by subject."""
+        if self.what == "items":
+            write_json(self.path, {item: data.model_dump() for item, data in found.items()}, indent=0)
+        elif self.what == "users":
+            preferences = {user: data.preferences for (user, _), data in found.items()}
+            queries = {user: data.queries for (user, _), data in found.items()}
+            written = {USER_TEXTS: preferences, SEARCHES: {"train": queries}}
+            write_json(self.path, written | {SEARCHED: {user: self._training[user][-1] for user in queries}}, indent=0)
+        else:
+            records = []
+            for (user, position), chain in found.items():
+                *past, item = self._window((user, position))
+                target = {"user": user, "position": position, "item": item, "history": len(past)}
+                keep = [past[number - 1] for number in sorted(set(chain.keep))]
+                records.append({**target, **chain.model_dump(), "keep": keep})
+            with atomic_path(self.path) as path:
+                pq.write_table(pa.Table.from_pylist(records, CHAINS), path, compression="zstd")
 
-    Args:
-        items: All items.
-        reviews: Texts of reviews of an item; none of a held-out interaction.
-        prompt: The prompt ``item``.
-        chosen: Item ids.
-    """
-
-    def make(key: str) -> Question:
-        item = items[key]
-        said = "\n".join(f"- {text}" for text in reviews.get(key, ()))
-        messages = prompt.messages(
-            title=item.title,
-            brand=item.brand or NOTHING,
-            categories=", ".join(item.categories) or NOTHING,
-            description=_first_words(item.description, DESCRIPTION_WORDS) or NOTHING,
-            reviews=said or NOTHING,
-        )
-        return Question(key, messages, lambda text, finish: read_answer(text, finish, ItemText))
-
-    return Questions(("item", json_schema(ItemText)), chosen, make)
-
-
-def user_questions(
-    items: Mapping[str, Item],
-    training: Mapping[str, Sequence[str]],
-    prompt: Prompt,
-    chosen: Sequence[str],
-    history: int,
-) -> Questions:
-    """Ask for the preferences of each chosen user, and for searches that lead to the user's last training item.
-
-    Args:
-        items: All items.
-        training: The training part of every user, oldest first; at least two items for a chosen one.
-        prompt: The prompt ``user``.
-        chosen: User ids.
-        history: Items shown, the most recent ones.
-    """
-
-    def make(user: str) -> Question:
-        *past, target = training[user]
-
-        def read(text: str, finish: str) -> UserTexts:
-            texts = read_answer(text, finish, UserTexts)
-            _refuse_title(items, target, past[-history:], [*texts.preferences, *texts.queries])
-            return texts
-
-        return Question(user, _next_item(items, past[-history:], target, prompt), read)
-
-    return Questions(("user", json_schema(UserTexts)), chosen, make)
-
-
-def chain_questions(
-    items: Mapping[str, Item],
-    training: Mapping[str, Sequence[str]],
-    prompt: Prompt,
-    chosen: Sequence[tuple[str, int]],
-    history: int,
-) -> Questions:
-    """Ask for the chain of thought that leads to each chosen interaction.
-
-    Args:
-        items: All items.
-        training: The training part of every user, oldest first.
-        prompt: The prompt ``chain``.
-        chosen: User and position of the target, from 1.
-        history: Items shown, the most recent ones before the target.
-    """
-
-    def make(subject: tuple[str, int]) -> Question:
-        past, target = window(training, subject, history)
-
-        def read(text: str, finish: str) -> Chain:
-            chain = read_answer(text, finish, Chain)
-            if wrong := [number for number in chain.keep if number > len(past)]:
-                raise UnusableError("form", f"keep: there is no item {wrong[0]}; the last one is {len(past)}.")
-            _refuse_title(items, target, past, [chain.evidence, chain.preference, chain.intent])
-            return chain
-
-        return Question(subject, _next_item(items, past, target, prompt), read)
-
-    return Questions(("chain", json_schema(Chain)), chosen, make)
-
-
-def window(training: Mapping[str, Sequence[str]], subject: tuple[str, int], history: int) -> tuple[Sequence[str], str]:
-    """Return the last ``history`` items before a user's position, and the item at it."""
-    user, position = subject
-    return training[user][max(position - history, 0) : position], training[user][position]
-
-
-def sample(subjects: Sequence[Any], limit: int | None, seed: int) -> list[Any]:
-    """Draw at most ``limit`` subjects, in their order: a higher limit keeps those of a lower one."""
-    if limit is None or limit >= len(subjects):
-        return list(subjects)
-    drawn = np.random.default_rng(seed).permutation(len(subjects))[:limit]
-    return [subjects[number] for number in np.sort(drawn).tolist()]
-
-
-def _next_item(items: Mapping[str, Item], past: Sequence[str], target: str, prompt: Prompt) -> Messages:
-    history = "\n".join(f"{number}. {_line(items[item])}" for number, item in enumerate(past, start=1))
-    described = _first_words(items[target].description, DESCRIPTION_WORDS)
-    return prompt.messages(history=history, target="\n".join(filter(None, (_line(items[target]), described))))
-
-
-def _refuse_title(items: Mapping[str, Item], target: str, past: Sequence[str], texts: Sequence[str]) -> None:
-    """Raise UnusableError when a text names the target; what the user has had before may be named."""
-    known = [title for item in past for title in (items[item].title, short_title(items[item].title))]
-    if names_title(" | ".join(texts), items[target].title, known):
-        raise UnusableError(
-            "leak", "it names the next item; describe the kind of item that is wanted, without that title."
-        )
+    def _window(self, subject: tuple[str, int]) -> Sequence[str]:
+        """Return the last items before a user's position, at most ``history``, and the item at it."""
+        user, position = subject
+        return self._training[user][max(position - self.history, 0) : position + 1]
 
 
 def _line(item: Item) -> str:
+    """Return title, brand and categories of an item."""
     about = ", ".join(filter(None, (item.brand, *item.categories[-CATEGORIES:])))
     title = _first_words(item.title, TITLE_WORDS)
     return f"{title} ({about})" if about else title

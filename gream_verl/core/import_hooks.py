@@ -1,18 +1,18 @@
-"""Doing something right after a module is imported, so that a process pays only for the modules it uses anyway."""
+"""Actions right after the import of a module, so that a process pays only for the modules that it uses anyway."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-Action = Callable[[ModuleType], None]
+Action = Callable[[ModuleType], object]
 
 
 class _Hooks(MetaPathFinder):
-    """Finds nothing itself; asks the other finders and runs the actions after the module was executed."""
+    """Finder that asks the other finders, and lets the loader run the actions after the module."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}
@@ -25,39 +25,25 @@ class _Hooks(MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.actions[fullname])
+            execute = spec.loader.exec_module
+
+            def execute_with_actions(module: ModuleType) -> None:
+                execute(module)
+                for action in self.actions[fullname]:
+                    action(module)
+
+            # On this loader only; it stays what inspect and pickle expect to see.
+            spec.loader.exec_module = execute_with_actions  # type: ignore[method-assign]
         return spec
-
-
-class _Loader(Loader):
-    """The module's own loader, and then the actions."""
-
-    def __init__(self, loader: Loader, actions: Sequence[Action]) -> None:
-        self.loader = loader
-        self.actions = actions
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self.loader  # what inspect and pickle expect to see
-        self.loader.exec_module(module)
-        for action in self.actions:
-            action(module)
 
 
 _hooks = _Hooks()
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Call ``action(module)`` once module ``name`` has been imported: now, if it already is.
+    """Call ``action(module)`` right after the import of module ``name``: now, if it is imported already.
 
-    An error in ``action`` makes the import fail, so it cannot go unnoticed.
-
-    Args:
-        name: Full dotted name of the module.
-        action: What to do with the module.
+    An error in ``action`` makes the import fail, so that it cannot go unnoticed.
     """
     if name in sys.modules:
         action(sys.modules[name])

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
+from itertools import islice
+from typing import Any, TypeVar
+
+import openai
+from pydantic import BaseModel, ValidationError
 
 from gream_verl.core.errors import InputError
 
-if TYPE_CHECKING:
-    import openai
-
 Job = TypeVar("Job")
 Done = TypeVar("Done")
+Body = TypeVar("Body", bound=BaseModel)
 
+FIRST_WAIT = 0.5  # seconds after a reply that is no answer; twice as long after each further one
 UNUSABLE = {
     401: "set the API key in the environment variable {key}",
     403: "use an API key in {key} that may use this model",
@@ -43,9 +46,6 @@ class Server:
         concurrency: Requests in flight at once.
         timeout: Seconds per attempt.
         attempts: Attempts per request; the client waits longer after each, and as long as Retry-After asks.
-
-    Raises:
-        InputError: When the endpoint is no URL, or the key holds a character that no key has.
     """
 
     endpoint: str
@@ -54,74 +54,57 @@ class Server:
     timeout: float = 120.0
     attempts: int = 8
 
-    def __post_init__(self) -> None:
-        if not _is_url(self.endpoint):
-            raise InputError(f"--endpoint {self.endpoint!r}: expected a URL such as http://127.0.0.1:8000/v1")
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise InputError(f"the API key in {self.key_variable} holds a character that no key has; set it again")
-
-    @property
-    def _key(self) -> str:
-        return os.environ.get(self.key_variable, "").strip()
-
     def client(self) -> openai.AsyncOpenAI:
         """Return a client that retries rate limits, server errors, timeouts and lost connections by itself."""
-        import openai
-
+        if not re.fullmatch(r"https?://(\[[\da-f:]+\]|[^\s/:]+)(:\d+)?(/\S*)?", self.endpoint):
+            raise InputError(f"--endpoint {self.endpoint!r}: expected a URL such as http://127.0.0.1:8000/v1")
+        key = os.environ.get(self.key_variable, "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise InputError(f"the API key in {self.key_variable} holds a character that no key has; set it again")
         return openai.AsyncOpenAI(
-            base_url=self.endpoint, api_key=self._key or "none", timeout=self.timeout, max_retries=self.attempts - 1
+            base_url=self.endpoint, api_key=key, timeout=self.timeout, max_retries=self.attempts - 1
         )
 
-    def error(self, error: openai.APIError) -> InputError | RefusedError | FailedError:
-        """Return the error to raise for one of the client's.
+    async def ask(self, create: Callable[..., Awaitable[Any]], form: type[Body], request: dict[str, Any]) -> Body:
+        """Return the reply to a request, which is sent again while the body of the reply is not of this form.
 
-        Returns:
-            ``InputError`` when no request can succeed, ``RefusedError`` when this one never will, else ``FailedError``.
+        ``create`` is a method of the client, such as ``client.chat.completions.with_raw_response.create``.
         """
-        import openai
+        for attempt in range(self.attempts):
+            try:
+                body = (await create(**request)).content
+                return form.model_validate_json(body)
+            except openai.APIError as error:
+                raise self.error(error) from error
+            except ValidationError:
+                await asyncio.sleep(FIRST_WAIT * 2**attempt)
+        raise FailedError(f"{self.endpoint}: no answer but {body[:80]!r}")
 
-        if not isinstance(error, openai.APIStatusError):
-            return FailedError(f"{self.endpoint}: {error.__cause__ or error}")
-        reason = " ".join(f"{error.status_code} {error.message}".split())[:300]
-        if error.status_code in UNUSABLE:
-            return InputError(f"{self.endpoint}: {reason}; {UNUSABLE[error.status_code].format(key=self.key_variable)}")
-        temporary = error.status_code in (408, 409, 429) or error.status_code >= 500
-        return FailedError(f"{self.endpoint}: {reason}") if temporary else RefusedError(reason)
+    def error(self, error: openai.APIError) -> InputError | RefusedError | FailedError:
+        """Return InputError when no request can succeed, RefusedError when this one never will, else FailedError."""
+        status = getattr(error, "status_code", None)  # None: no reply at all
+        reason = " ".join(f"{self.endpoint}: {error} {error.__cause__ or ''}".split())[:400]
+        if status in UNUSABLE:
+            return InputError(f"{reason}; {UNUSABLE[status].format(key=self.key_variable)}")
+        return FailedError(reason) if status in (None, 408, 409, 425, 429) or status >= 500 else RefusedError(reason)
 
 
 async def as_done(
     jobs: Iterable[Job], work: Callable[[Job], Awaitable[Done]], concurrency: int
 ) -> AsyncIterator[tuple[Job, Done]]:
-    """Run ``work`` on every job, at most ``concurrency`` at once, and yield results as they finish.
-
-    Jobs are drawn only when there is room, so that a stream of millions takes no memory. An error cancels the rest.
-    """
+    """Yield each job with its result as it finishes, at most ``concurrency`` at once; an error cancels the rest."""
     running: dict[asyncio.Future[Done], Job] = {}
     waiting = iter(jobs)
-    exhausted = False
     try:
         while True:
-            while not exhausted and len(running) < concurrency:
-                try:
-                    job = next(waiting)
-                except StopIteration:
-                    exhausted = True
-                else:
-                    running[asyncio.ensure_future(work(job))] = job
+            for job in islice(waiting, concurrency - len(running)):  # drawn only when there is room
+                running[asyncio.ensure_future(work(job))] = job
             if not running:
                 return
             finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for future in finished:
+            for future in sorted(finished, key=lambda done: done.exception() is not None):  # results before an error
                 yield running.pop(future), future.result()
     finally:
         for future in running:
             future.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:  # the port is no number
-        return False

@@ -1,25 +1,23 @@
-"""Options out of a run's configuration; a wrong one ends in a sentence that names its key."""
+"""Options from a run's configuration; an error names the key."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import yaml
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 Options = TypeVar("Options", bound=BaseModel)
 
 
 def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | None) -> Options:
-    """Return the options that a node of the configuration holds.
-
-    Args:
-        model: What may stand there; should forbid other keys.
-        node: Full name of the node, for messages.
-        given: The node itself, None for an empty one.
+    """Return the options that a node of the configuration holds: ``given``, whose full name is ``node``.
 
     Raises:
         InputError: When a key is missing, unknown or has a wrong value; the message names it.
@@ -33,6 +31,28 @@ def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | 
         raise InputError(
             f"{'.'.join([node, *map(str, first['loc'])])}: {first['msg']}; known keys are {', '.join(known)}"
         ) from None
+
+
+def file_options(model: type[Options], file: Path | None, line: Mapping[str, Any], command: str) -> Options:
+    """Return the options of a command, from a YAML file and from the command line.
+
+    Args:
+        model: The options.
+        file: YAML file with any of them, or None.
+        line: Options of the command line, which win; None leaves that of the file.
+        command: The command, for messages.
+
+    Raises:
+        InputError: When the file is missing or malformed, or an option is missing, unknown or wrong.
+    """
+    try:
+        kept = yaml.safe_load(require_file(file, "write it, or leave out -c").read_text("utf-8")) if file else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())}); correct it") from error
+    if not isinstance(kept := kept or {}, dict):
+        raise InputError(f"{file}: expected one option per line, such as `timeout: 60`")
+    given = {name: value for name, value in line.items() if value is not None}
+    return checked_options(model, str(file or command), {**kept, **given})
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -29,16 +29,15 @@ _REFERENCE_ANSWER = {
 
 @dataclass(frozen=True)
 class Reward:
-    """The reward of one response and what it is made of.
+    """The reward of one response and its parts, all from 0 to 1 except ``depth``.
 
     Attributes:
-        score: The reward, 0 to 1.
+        score: The reward.
         acc: 1 when the response passes the gate with exactly the true SID, else 0.
-        format: 1 when the response has the form that its mode asks for, else 0.
-        match: The match before the gate, 0 to 1.
+        format: 1 when the response has the form of its mode, else 0.
+        match: The match before the gate.
         depth: Leading tokens of the answer that agree with the truth.
-        valid_item: 1 when the answer is an item of the index, else 0. Without an index, 1 for every well-formed answer:
-            nothing can be said against it.
+        valid_item: 1 when the answer is an item of the index, else 0. Without an index, 1 for every well-formed answer.
     """
 
     score: float
@@ -50,7 +49,7 @@ class Reward:
 
 
 def strict_answer(response: str, mode: Mode) -> SemanticId | None:
-    """Return the answer of a response that has exactly the form asked for, else None.
+    """Return the answer of a response that has exactly the form of its mode, else None.
 
     Reasoning: one ``<think>...</think>`` block, free text without tags, one ``<answer>SID</answer>``, the end. Direct:
     one SID and nothing else.
@@ -62,17 +61,14 @@ def strict_answer(response: str, mode: Mode) -> SemanticId | None:
     """
     if mode == "direct":
         return parse_sid(response)
-    if _TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]:
-        return None
-    if not (response.startswith("<think>") and response.endswith("</answer>")):
+    tags_in_order = _TAG.findall(response) == ["<think>", "</think>", "<answer>", "</answer>"]
+    if not (tags_in_order and response.startswith("<think>") and response.endswith("</answer>")):
         return None
     return parse_sid(response[response.index("<answer>") + len("<answer>") : -len("</answer>")])
 
 
 def reference_answer(response: str, mode: Mode) -> SemanticId | None:
     """Return the first answer found anywhere in a response, as the authors' unanchored search does, else None.
-
-    It also takes an answer inside the thinking, the first of several, or one with text behind it.
 
     >>> reference_answer("<think><answer><|a_1|><|b_2|></answer></think>", "reasoning")
     ('<|a_1|>', '<|b_2|>')
@@ -83,16 +79,12 @@ def reference_answer(response: str, mode: Mode) -> SemanticId | None:
 
 def matching_depth(answer: SemanticId, truth: SemanticId) -> int:
     """Return the number of leading tokens of ``answer`` that agree with ``truth``."""
-    depth = 0
-    for answered, true in zip(answer, truth, strict=False):
-        if answered != true:
-            break
-        depth += 1
-    return depth
+    pairs = enumerate(zip(answer, truth, strict=False))
+    return next((depth for depth, (given, true) in pairs if given != true), min(len(answer), len(truth)))
 
 
 def match_score(answer: SemanticId, truth: SemanticId, base_levels: int) -> float:
-    """Return how far ``answer`` agrees with ``truth``, 0 to 1.
+    """Return the agreement of ``answer`` with ``truth``, 0 to 1.
 
     Args:
         answer: The SID answered; empty when there is none.
@@ -118,15 +110,15 @@ def score_response(
     index: ItemIndex | None = None,
     require_valid_item: bool = False,
 ) -> Reward:
-    """Return the reward of one response. Raises for no response whatsoever.
+    """Return the reward of one response. No response raises.
 
     Args:
         response: The decoded response without its end-of-sequence token.
         truth: The SID of the target.
-        mode: Which form the prompt asked for.
-        format: ``strict`` gates on the whole form; ``reference`` pays whatever answer the authors' search finds.
+        mode: The form that the prompt asked for.
+        format: ``strict`` gates on the whole form; ``reference`` pays any answer that the authors' search finds.
         base_levels: Levels that every SID has; by default those of ``index``, and all tokens of ``truth`` without one.
-        index: The items there are.
+        index: The items.
         require_valid_item: Whether an answer that is no item of ``index`` fails the gate.
 
     >>> score_response("<|a_1|><|b_9|>", ("<|a_1|>", "<|b_2|>"), mode="direct").score
@@ -135,7 +127,7 @@ def score_response(
     levels = min(base_levels or (index.base_levels if index else len(truth)), len(truth))
     found = reference_answer(response, mode)
     well_formed = strict_answer(response, mode) if format == "strict" else found
-    # A response that fails the gate is still measured, so that group filtering sees how close it came.
+    # A response that fails the gate still has a match, so that group filtering sees how close it came.
     answer = well_formed or found or ()
     valid_item = bool(answer) and (index is None or answer in index.items)
     gate = well_formed is not None and (valid_item or not require_valid_item)
@@ -151,16 +143,9 @@ def score_response(
 
 
 def overlong_penalty(length: int, max_length: int, buffer: int, factor: float = 1.0) -> float:
-    """Return what is added to the reward of a long response: 0 up to the buffer, then ever less, in a line.
+    """Return the penalty of a long response: 0 up to the buffer, then a line down to ``-factor`` at full length.
 
-    The soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), as verl's reward manager ``dapo`` has it.
-    ``max_length`` should be ``data.max_response_length``: behind it the line goes on.
-
-    Args:
-        length: Tokens of the response.
-        max_length: Tokens that a response may have.
-        buffer: The last so many of them are punished.
-        factor: Punishment of a response of full length.
+    The soft over-long punishment of DAPO (arXiv 2503.14476, equation 13). All lengths are in tokens.
 
     >>> overlong_penalty(80, 100, 40), overlong_penalty(60, 100, 40)
     (-0.5, 0.0)

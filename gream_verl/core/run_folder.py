@@ -11,9 +11,19 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.split import INTERACTIONS
 
 
+class _Part:
+    """The path of a part of a run."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, _: type[RunFolder]) -> Path:
+        return run.root / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of one data set lies.
+    """The files of a run.
 
     Attributes:
         root: The folder, such as ``runs/Beauty``.
@@ -23,9 +33,20 @@ class RunFolder:
     root: Path
     data: DataFolder
 
+    model = _Part("model")
+    """The base model with the semantic IDs in its vocabulary."""
+    sft = _Part("sft")
+    """The SFT checkpoint."""
+    srpo = _Part("srpo")
+    """The SRPO checkpoints."""
+    evaluation = _Part("evaluation")
+    """Results of `gream evaluate` and of baselines."""
+    report = _Part("report.html")
+    """The report, as a page."""
+
     @classmethod
     def open(cls, root: str | os.PathLike[str], dataset: str | None = None) -> RunFolder:
-        """Open a run whose data set is prepared.
+        """Open a run with a prepared data set.
 
         Args:
             root: The folder.
@@ -49,7 +70,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: str | os.PathLike[str], dataset: str | None = None) -> RunFolder:
-        """Return the folder of a run whose data set is to be prepared.
+        """Return the folder of a run before its data set is prepared.
 
         Args:
             root: The folder.
@@ -60,28 +81,3 @@ class RunFolder:
         """
         root = Path(root)
         return cls(root, DataFolder(root / "data", dataset or root.resolve().name))
-
-    @property
-    def model(self) -> Path:
-        """The base model with the semantic IDs in its vocabulary."""
-        return self.root / "model"
-
-    @property
-    def sft(self) -> Path:
-        """The SFT checkpoint."""
-        return self.root / "sft"
-
-    @property
-    def srpo(self) -> Path:
-        """The SRPO checkpoints."""
-        return self.root / "srpo"
-
-    @property
-    def evaluation(self) -> Path:
-        """Results of `gream evaluate` and of baselines."""
-        return self.root / "evaluation"
-
-    @property
-    def report(self) -> Path:
-        """The report, as a page."""
-        return self.root / "report.html"

@@ -1,8 +1,8 @@
-"""Semantic IDs (SIDs): their grammar, and the index that gives every item one.
+"""Semantic IDs (SIDs): their grammar, and the index of items to SIDs.
 
-An item is a path of codes, one token a level: ``<|a_12|><|b_7|><|c_201|>``. Levels are letters from ``a``, codes count
-from 1. Items that share a whole path get one collision token more on the next level, all of them, so that no SID is a
-prefix of another (arXiv 2510.20815, section 3.1; the authors' ``<D>.index.json``).
+An item is a path of codes, one token per level: ``<|a_12|><|b_7|><|c_201|>``. Levels are letters from ``a``, codes
+count from 1. All items that share a whole path get one more token on the next level, the collision token, so that no
+SID is a prefix of another (arXiv 2510.20815, section 3.1; the authors' ``<D>.index.json``).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def find_sids(text: str) -> list[SemanticId]:
 
 
 def parse_sid(text: str) -> SemanticId | None:
-    """Return the tokens of ``text`` when it is one well-formed SID and nothing else, else None.
+    """Return the tokens of ``text`` when it is exactly one well-formed SID, else None.
 
     Well formed: at least one token, levels in order from ``a``, each once, nothing before, between or after.
 
@@ -83,12 +83,11 @@ def parse_sid(text: str) -> SemanticId | None:
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """Which SID every item has.
+    """The SID of every item.
 
     Attributes:
         sids: Item id to its SID. Items keep the order of the file.
-        base_levels: Number of levels that every item has; an item in a collision has one token more.
-        source: Where the index came from, for messages.
+        source: The file of the index, for messages.
         retired: SIDs of items that are recommended no more; histories that hold them can still be written.
 
     Raises:
@@ -106,7 +105,7 @@ class ItemIndex:
 
     @cached_property
     def base_levels(self) -> int:
-        """Number of levels every item has, without the collision level."""
+        """Number of levels of every item; an item in a collision has one more token."""
         return min(len(sid) for sid in self.readable.values())
 
     @cached_property
@@ -137,7 +136,7 @@ class ItemIndex:
         try:
             return "".join(self.readable[item])
         except KeyError:
-            raise InputError(f"{self.source}: item {item!r} is not in the index; build the index anew") from None
+            raise InputError(f"{self.source}: item {item!r} is not in the index; build the index again") from None
 
     def texts(self, items: Iterable[str]) -> list[str]:
         """Return the SIDs of ``items`` as text."""
@@ -146,8 +145,8 @@ class ItemIndex:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ItemIndex:
         """Read and check ``<D>.index.json``, ``{item: [token, ...]}``, and ``<D>.retired.json`` where there is one."""
-        sids, beside = read_sids(path), retired_file(path)
-        retired = read_sids(beside, "mend it: it keeps retired SIDs from other items") if beside.is_file() else {}
+        sids, file = read_sids(path), retired_file(path)
+        retired = read_sids(file, "repair it: it keeps retired SIDs from other items") if file.is_file() else {}
         return cls(sids, str(path), {item: sid for item, sid in retired.items() if item not in sids})
 
     @classmethod
@@ -163,7 +162,7 @@ class ItemIndex:
 
 
 def retired_file(index: str | os.PathLike[str]) -> Path:
-    """Return where the retired SIDs of an index lie: ``<D>.retired.json`` beside ``<D>.index.json``."""
+    """Return the path of ``<D>.retired.json``, the retired SIDs of an index, next to ``<D>.index.json``."""
     index = Path(index)
     return index.with_name(f"{index.name.removesuffix('.json').removesuffix('.index')}.retired.json")
 
@@ -185,16 +184,16 @@ def read_sids(path: str | os.PathLike[str], remedy: str = "build it with `gream 
 
 
 def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
-    """Prove that SIDs are well formed, no two alike and none a prefix of another."""
+    """Check that SIDs are well formed, no two alike and none a prefix of another."""
     codes = _codes(sids)
     if codes is None:
         item, sid = next((item, sid) for item, sid in sids.items() if not _is_well_formed(sid))
         raise InputError(
             f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one "
-            "token a level, in order, such as ['<|a_1|>', '<|b_7|>']; tokens such as <a_0> are read by "
+            "token per level, in order, such as ['<|a_1|>', '<|b_7|>']; tokens such as <a_0> are read by "
             "`gream index import`"
         )
-    # In lexicographic order whatever has a SID as its prefix comes right behind it, and so do equals.
+    # In lexicographic order, equal SIDs are neighbours, and a SID comes right after its prefix.
     order = np.lexsort(codes.T[::-1])
     before, after = codes[order[:-1]], codes[order[1:]]
     shared = (before == after).all(axis=1)
@@ -220,9 +219,9 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
 
 
 def _codes(sids: Mapping[str, SemanticId]) -> np.ndarray | None:
-    """Return the codes of all SIDs, int32 [items, levels], 0 behind the end; None when a SID is malformed.
+    """Return the codes of all SIDs, int32 [items, levels], 0 after the end; None when a SID is malformed.
 
-    Each distinct token is parsed once: there are thousands, in millions of SIDs.
+    Each distinct token is parsed once: millions of SIDs hold some thousand tokens.
     """
     tokens = list(chain.from_iterable(sids.values()))
     lengths = np.fromiter(map(len, sids.values()), np.int64, len(sids))
@@ -247,7 +246,7 @@ def _is_well_formed(sid: Sequence[object]) -> bool:
 
 
 def _first_pair(sids: Mapping[str, SemanticId], order: np.ndarray, pairs: np.ndarray) -> tuple[str, str]:
-    """Return the items of the pair of neighbours in ``order`` whose second item comes first in the file."""
+    """Return the items of a pair of neighbours in ``order``: the pair whose second item comes first in the file."""
     found = np.flatnonzero(pairs)
     place = found[np.argmin(order[found + 1])]
     items = list(sids)

@@ -1,9 +1,9 @@
-"""Which interactions of a user are for training, which one for validation and which one for test.
+"""The interactions of every user, and their split into training, validation and test.
 
-Leave-one-out holds out the last two of every user, as the authors do. A temporal split holds out what comes after two
-moments that are the same for all users, so that training knows nothing of the time it is tested on: the validation of
-a user is the first interaction after the first moment, the test the first after the second (Ji et al., "A Critical
-Study on Data Leakage in Recommender System Offline Evaluation", 2023).
+Leave-one-out holds out the last two interactions of every user, as the authors do. A temporal split holds out the
+interactions after two moments that are the same for all users, so that training knows nothing of the time of the test:
+the validation of a user is the first interaction after the first moment, the test the first after the second (Ji et
+al., "A Critical Study on Data Leakage in Recommender System Offline Evaluation", 2023).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ HELD_OUT = 2
 """Interactions at the end of every user that leave-one-out keeps from training: validation, then test."""
 INTERACTIONS = ".inter.json"
 SPLIT = ".split.json"
-REMEDY = "prepare the data set anew with `gream data prepare`"
+REMEDY = "make it with `gream data prepare`"
 
 
 class UserSplit(NamedTuple):
-    """How the interactions of one user, in time order, are split.
+    """Split of the interactions of one user, in time order.
 
     Attributes:
         training: Number of interactions, the first ones, that training may see.
-        validation: Position of the interaction to validate on, None for no such one.
-        test: Position of the interaction to test on, likewise.
+        validation: Position of the interaction for validation, None without one.
+        test: Position of the interaction for the test, None without one.
     """
 
     training: int
@@ -52,12 +52,12 @@ def leave_one_out(length: int) -> UserSplit:
 def by_time(times: Sequence[int], validation_from: int, test_from: int) -> UserSplit:
     """Return the split of a user by two moments.
 
-    An interaction is held out from its moment on; one with nothing before it cannot be predicted.
+    An interaction is held out from its moment on. One without an earlier interaction cannot be predicted.
 
     Args:
         times: Times of the user's interactions, rising.
         validation_from: First moment of validation.
-        test_from: First moment of the test, not before that.
+        test_from: First moment of the test, not earlier.
 
     >>> by_time([1, 2, 5, 6, 9], 5, 8)
     UserSplit(training=2, validation=2, test=4)
@@ -68,31 +68,34 @@ def by_time(times: Sequence[int], validation_from: int, test_from: int) -> UserS
 
 
 def split_file(interactions: str | os.PathLike[str]) -> Path:
-    """Return the file with the split of ``<D>.inter.json``: ``<D>.split.json`` beside it."""
+    """Return the path of ``<D>.split.json`` next to ``<D>.inter.json``."""
     path = Path(interactions)
     return path.with_name(path.name.removesuffix(INTERACTIONS) + SPLIT)
 
 
-def read_interactions(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+def read_interactions(path: str | os.PathLike[str], remedy: str = REMEDY) -> dict[str, list[str]]:
     """Read ``<D>.inter.json``: the items of every user, in time order.
 
-    Ids of items that are written as numbers, as LC-Rec does, become text.
+    Ids of items that are written as numbers, as in LC-Rec, become text.
 
     Raises:
-        InputError: When the file is missing or malformed.
+        InputError: When the file is missing or malformed; the message ends in ``remedy``.
     """
-    raw = read_json(path, "make it with `gream data prepare`")
-    if not isinstance(raw, dict) or not all(isinstance(items, list) for items in raw.values()):
-        raise InputError(f"{path}: expected {{user: [item, ...]}}; make it with `gream data prepare`")
+    raw = read_json(path, remedy)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected {{user: [item, ...]}}; {remedy}")
+    for user, items in raw.items():
+        if not isinstance(items, list) or not all(isinstance(item, str | int) for item in items):
+            raise InputError(f"{path}: user {user!r}: no list of ids, expected {{user: [item, ...]}}; {remedy}")
     return {user: list(map(str, items)) for user, items in raw.items()}
 
 
 def read_splits(interactions: str | os.PathLike[str], sequences: Mapping[str, Sequence[Any]]) -> dict[str, UserSplit]:
-    """Return the split of every user: that of ``<D>.split.json``, or leave-one-out where there is no such file.
+    """Return the split of every user: that of ``<D>.split.json``, or leave-one-out without such a file.
 
     Args:
         interactions: ``<D>.inter.json``.
-        sequences: What it holds.
+        sequences: Its content.
 
     Raises:
         InputError: When the split is malformed, or of other interactions.
@@ -112,18 +115,18 @@ def read_splits(interactions: str | os.PathLike[str], sequences: Mapping[str, Se
 def training_parts(
     interactions: str | os.PathLike[str], sequences: Mapping[str, Sequence[Any]]
 ) -> dict[str, Sequence[Any]]:
-    """Return what training may see of every user; see :func:`read_splits`."""
+    """Return the interactions of every user that training may see; see :func:`read_splits`."""
     splits = read_splits(interactions, sequences)
     return {user: sequence[: splits[user].training] for user, sequence in sequences.items()}
 
 
 def _user_split(path: Path, user: str, value: Any, length: int) -> UserSplit:
-    place = f"{path}: user {user!r}"
+    label = f"{path}: user {user!r}"
     if not isinstance(value, list) or len(value) != 3 or not all(type(part) in (int, type(None)) for part in value):
-        raise InputError(f"{place}: expected [training, validation or null, test or null]; {REMEDY}")
+        raise InputError(f"{label}: expected [training, validation or null, test or null]; {REMEDY}")
     split = UserSplit(*value)
     held_out = [position for position in split[1:] if position is not None]
-    ordered = held_out == sorted(set(held_out)) and all(0 < position < length for position in held_out)
-    if split.training is None or not 0 <= split.training <= min([length, *held_out]) or not ordered:
-        raise InputError(f"{place}: {value} is no split of {length} interactions; {REMEDY}")
+    in_order = held_out == sorted(set(held_out)) and all(0 < position < length for position in held_out)
+    if split.training is None or not 0 <= split.training <= min([length, *held_out]) or not in_order:
+        raise InputError(f"{label}: {value} is no split of {length} interactions; {REMEDY}")
     return split

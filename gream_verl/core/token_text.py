@@ -1,4 +1,4 @@
-"""The text of token ids as the reward reads it: the same whatever a tokenizer or an engine thinks is special."""
+"""The text of token ids as the reward reads it, independent of which tokens a tokenizer or an engine calls special."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MASKED_BAR = "\N{BROKEN BAR}"
 
 
 class TokenText:
-    """A table with the text of every token id, so that reading a response is one look-up a token.
+    """A table with the text of every token id: reading a response is one look-up per token.
 
-    A SID is made of SID tokens: the bars of every other token are masked, so that a response which spells a SID letter
-    by letter contains none. Ids that the tokenizer does not have, rows of a padded vocabulary, read as U+FFFD.
+    The bars of every token that is no SID token are masked, so that a response that spells a SID letter by letter
+    contains none. Ids without a token (rows of a padded vocabulary) read as U+FFFD.
 
     Args:
         tokenizer: A fast tokenizer that knows the SID tokens.
@@ -42,15 +42,11 @@ class TokenText:
         try:
             return "".join(map(self.pieces.__getitem__, ids))
         except IndexError:
-            last = len(self.pieces) - 1  # which is unknown
+            last = len(self.pieces) - 1  # the entry of unknown ids
             return "".join(self.pieces[min(number, last)] for number in ids)
 
     def ground_truth(self, reward_model: Mapping[str, Any] | None, place: str) -> SemanticId:
-        """Return the SID of the target in a row's column ``reward_model``.
-
-        Raises:
-            InputError: When there is none, or one that no response can hold; the message begins with ``place``.
-        """
+        """Return the SID of the target in a row's column ``reward_model``; ``place`` begins an error."""
         text = (reward_model or {}).get("ground_truth")
         truth = parse_sid(text) if isinstance(text, str) else None
         if truth is None:
@@ -62,11 +58,7 @@ class TokenText:
         return truth
 
     def check(self, sid_tokens: Iterable[str], place: str) -> None:
-        """Refuse SID tokens that no response could hold.
-
-        Raises:
-            InputError: When one is not one token of the tokenizer; the message begins with ``place``.
-        """
+        """Refuse what is not one token of the tokenizer; ``place`` begins the error."""
         for token in sid_tokens:
             if token in self._checked:
                 continue
@@ -80,7 +72,7 @@ class TokenText:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text of every id, and of one id more, which is unknown."""
+    """Return the text of every id, and U+FFFD as a last entry for unknown ids."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
         raise InputError(
@@ -88,10 +80,10 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         )
     tokens = tokenizer.get_vocab()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    # Behind an anchor, because some decoders drop the space at the beginning of a text.
-    behind = len(decoder.decode([ANCHOR]))
+    # After an anchor, because some decoders drop the space at the beginning of a text.
+    start = len(decoder.decode([ANCHOR]))
     pieces = [UNKNOWN] * (max(tokens.values()) + 2)
     for token, number in tokens.items():
-        text = token if token in added else decoder.decode([ANCHOR, token])[behind:]
+        text = token if token in added else decoder.decode([ANCHOR, token])[start:]
         pieces[number] = text if find_tokens(text) == [text] else text.replace("|", MASKED_BAR)
     return pieces

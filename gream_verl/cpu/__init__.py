@@ -1,13 +1,10 @@
-"""What verl 0.9.1 and vLLM need to run on a machine without an accelerator; inert everywhere else.
+"""The parts that verl 0.9.1 and vLLM need on a machine without an accelerator; inert everywhere else.
 
-One file per concern; each says which file and line of verl or vLLM it works around. None of it is specific to
+One file per concern; each names the file and line of verl or vLLM that it works around. None of it is specific to
 recommendation: it is a candidate for upstreaming.
 """
 
 from __future__ import annotations
-
-HF_ROLLOUT = "hf_cpu"
-"""Name of the Hugging Face rollout (``actor_rollout_ref.rollout.name``)."""
 
 
 def is_active() -> bool:
@@ -21,26 +18,15 @@ def is_active() -> bool:
 
 
 def activate() -> None:
-    """Prepare this process, and those it starts, for training on a CPU; does nothing with an accelerator.
+    """Prepare this process, and those it starts, for training on a CPU; do nothing with an accelerator.
 
-    Called by the verl plugin at ``import verl``, in every process.
+    The verl plugin calls it at ``import verl``, in every process.
     """
     if not is_active():
         return
-    from gream_verl.cpu import (
-        environment,
-        fsdp,
-        hf_rollout_registration,
-        log_probs,
-        platform,
-        process_group,
-        vllm_distribution,
-    )
+    from gream_verl.core import cpu_environment
+    from gream_verl.cpu import fsdp, log_probs, platform, process_group, vllm_distribution
 
-    environment.set_defaults()
-    platform.register()
-    process_group.register()
-    fsdp.register()
-    log_probs.register()
-    vllm_distribution.register()
-    hf_rollout_registration.register()
+    cpu_environment.set_defaults()
+    for part in (platform, process_group, fsdp, log_probs, vllm_distribution):
+        part.register()

@@ -1,4 +1,4 @@
-"""The platform ``cpu`` of verl, which has none (verl/plugin/platform/platform_manager.py:83).
+"""The platform ``cpu``, which verl lacks (verl/plugin/platform/platform_manager.py:83).
 
 Import verl before this module.
 """
@@ -16,7 +16,8 @@ import psutil
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry, get_platform, set_platform
 
-from gream_verl.cpu import environment, is_active
+from gream_verl.core import cpu_environment
+from gream_verl.cpu import is_active
 
 
 def register() -> None:
@@ -135,7 +136,7 @@ class PlatformCPU(PlatformBase):
 
     def rollout_env_vars(self) -> dict[str, str]:
         """Return the environment of the rollout engine."""
-        return {name: os.environ[name] for name in environment.DEFAULTS if name.startswith("VLLM_CPU_")}
+        return {name: os.environ[name] for name in cpu_environment.DEFAULTS if name.startswith("VLLM_CPU_")}
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:

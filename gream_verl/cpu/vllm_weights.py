@@ -1,8 +1,8 @@
-"""New weights for a running vLLM-CPU engine.
+"""Weight updates of a running vLLM-CPU engine.
 
 After loading, vLLM packs the weight of a linear layer for its CPU kernels and drops the parameter together with its
 ``weight_loader`` (vllm/model_executor/layers/linear.py:220), so that the first weight synchronisation fails and verl
-hangs. With the parameter kept, verl's call of ``process_weights_after_loading`` after each synchronisation packs anew.
+hangs. With the parameter kept, verl's call of ``process_weights_after_loading`` packs it again after each one.
 """
 
 from __future__ import annotations

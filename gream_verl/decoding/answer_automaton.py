@@ -1,15 +1,15 @@
-"""What a response may say next: anything while it thinks, then a real item, then the end.
+"""The automaton of constrained answers: free text while a response thinks, then a real item, then the end.
 
-One automaton over token ids holds it all in flat arrays. Its first states watch free text for ``<answer>``, however
-the text is cut into tokens. Behind the tag every state has the tokens it allows, in compressed sparse rows: the prefix
+It works on token ids and holds everything in flat arrays. Its first states watch free text for ``<answer>``, however
+the text is cut into tokens. Every state after the tag has the tokens it allows, in compressed sparse rows: the prefix
 tree of the items, the tokens of ``</answer>``, the end of the sequence. A step of many responses is a few gathers.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,17 +19,16 @@ from torch import Tensor
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.token_text import TokenText
-from gream_verl.decoding.prefix_tree import PrefixTree
-from gream_verl.model.vocabulary import token_ids
+from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "<answer>", "</answer>"
 FREE = 0
-"""State of a response in free text; state n, up to 7, is free text that ends in the first n characters of the tag."""
+"""State of free text; state n, up to 7, is free text that ends in the first n characters of the tag."""
 ROOT = len(OPEN)
-"""State behind ``<answer>``, and of an empty response in direct mode."""
+"""State after ``<answer>``, and of an empty response in direct mode."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class AnswerAutomaton:
     Attributes:
         watch: int64 [8, tokens + 1]; the state after a token of free text; the last column is for unknown tokens.
         offsets: int64 [states + 1]; the edges of state ``s`` are ``offsets[s]`` up to ``offsets[s + 1]``.
-        tokens: int64 [edges]; in free text the few tokens that are forbidden, those that open the answer and go on with
-            something else; behind it the tokens that are allowed.
+        tokens: int64 [edges]; in free text the few forbidden tokens, which complete the tag and go on with other text;
+            after the tag the allowed tokens.
         targets: int64 [edges]; the state after an allowed token.
-        leaves: bool [states]; whether an item is complete.
+        leaves: bool [states]; True where an item is complete.
         end: The state in which only the end-of-sequence token is allowed.
-        off: The state of a response that nobody constrains; it has no edges and is never left.
+        off: The state of an unconstrained response; it has no edges and is never left.
     """
 
     watch: np.ndarray
@@ -56,20 +55,14 @@ class AnswerAutomaton:
     off: int
 
     @classmethod
-    def build(
-        cls, index: ItemIndex, tokenizer: PreTrainedTokenizerBase, model: str | os.PathLike[str] = "the model"
-    ) -> AnswerAutomaton:
-        """Build the automaton.
-
-        Args:
-            index: The items that may be answered.
-            tokenizer: The model's, which knows the SID tokens.
-            model: Its name, for messages.
+    def build(cls, index: ItemIndex, tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> AnswerAutomaton:
+        """Build the automaton of the items that may be answered; ``model`` names the tokenizer in errors.
 
         Raises:
-            InputError: When a SID token of the index is not one token of the tokenizer, or it adds to ``</answer>``.
+            InputError: When a SID token of the index is not one token of the tokenizer, or ``</answer>`` does not
+                survive tokenization.
         """
-        tree = PrefixTree.from_index(index, token_ids(tokenizer, index.tokens, os.fspath(model), allow_special=True))
+        tree = PrefixTree.from_index(index, sid_ids(index, tokenizer, model))
         nodes, starts = len(tree.rows), tree.offsets.numpy()
         leaves = tree.rows.numpy() >= 0
         end = ROOT + nodes
@@ -77,41 +70,30 @@ class AnswerAutomaton:
         after_closing = [*range(end + 1, end + len(closing)), end]
         pieces = TokenText(tokenizer).pieces
         if "".join(pieces[token] for token in closing) != CLOSE:
-            raise InputError(f"{model}: its tokenizer does not read {CLOSE} as it is written; answers cannot be closed")
+            raise InputError(f"{model}: its tokenizer does not read {CLOSE} as it is written; take another tokenizer")
         watch, forbidden = _watch(pieces)
 
-        # A leaf has no edge in the tree and gets one here, with the first token of </answer>. Edge e of the tree ends
-        # in node e + 1. Behind the tree come the end, one state for each further token of </answer>, and `off`.
+        # The states: 8 of free text, the nodes of the tree, the end, one for each further token of </answer>, `off`.
+        # Edge e of the tree ends in node e + 1. A leaf has no edge in the tree and gets the first token of </answer>.
         leaf_edges = starts[:-1][leaves]
         sizes = [*map(len, forbidden), *np.where(leaves, 1, np.diff(starts)), *[1] * len(closing), 0]
         blocked = [token for tokens in forbidden for token in tokens]
-        tokens = [
-            *(blocked, np.insert(tree.tokens.numpy(), leaf_edges, closing[0])),
-            *([tokenizer.eos_token_id], closing[1:]),
-        ]
-        targets = [
-            *([-1] * len(blocked), np.insert(np.arange(ROOT + 1, end), leaf_edges, after_closing[0])),
-            *([end], after_closing[1:]),
-        ]
+        in_tree = np.insert(tree.tokens.numpy(), leaf_edges, closing[0])
+        after_tree = np.insert(np.arange(ROOT + 1, end), leaf_edges, after_closing[0])
+        flat = partial(np.concatenate, dtype=np.int64, casting="unsafe")  # an empty list is of floats
+        tokens = flat([blocked, in_tree, [tokenizer.eos_token_id], closing[1:]])
+        targets = flat([[-1] * len(blocked), after_tree, [end], after_closing[1:]])
         is_leaf = np.zeros(len(sizes), dtype=bool)
         is_leaf[ROOT:end] = leaves
-        return cls(
-            watch,
-            np.concatenate([[0], np.cumsum(sizes)]),
-            np.concatenate([np.asarray(part, dtype=np.int64) for part in tokens]),
-            np.concatenate([np.asarray(part, dtype=np.int64) for part in targets]),
-            is_leaf,
-            end,
-            off=end + len(closing),
-        )
+        return cls(watch, np.append(0, np.cumsum(sizes)), tokens, targets, is_leaf, end, off=end + len(closing))
 
     def advance(self, states: np.ndarray, tokens: np.ndarray, direct: np.ndarray) -> np.ndarray:
-        """Return the states after one token more. A token that is not allowed changes no state behind ``<answer>``.
+        """Return the states after one more token; after ``<answer>`` a forbidden token leaves the state as it is.
 
         Args:
             states: int64 [n].
             tokens: int64 [n].
-            direct: bool [n]; whether the response is in direct mode, where an item is followed by the end.
+            direct: bool [n]; True for a response in direct mode, where the end follows the item.
         """
         after = states.copy()
         free = states < ROOT
@@ -122,12 +104,7 @@ class AnswerAutomaton:
         return np.where(direct & self.leaves[after], self.end, after)
 
     def constrain(self, logits: Tensor, states: np.ndarray) -> Tensor:
-        """Set the logits of tokens that may not come next to minus infinity, in place.
-
-        Args:
-            logits: [n, vocabulary].
-            states: int64 [n].
-        """
+        """Set the logits [n, vocabulary] of forbidden tokens to minus infinity, in place; ``states`` is int64 [n]."""
 
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(logits.device)
@@ -144,7 +121,7 @@ class AnswerAutomaton:
         return logits
 
     def _edges(self, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the edges of many states, packed: the place in ``states`` and the edge, both int64 [edges]."""
+        """Return the edges of many states, packed: the position in ``states`` and the edge, both int64 [edges]."""
         starts = self.offsets[states]
         counts = self.offsets[states + 1] - starts
         places = np.repeat(np.arange(len(states)), counts)
@@ -152,11 +129,7 @@ class AnswerAutomaton:
 
 
 def _watch(pieces: Sequence[str]) -> tuple[np.ndarray, list[list[int]]]:
-    """Return the transitions of free text, and per state the tokens that open the answer and then go on.
-
-    Args:
-        pieces: The text of every token.
-    """
+    """Return the transitions of free text, and per state the tokens that complete the tag and go on with other text."""
     watch = np.zeros((ROOT, len(pieces)), dtype=np.int64)
     forbidden: list[list[int]] = [[] for _ in range(ROOT)]
     for token, piece in enumerate(pieces):
@@ -165,7 +138,7 @@ def _watch(pieces: Sequence[str]) -> tuple[np.ndarray, list[list[int]]]:
             continue
         for state in range(ROOT):
             if "<" not in piece and (state == 0 or not piece.startswith(OPEN[state])):
-                continue  # the tag has one "<", so nothing else begins it or goes on with it
+                continue  # the tag has one "<", so no other piece begins or continues it
             text = OPEN[:state] + piece
             opened = text.find(OPEN)
             if opened >= 0 and opened + len(OPEN) < len(text):

@@ -1,8 +1,8 @@
 """Beam search over real items only: the direct mode of GREAM.
 
-Each prompt is computed once, not once per beam, and what all prompts begin with is computed once for all of them. The
+Each prompt is computed once, not once per beam, and the beginning that all prompts share is computed once per run. The
 beams of a user are further positions of the same sequence: a mask lets every beam see its prompt and its own ancestors,
-and the beams of one step share a position number. An unmodified Hugging Face model does this, and its key-value cache
+and the beams of one step share a position number. An unmodified Hugging Face model can do this, and its key-value cache
 is never repeated or reordered.
 """
 
@@ -30,11 +30,11 @@ ROWS_AT_ONCE = 256
 
 
 class Prefix:
-    """What all prompts begin with, computed once.
+    """The beginning that all prompts share, computed once.
 
     Args:
         model: A causal language model in evaluation mode.
-        tokens: Token ids of the beginning; empty for none.
+        tokens: Its token ids; may be empty.
     """
 
     @torch.inference_mode()
@@ -48,11 +48,15 @@ class Prefix:
             self._layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     def cache(self, users: int) -> DynamicCache:
-        """Return a new key-value cache that begins with this, for a batch of users."""
+        """Return a new key-value cache for a batch of users that holds the beginning."""
         cache = DynamicCache(config=self._model.config)
         for number, (keys, values) in enumerate(self._layers):
             cache.update(keys.expand(users, -1, -1, -1), values.expand(users, -1, -1, -1), number)
         return cache
+
+
+_Found = tuple[Tensor, Tensor]
+"""Complete SIDs of a batch of users, best first: rows of the index and scores, both [users, beams]."""
 
 
 @dataclass
@@ -60,24 +64,16 @@ class _Beams:
     """Unfinished SIDs of a batch of users.
 
     Attributes:
-        nodes: int64 [users, beams]; where in the tree each beam stands.
+        nodes: int64 [users, beams]; the node of the tree that each beam has reached.
         scores: float32 [users, beams]; its log-probability, best first, -inf when the beam is dead.
         tokens: int64 [users, beams]; its last token.
-        parents: int64 [users, beams]; the beam of the step before that it continues.
+        parents: int64 [users, beams]; the beam of the previous step that it continues.
     """
 
     nodes: Tensor
     scores: Tensor
     tokens: Tensor
     parents: Tensor
-
-
-@dataclass
-class _Items:
-    """Complete SIDs of a batch of users, best first: rows of the index and scores, both [users, beams]."""
-
-    rows: Tensor
-    scores: Tensor
 
 
 @torch.inference_mode()
@@ -94,30 +90,35 @@ def beam_search(
 ) -> tuple[Tensor, Tensor]:
     """Return the best items for each prompt.
 
-    The score of an item is the sum of the log-probabilities of its SID tokens. There is no length penalty: a shorter
-    SID that is complete keeps its score and stays a candidate beside the ``beams`` unfinished ones until ``beams``
-    better ones are complete. With ``beams`` at least the number of items the result is the exact ranking. Nothing of
-    the model's ``generation_config`` is read.
+    The score of an item is the sum of the log-probabilities of its SID tokens, without a length penalty. A complete
+    SID keeps its score and stays a candidate until ``beams`` better ones are complete. With as many beams as items the
+    result is the exact ranking. The model's ``generation_config`` is not read.
+
+    Over 60 lines, because the search is one loop over the levels of the tree:
+
+    1. Compute the prompts and the logits after each.
+    2. Continue every beam by each child of its node; keep the best complete SIDs and the best unfinished ones.
+    3. Let each new beam see its prompt, its ancestors and itself; compute its logits; go to 2.
 
     Args:
         model: A causal language model in evaluation mode, with full attention in every layer, ``sdpa`` or ``eager``.
-        input_ids: int64 [users, length]; the prompts behind ``prefix``, padded on the left.
-        attention_mask: int64 [users, length]; 1 where the prompt is, 0 on padding.
+        input_ids: int64 [users, length]; the prompts without ``prefix``, padded on the left.
+        attention_mask: int64 [users, length]; 1 on the prompt, 0 on padding.
         tree: The SIDs of all items, on the device of the model.
-        beams: How many unfinished SIDs to keep, and how many items to return.
-        exclude: int64 [users, n]; rows of the index that must not be returned, each once, padded with -1. Paths that
-            lead to nothing else take no beam.
-        score: What the probability of a token is a share of: the whole ``vocabulary``, as Hugging Face scores beams by
-            default, or the tokens that lead to ``items``, as it does with ``renormalize_logits``. For the latter only
-            the rows of SID tokens are computed of the model's output layer.
-        prefix: What all prompts begin with.
+        beams: Unfinished SIDs to keep, and items to return.
+        exclude: int64 [users, n]; rows of the index that must not be returned, each once, padded with -1. Paths to
+            excluded items only take no beam.
+        score: Normalisation of a token's probability: over the whole ``vocabulary``, the default of Hugging Face, or
+            over the tokens that lead to ``items``, its ``renormalize_logits``. The latter computes only the rows of
+            SID tokens in the output layer.
+        prefix: The beginning that all prompts share.
 
     Returns:
         ``items`` int64 [users, beams], rows of the index from best to worst, -1 where fewer were found, and ``scores``
         float32 [users, beams], -inf there.
 
     Raises:
-        InputError: When the model gives no numbers.
+        InputError: When a logit is not a number.
     """
     users, device = len(input_ids), input_ids.device
     prefix = prefix or Prefix(model)
@@ -134,23 +135,17 @@ def beam_search(
         logits_to_keep=1,
     )
     if not (logits < float("inf")).all():
-        raise InputError(
-            f"{model.name_or_path}: what the model says is not a number; train it anew, or use another dtype"
-        )
+        raise InputError(f"{model.name_or_path}: the model's output is not a number; train it again with a lower rate")
     root = torch.full((users, 1), ROOT, device=device)
     running = _Beams(nodes=root, scores=torch.zeros(root.shape, device=device), tokens=root, parents=root)
-    found = _Items(
-        rows=torch.full((users, beams), -1, device=device),
-        scores=torch.full((users, beams), NOTHING, device=device),
-    )
-    visible = seen.bool()[:, None, :]  # [users, beams, positions]: what each beam may look at
+    found = torch.full((users, beams), -1, device=device), torch.full((users, beams), NOTHING, device=device)
+    visible = seen.bool()[:, None, :]  # [users, beams, positions]: the positions that each beam sees
     for depth in range(tree.depth):
         running, found = _advance(tree, depth, head, logits, running, found, closed)
         alive = int(running.scores.isfinite().sum(dim=1).max()) if tree.levels[depth + 1].branches else 0
         if not alive:
             break
-        running = _Beams(running.nodes[:, :alive], running.scores[:, :alive],
-                         running.tokens[:, :alive], running.parents[:, :alive])  # fmt: skip
+        running = _Beams(*(part[:, :alive] for part in vars(running).values()))
         ancestors = running.parents[:, :, None].expand(-1, -1, visible.shape[2])
         itself = torch.eye(alive, dtype=torch.bool, device=device).expand(users, -1, -1)
         visible = torch.cat([visible.gather(1, ancestors), itself], dim=2)
@@ -160,14 +155,13 @@ def beam_search(
             position_ids=(lengths + depth)[:, None].expand(-1, alive),
             past_key_values=cache,
         )
-    return found.rows, found.scores
+    return found
 
 
 class _Head:
-    """Calls the model and says how likely the children of nodes are.
+    """The model and its output layer; ``columns`` int64 [edges] is the column of the logits for each edge of the tree.
 
-    Attributes:
-        columns: int64 [edges]; the column of the logits for each edge of the tree.
+    With the score ``items`` the columns are the SID tokens only.
     """
 
     def __init__(self, model: PreTrainedModel, tree: PrefixTree, score: Score) -> None:
@@ -188,13 +182,7 @@ class _Head:
         return linear(hidden[:, -logits_to_keep:], self.weight, self.bias)
 
     def log_probabilities(self, logits: Tensor, edges: Tensor, there: Tensor) -> Tensor:
-        """Return the log-probability of each edge, float32 [users, beams, width], -inf where nothing is there.
-
-        Args:
-            logits: [users, beams, columns]; what the model says in the node above.
-            edges: int64 [users, beams, width].
-            there: bool [users, beams, width].
-        """
+        """Return the log-probability of each edge, float32 [users, beams, width], -inf where ``there`` is False."""
         chosen = logits.gather(2, self.columns[edges]).float().masked_fill(~there, NOTHING)
         if self.score == "items":
             return chosen.log_softmax(dim=2).masked_fill(chosen == NOTHING, NOTHING)
@@ -209,55 +197,39 @@ def _advance(
     head: _Head,
     logits: Tensor,
     running: _Beams,
-    found: _Items,
+    found: _Found,
     closed: tuple[Tensor, Tensor] | None,
-) -> tuple[_Beams, _Items]:
-    """Continue every beam by one token, and set complete SIDs apart.
-
-    Args:
-        tree: The SIDs of all items.
-        depth: How many tokens the running beams have.
-        head: The model.
-        logits: [users, running beams, columns]; what the model says after the last token of each beam.
-        running: The beams so far.
-        found: The complete SIDs so far.
-        closed: The (user, node) pairs that must not be entered, or None.
-    """
-    beams = found.rows.shape[1]
+) -> tuple[_Beams, _Found]:
+    """Continue beams of ``depth`` tokens by one, given the logits [users, running beams, columns] after each."""
+    # 1. Scores of all children of all beams, [users, beams, width].
+    found_rows, found_scores = found
+    beams = found_rows.shape[1]
     edges, there = tree.children(running.nodes)
     scores = running.scores[:, :, None] + head.log_probabilities(logits, edges, there)
     if closed is not None:
         _close(tree, depth, running.nodes, scores, closed)
 
+    # 2. Complete SIDs compete with those found so far, and leave the beams.
     width = edges.shape[2]
     edges, scores = edges.flatten(1), scores.flatten(1)
     if tree.levels[depth + 1].items:
         rows = tree.rows[edges + 1]
-        all_scores = torch.cat([found.scores, scores.masked_fill(rows < 0, NOTHING)], dim=1)
-        best, position = all_scores.topk(beams, dim=1)
-        rows = torch.cat([found.rows, rows], dim=1).gather(1, position).masked_fill(best == NOTHING, -1)
-        scores = scores.masked_fill(tree.rows[edges + 1] >= 0, NOTHING)
-        found = _Items(rows, best)
+        all_scores = torch.cat([found_scores, scores.masked_fill(rows < 0, NOTHING)], dim=1)
+        found_scores, position = all_scores.topk(beams, dim=1)
+        found_rows = torch.cat([found_rows, rows], dim=1).gather(1, position).masked_fill(found_scores == NOTHING, -1)
+        scores = scores.masked_fill(rows >= 0, NOTHING)
 
-    # A log-probability only falls: a beam below the last of enough complete SIDs cannot return.
-    scores = scores.masked_fill(scores <= found.scores[:, -1:], NOTHING)
+    # 3. The best of the others go on. Log-probabilities only fall: a beam below the last found item cannot win.
+    scores = scores.masked_fill(scores <= found_scores[:, -1:], NOTHING)
     best, position = scores.topk(min(beams, scores.shape[1]), dim=1)
     chosen = edges.gather(1, position)
-    childless = len(tree.rows) - 1  # where dead beams stand: the last node of the tree is an item
+    childless = len(tree.rows) - 1  # the node of dead beams: the last node of the tree is an item
     nodes = (chosen + 1).masked_fill(best == NOTHING, childless)
-    return _Beams(nodes, best, tree.tokens[chosen], position // width), found
+    return _Beams(nodes, best, tree.tokens[chosen], position // width), (found_rows, found_scores)
 
 
 def _close(tree: PrefixTree, depth: int, nodes: Tensor, scores: Tensor, closed: tuple[Tensor, Tensor]) -> None:
-    """Set the scores of closed children to -inf, in place.
-
-    Args:
-        tree: The SIDs of all items.
-        depth: Depth of ``nodes``.
-        nodes: int64 [users, beams].
-        scores: float32 [users, beams, width]; those of the children.
-        closed: User and node of every closed pair, int64 [pairs] each.
-    """
+    """Set the scores [users, beams, width] of closed children of ``nodes`` [users, beams] to -inf, in place."""
     level = tree.levels[depth + 1]
     users, children = (part[(closed[1] >= level.first) & (closed[1] < level.end)] for part in closed)
     parents = tree.parents[children]
@@ -266,10 +238,10 @@ def _close(tree: PrefixTree, depth: int, nodes: Tensor, scores: Tensor, closed: 
 
 
 def check_output_layer(model: PreTrainedModel, tree: PrefixTree) -> None:
-    """Check that the model's logits are what its output layer makes of its hidden states, as ``items`` takes them.
+    """Check that the model's logits are those of its output layer alone, which the score ``items`` relies on.
 
     Raises:
-        InputError: When the model does something more to its logits, such as a cap or a factor.
+        InputError: When the model changes its logits afterwards, such as by a cap or a factor.
     """
     token = tree.tokens[:1, None]
     with torch.inference_mode():
@@ -277,12 +249,9 @@ def check_output_layer(model: PreTrainedModel, tree: PrefixTree) -> None:
     sid_tokens = tree.tokens.unique()
     tolerance = 1e-4 if model.dtype == torch.float32 else 1e-2
     if not torch.allclose(ours.float(), whole[..., sid_tokens].float(), rtol=tolerance, atol=tolerance):
-        raise InputError(
-            f"{model.name_or_path}: its logits are not those of its output layer alone, which the score 'items' takes; "
-            "use the score 'vocabulary'"
-        )
+        raise InputError(f"{model.name_or_path}: changes the logits of its output layer; use the score 'vocabulary'")
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask that is added to attention scores: 0 where ``visible``, the lowest number elsewhere."""
+    """Return the mask that is added to attention scores: 0 where visible, the lowest number elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

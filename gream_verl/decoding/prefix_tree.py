@@ -1,35 +1,39 @@
-"""All SIDs as one prefix tree in flat integer tensors, so that a search step is a few gathers and no Python loop."""
+"""All SIDs as one prefix tree in flat integer tensors: a search step is a few gathers and no Python loop."""
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gream_verl.core.errors import InputError
-from gream_verl.core.files import atomic_path, require_file
 from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.token_text import TokenText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROOT = 0
 
 
+def sid_ids(index: ItemIndex, tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> dict[str, int]:
+    """Return the token id of every SID token of an index; ``model`` names the tokenizer in errors.
+
+    Raises:
+        InputError: When a SID token is not one token of the tokenizer.
+    """
+    TokenText(tokenizer).check(index.tokens, model)
+    return dict(zip(index.tokens, tokenizer.convert_tokens_to_ids(index.tokens), strict=True))
+
+
 @dataclass(frozen=True)
 class Level:
-    """The nodes at one depth of a tree.
-
-    Attributes:
-        first: Number of the first one.
-        end: Number of the last one, plus 1.
-        items: Whether an item ends in one of them.
-        branches: Whether one of them has children.
-    """
+    """The nodes ``first`` up to ``end`` (exclusive) at one depth; some end an item, some have children (branches)."""
 
     first: int
     end: int
@@ -42,8 +46,8 @@ class PrefixTree:
     """A prefix tree in compressed sparse rows.
 
     Nodes are numbered level by level and, inside a level, in the order of their parents; node 0 is the root. Edge ``e``
-    therefore always ends in node ``e + 1``, no list of children is stored, and the children of a node are a slice: as
-    dense as a table of all children (what arXiv 2602.22647 keeps of the first levels), without one.
+    therefore always ends in node ``e + 1``, and the children of a node are a slice (arXiv 2602.22647 stores a dense
+    table for the first levels instead).
 
     Attributes:
         firsts: int64 [depth + 2]; the first node at every depth, and the number of nodes.
@@ -52,7 +56,7 @@ class PrefixTree:
         rows: int64 [nodes]; the row in the index of the item that ends in this node, -1 for inner nodes.
         parents: int64 [nodes]; the node above, -1 for the root.
         leaves: int64 [items]; the node in which the item of each row ends.
-        leaf_counts: int64 [nodes]; how many items lie below (a leaf counts itself).
+        leaf_counts: int64 [nodes]; the number of items below (a leaf counts itself).
     """
 
     firsts: Tensor
@@ -65,28 +69,11 @@ class PrefixTree:
 
     @classmethod
     def from_index(cls, index: ItemIndex, token_ids: Mapping[str, int]) -> PrefixTree:
-        """Build the tree of every item of ``index``.
-
-        Args:
-            index: The items and their SIDs, of one length or of two.
-            token_ids: The id of every SID token (``gream_verl.model.vocabulary.sid_token_ids``).
-
-        Raises:
-            InputError: When a SID token has no id.
-        """
-        for token in index.tokens:
-            if token not in token_ids:
-                raise InputError(
-                    f"{index.source}: {token} is not a token of the tokenizer; add the tokens of this index with "
-                    "`gream model extend`"
-                )
+        """Build the tree of every item of ``index``; ``token_ids`` has the id of every SID token (``sid_ids``)."""
         sids = index.sids.values()
         lengths = np.fromiter(map(len, sids), dtype=np.int64, count=len(sids))
-        flat = np.fromiter(
-            (token_ids[token] for token in chain.from_iterable(sids)), dtype=np.int64, count=lengths.sum()
-        )
         paths = np.full((len(lengths), lengths.max()), -1, dtype=np.int64)
-        paths[np.arange(paths.shape[1]) < lengths[:, None]] = flat
+        paths[np.arange(paths.shape[1]) < lengths[:, None]] = [token_ids[token] for token in chain.from_iterable(sids)]
         return cls.from_paths(paths)
 
     @classmethod
@@ -99,16 +86,18 @@ class PrefixTree:
         Raises:
             ValueError: When two paths are equal or one is a prefix of another.
         """
+        # 1. Sort the paths, and find the first level at which each leaves the one before it.
         order = np.lexsort(paths.T[::-1])
         paths = paths[order]
         inside = paths >= 0
-        first = np.ones_like(inside)  # does the path leave the one before it at or above this level?
+        first = np.ones_like(inside)  # True from the level on at which the path differs from the one before it
         first[1:] = np.logical_or.accumulate(paths[1:] != paths[:-1], axis=1)
         depth = inside.sum(axis=1)
         leaving = first.argmax(axis=1)
         if not first[:, -1].all() or (leaving[1:] >= depth[:-1]).any():
             raise ValueError("two paths are equal, or one is a prefix of another; give every item a path of its own")
 
+        # 2. Number the nodes level by level: a path that left the one before it opens a new node at every level.
         nodes = np.zeros((len(paths), paths.shape[1] + 1), dtype=np.int64)  # the node of each path at each depth
         parents, tokens = [np.array([-1])], []
         firsts, count = [0, 1], 1
@@ -120,6 +109,7 @@ class PrefixTree:
             count += int(new.sum())
             firsts.append(count)
 
+        # 3. Offsets from the number of children, leaves from the ends of the paths.
         all_parents = np.concatenate(parents)
         offsets = np.zeros(count + 1, dtype=np.int64)
         np.cumsum(np.bincount(all_parents[1:], minlength=count), out=offsets[1:])
@@ -128,46 +118,9 @@ class PrefixTree:
         rows[ends] = order
         leaves = np.empty(len(paths), dtype=np.int64)
         leaves[order] = ends
-        on_path = np.arange(paths.shape[1] + 1) <= depth[:, None]
-        arrays = (
-            np.array(firsts),
-            offsets,
-            np.concatenate(tokens),
-            rows,
-            all_parents,
-            leaves,
-            np.bincount(nodes[on_path], minlength=count),
-        )
+        leaf_counts = np.bincount(nodes[np.arange(paths.shape[1] + 1) <= depth[:, None]], minlength=count)
+        arrays = (np.array(firsts), offsets, np.concatenate(tokens), rows, all_parents, leaves, leaf_counts)
         return cls(*map(torch.from_numpy, arrays))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tree to one ``.npz`` file."""
-        arrays = {field.name: getattr(self, field.name).cpu().numpy() for field in fields(self)}
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PrefixTree:
-        """Read what ``save`` wrote.
-
-        Raises:
-            InputError: When the file is missing, damaged or something else.
-        """
-        remedy = "build the tree anew from the index"
-        try:
-            with np.load(require_file(path, remedy), allow_pickle=False) as arrays:
-                tree = cls(*(torch.from_numpy(arrays[field.name]) for field in fields(cls)))
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: not a saved prefix tree ({error}); {remedy}") from error
-        nodes, items = len(tree.rows), len(tree.leaves)
-        lengths = [len(getattr(tree, field.name)) for field in fields(cls)[1:]]
-        fits = lengths == [nodes + 1, nodes - 1, nodes, nodes, items, nodes] and tree.firsts[-1] == nodes
-        # Edge e ends in node e + 1, so the parents say where the edges of each node begin.
-        if not fits or not torch.equal(tree.offsets.diff(), torch.bincount(tree.parents[1:], minlength=nodes)):
-            raise InputError(f"{path}: not a saved prefix tree (its parts do not fit together); {remedy}")
-        return tree
 
     def __len__(self) -> int:
         """Return the number of items."""
@@ -181,14 +134,9 @@ class PrefixTree:
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The root, its children, and so on: depth + 1 levels."""
-        rows = self.rows.cpu()
+        is_item = self.rows.cpu() >= 0
         return tuple(
-            Level(
-                first,
-                end,
-                items=bool((rows[first:end] >= 0).any()),
-                branches=bool((rows[first:end] < 0).any()),
-            )
+            Level(first, end, items=bool(is_item[first:end].any()), branches=not bool(is_item[first:end].all()))
             for first, end in pairwise(self.firsts.tolist())
         )
 
@@ -205,9 +153,9 @@ class PrefixTree:
             nodes: int64 [...], repeats allowed.
 
         Returns:
-            ``edges`` int64 [..., width], where width is the most children that one of them has, and ``there`` bool
-            of the same shape, False where a node has fewer. Edge ``e`` has the token ``tokens[e]`` and ends in node
-            ``e + 1``; where nothing is there it is some edge of the tree.
+            ``edges`` int64 [..., width], where width is the largest number of children among the nodes, and ``there``
+            bool of the same shape, False where a node has fewer. Edge ``e`` has the token ``tokens[e]`` and ends in
+            node ``e + 1``; where ``there`` is False it is an arbitrary edge of the tree.
         """
         starts = self.offsets[nodes]
         counts = self.offsets[nodes + 1] - starts
@@ -216,17 +164,17 @@ class PrefixTree:
         return (starts[..., None] + column).clamp_max(len(self.tokens) - 1), there
 
     def closed_nodes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which nodes lead to nothing but excluded items.
+        """Return the nodes that lead to excluded items only.
 
         Args:
-            rows: int64 [b, h]; for each of b users the rows of the items to exclude, each once, padded with -1.
+            rows: int64 [users, n]; rows of the items to exclude, each once, padded with -1.
 
         Returns:
-            Two int64 [c] tensors: the user (0 to b - 1) and the node, inner nodes and leaves alike.
+            Two int64 [closed] tensors: the user (0 to users - 1) and the node, inner nodes and leaves alike.
         """
         users, _ = torch.nonzero(rows >= 0, as_tuple=True)
         nodes = self.leaves[rows[rows >= 0]]
-        pairs = []
+        pairs = []  # (user, node) as one number, once for each excluded item below the node
         while len(nodes):
             pairs.append(users * len(self.rows) + nodes)
             nodes = self.parents[nodes]

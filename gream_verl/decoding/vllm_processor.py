@@ -1,12 +1,12 @@
 """Constrained rollouts in vLLM: chains run free, answers are real items.
 
-Given to the engine by name, with the item index in vLLM's own place for such things:
+The engine takes it by name, and the item index by vLLM's ``additional_config``:
 
     logits_processors=["gream_verl.decoding.vllm_processor:ConstrainedAnswer"]
     additional_config={"gream": {"index_file": "data/beauty.index.json", "mode": "reasoning"}}
 
-and switched for a single request by ``SamplingParams(extra_args={"gream": "off"})``. It is no entry point: vLLM keeps
-track of the tokens sampled so far only for processors that the engine argument names
+A single request switches it by ``SamplingParams(extra_args={"gream": "off"})``. It is no entry point, because vLLM
+keeps the tokens sampled so far only for processors that the engine argument names
 (vllm/v1/worker/gpu_model_runner.py:726).
 """
 
@@ -30,11 +30,11 @@ OPTIONS = "additional_config.gream"
 
 
 class ConstraintOptions(BaseModel):
-    """What may stand under ``additional_config.gream``.
+    """Options under ``additional_config.gream``.
 
     Attributes:
         index_file: ``<D>.index.json``, the items that may be answered.
-        mode: ``reasoning``: behind ``<answer>`` a real item, then ``</answer>``, then the end. ``direct``: a real item
+        mode: ``reasoning``: after ``<answer>`` a real item, then ``</answer>``, then the end. ``direct``: a real item
             and the end. ``off``: only requests that ask for it are constrained.
     """
 
@@ -45,7 +45,7 @@ class ConstraintOptions(BaseModel):
 
 
 class ConstrainedAnswer(LogitsProcessor):
-    """Lets every response of a batch answer with real items only."""
+    """Allows only real items in the answers of a batch."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         given = vllm_config.additional_config
@@ -54,18 +54,13 @@ class ConstrainedAnswer(LogitsProcessor):
 
         name = vllm_config.model_config.tokenizer
         self.mode: Constraint = options.mode
-        self.automaton = AnswerAutomaton.build(
-            ItemIndex.load(options.index_file), AutoTokenizer.from_pretrained(name), name
-        )
+        index, tokenizer = ItemIndex.load(options.index_file), AutoTokenizer.from_pretrained(name)
+        self.automaton = AnswerAutomaton.build(index, tokenizer, name)
         self.slots = Slots(self.automaton, vllm_config.scheduler_config.max_num_seqs)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse a request with an unknown mode.
-
-        Raises:
-            ValueError: When ``extra_args["gream"]`` is none of the modes.
-        """
+        """Raise ``ValueError`` for a request with an unknown mode."""
         mode = (sampling_params.extra_args or {}).get("gream")
         if mode is not None and mode not in get_args(Constraint):
             raise ValueError(f"extra_args['gream'] is {mode!r}; expected one of {', '.join(get_args(Constraint))}")
@@ -75,7 +70,7 @@ class ConstrainedAnswer(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the requests that vLLM adds to the batch, takes out of it and moves in it."""
+        """Follow the requests that vLLM adds to the batch, removes from it and moves within it."""
         if batch_update is None:
             return
         for slot in batch_update.removed:
@@ -89,8 +84,7 @@ class ConstrainedAnswer(LogitsProcessor):
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Constrain ``logits`` [requests, vocabulary], in place.
 
-        The sampled tokens are read here and not in ``update_state``: with asynchronous scheduling they are known only
-        now.
+        The sampled tokens are read here, because with asynchronous scheduling ``update_state`` does not know them yet.
         """
         if not self.slots.outputs:
             return logits
@@ -103,9 +97,9 @@ class Slots:
 
     Attributes:
         outputs: The tokens sampled so far, for each slot with a constrained request: vLLM's own, growing lists.
-        states: int64 [slots]; ``off`` where there is no constrained request.
-        seen: int64 [slots]; how many tokens the state knows of.
-        direct: bool [slots].
+        states: int64 [slots]; ``off`` in a slot without a constrained request.
+        seen: int64 [slots]; the number of tokens that the state has followed.
+        direct: bool [slots]; True for a request in direct mode.
     """
 
     def __init__(self, automaton: AnswerAutomaton, size: int) -> None:
@@ -138,10 +132,7 @@ class Slots:
             self.clear(source)
 
     def read(self) -> None:
-        """Advance every request by the tokens sampled since the last time: one each, after a preemption all of them.
-
-        A token of -1 is not known yet (asynchronous scheduling).
-        """
+        """Advance every request by its new tokens: one each, or all after a preemption. -1 is a token not known yet."""
         while True:
             new = [
                 (slot, output[seen])

@@ -1,269 +1,153 @@
-"""Results of several runs side by side: one table, one picture, one file of numbers."""
+"""Results of several runs: read by label, tested in pairs, and shown as tables."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import write_json, write_text
-from gream_verl.evaluation.breakdown import BOUNDS, break_down, labels, main_metrics
 from gream_verl.evaluation.metrics import paired_difference
-from gream_verl.evaluation.results import Evaluation, read_folder
-from gream_verl.evaluation.tables import MARK, merged_protocol, render, to_entry, warning_text, warnings
+from gream_verl.evaluation.results import MAIN_METRICS, REMEDY, Evaluation, read_folder
+
+HEADINGS = {"recall": "R", "ndcg": "N", "valid_item": "Valid", "rsvr": "RSVR", "pass": "Pass", "coverage": "Cov",
+            "novelty": "Nov"}  # fmt: skip
+LEGEND = (
+    "R: recall. N: NDCG. Valid: free answers that are real items. RSVR: mean reward. Pass: chance that one of k free "
+    "answers is right. Cov: share of all items that any user is shown. Nov: novelty in bits. "
+    "±: half of the 95% bootstrap interval over users."
+)
+TESTS = " Third line: difference from {}. Fourth: p of a two-sided sign-flip test over users, not corrected for others."
+
+Differences = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Name of a result to metric to ``metrics.paired_difference``."""
 
 
 def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
-    """Read what is to be compared.
+    """Read the results to compare, by label, baselines first.
 
     Args:
-        arguments: Folders of runs (their ``evaluation``), folders of evaluations, or single files, each with a name of
-            its own where that is wished: ``NAME=PATH``.
+        arguments: Runs (their ``evaluation``), folders of results, or single files, each as PATH or ``NAME=PATH``.
 
     Returns:
-        Label to evaluation, baselines first. Labels are ``<folder>/<file>``, without the folder when there is one
-        argument only; a name given to a file is its label. A baseline that several folders have, with the same lists
-        for the same users, is there once, by the name of its file where no other has it.
-
-    Raises:
-        InputError: When nothing is found, or two results would have one label.
+        Label to evaluation. A label is NAME of a file, else ``<run or NAME>/<file>``, and ``<file>`` alone for a
+        single argument and for a baseline. A baseline that several runs have, with the same lists, appears once.
     """
-    found: list[_Found] = []
-    for argument in arguments:
-        name, path = _split_name(argument)
-        folder = path / "evaluation" if (path / "evaluation").is_dir() else path
-        if not folder.is_dir():
-            label = name or (path.stem if len(arguments) == 1 else f"{_folder_name(path)}/{path.stem}")
-            found.append(_Found(argument, label, path.stem, Evaluation.load(path), named=name is not None))
-            continue
-        for stem, evaluation in read_folder(folder).items():
-            label = stem if len(arguments) == 1 and not name else f"{name or _folder_name(folder)}/{stem}"
-            found.append(_Found(argument, label, stem, evaluation))
-    baselines: list[_Found] = []
-    for one in sorted((one for one in found if one.evaluation.is_baseline), key=lambda one: not one.named):
-        if one.named or not any(_same_lists(one.evaluation, other.evaluation) for other in baselines):
-            baselines.append(one)
-    stems = Counter(one.stem for one in baselines if not one.named)
     results: dict[str, Evaluation] = {}
-    for one in sorted(found, key=lambda one: not one.evaluation.is_baseline):
-        if one.evaluation.is_baseline and one not in baselines:
-            continue
-        alone = one.evaluation.is_baseline and not one.named and stems[one.stem] == 1
-        label = one.stem if alone else one.label
-        if label in results:
-            raise InputError(f"{one.argument}: {label!r} is there twice; name the arguments, NAME=PATH")
-        results[label] = one.evaluation
-    return results
+    for argument in arguments:
+        name, sign, after = argument.partition("=")
+        name, path = (name, Path(after)) if sign and not Path(argument).exists() else ("", Path(argument))
+        folder = path / "evaluation" if (path / "evaluation").is_dir() else path
+        found = read_folder(folder) if folder.is_dir() else {path.stem: Evaluation.load(path)}
+        if not found:
+            raise InputError(f"{folder}: no result of an evaluation (NAME.json and NAME.rows.jsonl); {REMEDY}")
+        where = folder.resolve() if folder.is_dir() else folder.resolve().parent
+        run = name or (where.parent if where.name == "evaluation" else where).name
+        for stem, evaluation in found.items():
+            label = f"{run}/{stem}"
+            if name and not folder.is_dir():
+                label = name
+            elif len(arguments) == 1 or (evaluation.is_baseline and stem not in results):
+                label = stem
+            elif evaluation.is_baseline and _lists(results[stem]) == _lists(evaluation):
+                continue
+            if label in results:
+                raise InputError(f"{argument}: {label!r} is there twice; name the arguments, NAME=PATH")
+            results[label] = evaluation
+    return dict(sorted(results.items(), key=lambda pair: not pair[1].is_baseline))
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """A result as an argument names it; ``named`` where the argument names this file alone."""
-
-    argument: str
-    label: str
-    stem: str
-    evaluation: Evaluation
-    named: bool = False
-
-
-def compare(
-    results: Mapping[str, Evaluation],
-    *,
-    baseline: str | None = None,
-    k: int = 10,
-    common_users: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Compare every result with one of them.
-
-    Args:
-        results: From ``read_results``.
-        baseline: Its label; None takes the first language model, or the first result.
-        k: Length of the lists.
-        common_users: Use only the users that all results have, with the same targets.
-        seed: Seed of bootstrap and test.
-
-    Returns:
-        Ready for JSON: ``k``, ``baseline``, ``common_users`` (how many, or None), ``tests`` (how many p-values there
-        are), ``warnings``, and ``results``: label to ``metrics``, ``intervals_95``, ``settings``, ``best`` (metrics),
-        ``breakdown``, ``not_paired`` (why users or protocol are not those of the baseline) and, where they are,
-        ``differences``: metric to ``difference`` from the baseline, its interval ``low`` and ``high``, and ``p``.
-
-    Raises:
-        InputError: When there is no such baseline, lists are shorter than k, or no user is common.
-    """
-    baseline = _baseline(results, baseline)
-    users = _common_users(results) if common_users else None
-    chosen = {name: _at(name, evaluation, k, users) for name, evaluation in results.items()}
-    reasons = {name: chosen[baseline].disagreements(evaluation) for name, evaluation in chosen.items()}
-    entries = {}
-    for name, evaluation in chosen.items():
-        entries[name] = to_entry(evaluation, k=k, seed=seed)
-        entries[name]["breakdown"] = break_down(evaluation, k=k, seed=seed)
-        entries[name] |= {"not_paired": reasons[name], "best": []}
-        if name != baseline and not reasons[name]:
-            entries[name]["differences"] = differences(evaluation, chosen[baseline], k=k, seed=seed)
-    for metric in main_metrics(k):
-        values = {name: entries[name]["metrics"].get(metric) for name in entries if not reasons[name]}
-        top = max((value for value in values.values() if value is not None), default=None)
-        for name, value in values.items():
-            if value is not None and value == top and len(values) > 1:
-                entries[name]["best"].append(metric)
-    return {
-        "k": k,
-        "baseline": baseline,
-        "common_users": None if users is None else len(users),
-        "tests": sum(len(entry.get("differences", ())) for entry in entries.values()),
-        "warnings": warnings(chosen, baseline) + _untold(chosen),
-        "results": entries,
-    }
-
-
-def write_comparison(folder: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
-    """Write ``compare.json`` and ``compare.svg``.
-
-    Args:
-        folder: Where to write.
-        summary: From ``compare``.
-
-    Raises:
-        InputError: When a file cannot be written.
-    """
-    write_json(Path(folder) / "compare.json", summary, indent=2)
-    write_text(Path(folder) / "compare.svg", draw(summary))
-
-
-def comparison_table(summary: Mapping[str, Any]) -> Group:
-    """Return the table for the terminal; warnings, the meaning of the numbers and the protocol below."""
-    from gream_verl.evaluation.protocol import protocol_table
-
-    protocol = merged_protocol(summary["results"])
-    baseline, tests = summary["baseline"], summary["tests"]
-    sentences = [f"*: best. Third line: difference from {baseline}; fourth: two-sided p of a sign-flip test over users"]
-    sentences += [f"{tests} tests, not corrected for their number"] if tests > 1 else []
-    if summary["common_users"] is not None:
-        sentences.append(f"only the {summary['common_users']:,} users that all results have, with the same targets")
-    return Group(
-        render(summary["results"], title=f"Compared with {baseline}"),
-        Text("; ".join(sentences) + ".", style="dim"),
-        *map(warning_text, summary["warnings"]),
-        *([protocol_table({"": protocol})] if protocol else []),
-    )
-
-
-def draw(summary: Mapping[str, Any]) -> str:
-    """Return the picture, as SVG: the main metrics with their intervals, and recall@k by bucket."""
-    from matplotlib.figure import Figure
-
-    from gream_verl.evaluation.pictures import draw_buckets, draw_intervals, dress, to_svg
-
-    entries = {name + MARK * bool(entry["not_paired"]): entry for name, entry in summary["results"].items()}
-    recall = f"recall@{summary['k']}"
-    shown = [
-        metric for metric in main_metrics(summary["k"]) if any(metric in e["intervals_95"] for e in entries.values())
-    ]
-    panels = [heading for heading in BOUNDS if any(entry["breakdown"].get(heading) for entry in entries.values())]
-    top = 1.2 + 0.28 * len(entries)
-    figure = Figure(figsize=(11, top + 3.4 * bool(panels)), layout="constrained")
-    parts = figure.subfigures(1 + bool(panels), 1, height_ratios=[top, 3.4][: 1 + bool(panels)], squeeze=False)[:, 0]
-    for axes, metric in zip(parts[0].subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        draw_intervals(
-            dress(axes, metric),
-            {
-                name: (entry["metrics"][metric], entry["intervals_95"][metric])
-                if metric in entry["intervals_95"]
-                else None
-                for name, entry in entries.items()
-            },
-        )
-        if metric != shown[0]:
-            axes.tick_params(labelleft=False)
-    if panels:
-        for axes, heading in zip(parts[1].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            buckets = {name: entry["breakdown"].get(heading, ()) for name, entry in entries.items()}
-            draw_buckets(dress(axes, f"{recall} by {heading}", heading), buckets, labels(heading), recall)
-    if any(entry["not_paired"] for entry in entries.values()):
-        figure.suptitle(f"{MARK.strip()} not comparable with {summary['baseline']}", fontsize=9, color="#9b2c2c")
-    return to_svg(figure)
-
-
-def _split_name(argument: str) -> tuple[str | None, Path]:
-    """Return the name, where one is given, and the path."""
-    name, sign, path = argument.partition("=")
-    return (name, Path(path)) if sign and name and not Path(argument).exists() else (None, Path(argument))
-
-
-def _folder_name(folder: Path) -> str:
-    folder = folder.resolve()
-    folder = folder if folder.is_dir() else folder.parent
-    return folder.parent.name if folder.name == "evaluation" else folder.name
-
-
-def _same_lists(one: Evaluation, other: Evaluation) -> bool:
-    parts = [{row["user"]: (row["target"], row.get("recommended")) for row in each.rows} for each in (one, other)]
-    return parts[0] == parts[1]
-
-
-def _untold(results: Mapping[str, Evaluation]) -> list[str]:
-    """Return a sentence about the files that are older than protocols."""
-    older = [name for name, evaluation in results.items() if not evaluation.settings.get("protocol")]
-    told = f"{', '.join(older)}: the file tells no protocol; only users, targets and what it tells were compared"
-    return [told] if older else []
-
-
-def _baseline(results: Mapping[str, Evaluation], name: str | None) -> str:
-    if name is None:
-        return next((label for label, one in results.items() if not one.is_baseline), next(iter(results)))
-    if name not in results:
-        raise InputError(f"--baseline {name}: no such result; there are {', '.join(results)}")
-    return name
-
-
-def _common_users(results: Mapping[str, Evaluation]) -> set[tuple[str, str]]:
-    """Return the users, each with the target, that all results have."""
-    common = set.intersection(*({(row["user"], row["target"]) for row in one.rows} for one in results.values()))
-    if not common:
-        raise InputError(f"{', '.join(results)}: no user with the same target is in all of them; compare fewer results")
-    return common
-
-
-def _at(name: str, evaluation: Evaluation, k: int, users: set[tuple[str, str]] | None) -> Evaluation:
-    """Return an evaluation with the main metrics at ``k``, of some users only where they are told."""
-    metrics = dict(evaluation.metrics)
-    for metric in main_metrics(k):
-        values = evaluation.values(metric)
-        if values is not None:
-            metrics[metric] = float(values.mean())
-        elif "@" in metric and evaluation.depth:
-            raise InputError(
-                f"{name}: its lists hold {evaluation.depth} items, but {metric} is asked for; take a smaller --k, or "
-                "evaluate anew with more --beams"
-            )
-    evaluation = replace(evaluation, metrics=metrics)
-    if users is None:
-        return evaluation if k == 10 else replace(evaluation, intervals={})
-    return evaluation.of_users(users)
-
-
-def differences(evaluation: Evaluation, baseline: Evaluation, *, k: int = 10, seed: int = 0) -> dict[str, Any]:
-    """Return the differences of all main metrics that both have, over the same users in any order.
-
-    Returns:
-        Metric to what ``paired_difference`` gives.
-    """
-    place = {row["user"]: number for number, row in enumerate(baseline.rows)}
-    order = [place[row["user"]] for row in evaluation.rows]
+def paired_differences(results: Mapping[str, Evaluation], baseline: Evaluation, *, seed: int = 0) -> Differences:
+    """Return the ``paired_difference`` from a baseline of every main metric, of all other comparable results."""
+    row_of = {row["user"]: number for number, row in enumerate(baseline.rows)}
     found = {}
-    for metric in main_metrics(k):
-        ours, theirs = evaluation.values(metric), baseline.values(metric)
-        if ours is not None and theirs is not None:
-            found[metric] = paired_difference(ours, theirs[order], seed=seed)
+    for name, evaluation in results.items():
+        if evaluation is baseline or baseline.disagreements(evaluation):
+            continue
+        order = [row_of[row["user"]] for row in evaluation.rows]
+        pairs = {metric: (evaluation.values(metric), baseline.values(metric)) for metric in MAIN_METRICS}
+        found[name] = {
+            metric: paired_difference(ours, theirs[order], seed=seed)
+            for metric, (ours, theirs) in pairs.items()
+            if ours is not None and theirs is not None
+        }
     return found
+
+
+def results_table(results: Mapping[str, Evaluation], differences: Differences | None = None, other: str = "") -> Group:
+    """Return results as a table of at most 80 columns, with the meaning of its columns below.
+
+    Args:
+        results: Name to evaluation.
+        differences: Of some of the results, from ``other``; they go into the cells with their p-values.
+        other: Text for the recommender to which the differences are.
+    """
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
+    table.add_column("", overflow="fold")
+    known = {metric for evaluation in results.values() for metric in evaluation.metrics} | {"valid_item"}
+    columns: dict[str, str] = {}
+    for name, heading in HEADINGS.items():
+        # A terminal has room for three lengths of lists, the longest, and for two with wide differences.
+        cutoffs = sorted(int(metric.partition("@")[2]) for metric in known if metric.startswith(f"{name}@"))
+        columns |= {
+            f"{name}@{k}": f"{heading}@{k}" for k in cutoffs[-2 if differences else -3 :] if name != "ndcg" or k >= 5
+        }
+        columns |= {name: heading} if name in known else {}
+    for heading in [*columns.values(), "Users"]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, evaluation in results.items():
+        found = (differences or {}).get(name, {})
+        cells = (_cell(evaluation, metric, found.get(metric)) for metric in columns)
+        table.add_row(Text(name.replace("/", "/\n", 1)), *cells, f"{len(evaluation.rows):,}")
+    return Group(table, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
+
+
+def warning_texts(results: Mapping[str, Evaluation], baseline: str) -> list[Text]:
+    """Return one sentence per reason why results cannot be compared with ``baseline``."""
+    found: dict[str, list[str]] = {}
+    for name, evaluation in results.items():
+        if reasons := results[baseline].disagreements(evaluation):
+            found.setdefault("; ".join(reasons), []).append(name)
+    return [
+        Text(f"WARNING: {' and '.join(names)} cannot be compared with {baseline}: {why}.", style="bold red")
+        for why, names in found.items()
+    ]
+
+
+def protocol_table(results: Mapping[str, Evaluation]) -> Table:
+    """Return a table of the protocols of results: one value per setting, or one per name where they differ."""
+    table = Table(title="Protocol", title_justify="left", show_header=False)
+    protocols = {name: evaluation.settings.get("protocol", {}) for name, evaluation in results.items()}
+    for key in dict.fromkeys(key for protocol in protocols.values() for key in protocol):
+        names: dict[str, list[str]] = {}
+        for name, protocol in protocols.items():
+            names.setdefault(str(protocol.get(key)), []).append(name)
+        values = [value if len(names) == 1 else f"{', '.join(some)}: {value}" for value, some in names.items()]
+        table.add_row(key.replace("_", " "), Text("\n".join(values), overflow="fold"))
+    return table
+
+
+def _cell(evaluation: Evaluation, metric: str, difference: Mapping[str, float] | None) -> Text:
+    """Return the value, ± half of its interval, and the difference with its p-value where they are known."""
+    is_free = evaluation.settings.get("mode") == "reasoning"  # all others recommend from the list of items
+    value: Any = evaluation.metrics.get(metric, 1.0 if metric == "valid_item" and not is_free else None)
+    if value is None:
+        return Text("–")
+    lines = [f"{value:.4f}" if value < 0.99995 else f"{value:.4g}"]
+    if metric in evaluation.intervals:
+        low, high = evaluation.intervals[metric]
+        lines.append(f"±{(high - low) / 2:.4f}")
+    if difference is not None:
+        p = difference["p"]
+        lines += [f"{difference['difference']:+.4f}", f"p={p:.3f}" if p >= 0.001 else "p<.001"]
+    # A 0 before the point takes room and says nothing.
+    return Text("\n".join(line.replace("0.", ".", 1) if line.lstrip("+-±p=")[:2] == "0." else line for line in lines))
+
+
+def _lists(evaluation: Evaluation) -> dict[str, Any]:
+    return {row["user"]: (row["target"], row.get("recommended")) for row in evaluation.rows}

@@ -6,143 +6,82 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 
 from gream_verl.core.rsvr import match_score
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.decoding.beam_search import Score
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
-from gream_verl.evaluation.prompts import Prompt, check_room, encode, load_model, load_tokenizer
-from gream_verl.evaluation.ranking import ItemRanker, check_prompts, shared_prefix
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import Prompt
+from gream_verl.evaluation.ranking import ItemRanker, Users, encode, shared_prefix
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.shards import in_shards
+from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 
-SCORES: Mapping[Score, str] = {
+SCORES = {
     "vocabulary": "sum of log-probabilities over the whole vocabulary, no length penalty",
     "items": "sum of log-probabilities over the tokens that lead to items, no length penalty",
 }
 
-Batch = tuple[list[list[int]], list[tuple[str, ...]]]
-"""Token ids of some prompts, and the items that must not be recommended to each."""
 
+class _Worker:
+    """Ranks items for batches of users, in this process or another."""
 
-class DirectWorker:
-    """Ranks items for batches of prompts, in this process or another."""
+    def __init__(self, folder: Path, index: ItemIndex, prefix: Sequence[int], options: EvaluationOptions) -> None:
+        self.index, self.drop_history = index, options.drop_history
+        model = load_model(folder, inference=True)
+        self.ranker = ItemRanker(model, load_tokenizer(folder), index, options, prefix)
 
-    def __init__(
-        self,
-        model_folder: str | os.PathLike[str],
-        index_file: str | os.PathLike[str],
-        prefix: Sequence[int],
-        beams: int,
-        batch_size: int,
-        score: Score,
-    ) -> None:
-        index = ItemIndex.load(index_file)
-        model, tokenizer = load_model(model_folder)
-        self.ranker = ItemRanker.of_index(model, tokenizer, index, beams, batch_size, score=score, prefix=prefix)
-        self.machine = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+    def __call__(self, users: Users) -> list[dict[str, Any]]:
+        rankings = self.ranker.rank([(ids, prompt.history if self.drop_history else ()) for prompt, ids in users])
+        return [self._row(prompt, ranking) for (prompt, _), ranking in zip(users, rankings, strict=True)]
 
-    def __call__(self, batch: Batch) -> tuple[list[dict[str, float]], dict[str, Any]]:
-        """Return the ranking of each prompt, item to score, and what it was computed on."""
-        rankings = dict(self.ranker.rank(*batch))
-        return [rankings[place] for place in range(len(rankings))], {**self.machine, "batch": self.ranker.batch_size}
+    def _row(self, prompt: Prompt, ranking: Mapping[str, float]) -> dict[str, Any]:
+        sids, truth = self.index.sids, self.index.sids[prompt.target]
+        return {
+            "user": prompt.user,
+            "target": prompt.target,
+            "history_length": len(prompt.history),
+            "recommended": list(ranking),
+            "scores": [round(score, 5) for score in ranking.values()],
+            "rsvr": match_score(sids[next(iter(ranking))], truth, self.index.base_levels) if ranking else 0.0,
+        }
 
 
 def evaluate_direct(
-    model_folder: str | os.PathLike[str],
-    prompts: Sequence[Prompt],
-    index_file: str | os.PathLike[str],
-    *,
-    protocol: Mapping[str, Any] | None = None,
-    beams: int = 30,
-    batch_size: int = 64,
-    score: Score = "vocabulary",
-    drop_history: bool = True,
-    shards: int = 1,
+    model_folder: Path, prompts: Sequence[Prompt], index: ItemIndex, options: EvaluationOptions
 ) -> Evaluation:
     """Rank all items for every test user by the log-probability of their SIDs.
 
-    Args:
-        model_folder: A Hugging Face model.
-        prompts: The users and their direct prompts.
-        index_file: ``<D>.index.json``.
-        protocol: Where the prompts are from and how they were made, for the settings.
-        beams: Beams a user; also the length of the recommended list.
-        batch_size: Users a batch; it decides the memory, not the result (beyond the rounding of sums).
-        score: What the probability of a token is a share of; see ``beam_search``.
-        drop_history: Never recommend an item of the user's history; the search does not enter them.
-        shards: Workers; with more than one they are Ray's (see ``in_shards``). The result is the same.
-
-    Returns:
-        Metrics: Recall, NDCG, Precision and MRR at 1, 5 and 10, and ``rsvr``, the mean RSVR of the first item
-        (every item exists, by construction). Rows: ``user``, ``target``, ``history_length``, ``recommended``,
-        ``scores``, ``rsvr``.
+    Metrics are Recall, NDCG, Precision and MRR at 1, 5 and 10, and ``rsvr``, the mean RSVR of the first item.
 
     Raises:
         InputError: When a file cannot be used, or an item or SID token is missing from the index or the tokenizer.
     """
     begin = time.perf_counter()
-    index = ItemIndex.load(index_file)
-    check_prompts(prompts, index)
-    config, tokenizer = load_tokenizer(model_folder)
-    sequences = encode(prompts, tokenizer)
-    check_room(sequences, config, max(map(len, index.sids.values())))
-    prefix = shared_prefix(sequences)
-
-    order = sorted(range(len(prompts)), key=lambda place: -len(sequences[place]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    pieces: list[Batch] = [
-        ([sequences[place] for place in batch], [prompts[place].history if drop_history else () for place in batch])
-        for batch in batches
-    ]
-    files = os.fspath(model_folder), os.fspath(index_file)
-    make_worker = partial(DirectWorker, *files, prefix, beams, batch_size, score)
-    rows: list[dict[str, Any]] = [{} for _ in prompts]
-    machines = []
-    for number, (rankings, machine) in track(
-        in_shards(make_worker, pieces, shards), description="Direct mode", total=len(pieces)
-    ):
-        machines.append(machine)
-        for place, ranking in zip(batches[number], rankings, strict=True):
-            rows[place] = _row(prompts[place], ranking, index)
-    smallest = min(machines, key=lambda machine: machine["batch"])
+    tokenizer = load_tokenizer(model_folder)
+    config = load_decoding_config(model_folder, tokenizer)
+    sequences = encode(prompts, index, tokenizer, config, room=max(map(len, index.sids.values())))
+    prefix, size = shared_prefix(sequences), options.batch_size
+    users = sorted(zip(prompts, sequences, strict=True), key=lambda user: -len(user[1]))
+    pieces = [users[start : start + size] for start in range(0, len(users), size)]
+    results = in_shards(partial(_Worker, model_folder, index, prefix, options), pieces, options.shards)
+    done = {row["user"]: row for _, rows in track(results, "Direct mode", len(pieces)) for row in rows}
+    rows = [done[prompt.user] for prompt in prompts]
     settings = {
         "mode": "direct",
         "model": os.fspath(model_folder),
-        "index": os.fspath(index_file),
-        "beams": beams,
-        "score": SCORES[score],
-        "drop_history": drop_history,
+        "index": index.source,
+        **options.model_dump(include={"beams", "drop_history", "batch_size", "shards"}),
+        "score": SCORES[options.score],
         "users": len(prompts),
-        **{name: (protocol or {}).get(name) for name in ("prompts", "users_in_file", "seed")},
-        "protocol": dict(protocol or {}),
-        "batch_size": batch_size,
-        "batch_size_after_out_of_memory": smallest["batch"] if smallest["batch"] < batch_size else None,
         "prompt tokens computed once": len(prefix),
-        "shards": shards,
-        "device": smallest["device"],
-        "dtype": smallest["dtype"],
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "seconds": round(time.perf_counter() - begin, 2),
     }
-    return Evaluation(_metrics(rows), settings, rows)
-
-
-def _row(prompt: Prompt, ranking: Mapping[str, float], index: ItemIndex) -> dict[str, Any]:
-    recommended = list(ranking)
-    truth = index.readable[prompt.target]
-    return {
-        "user": prompt.user,
-        "target": prompt.target,
-        "history_length": len(prompt.history),
-        "recommended": recommended,
-        "scores": [round(score, 5) for score in ranking.values()],
-        "rsvr": match_score(index.sids[recommended[0]], truth, index.base_levels) if ranking else 0.0,
-    }
-
-
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
-    return {**ranking_metrics(ranks), "rsvr": sum(row["rsvr"] for row in rows) / len(rows)}
+    return Evaluation({**ranking_metrics(ranks), "rsvr": sum(row["rsvr"] for row in rows) / len(rows)}, settings, rows)

@@ -1,12 +1,12 @@
-"""Recommenders that need no model: a result below them means that nothing was learnt.
+"""Floors: recommenders without a model, popularity and co-occurrence. A model below them has learnt nothing.
 
-Both see what training sees and recommend to the same users as the models, by the same protocol.
+Both see what training sees, and recommend to the same users by the same protocol as the models.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,109 +18,75 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.results import FLOORS, Evaluation
 
 WINDOW = 10
 RECENT = 20
 USERS_AT_ONCE = 256
 
-Scorer = Callable[[Sequence[Sequence[int]]], sp.csr_array]
-
-
-def popularity(train: Sequence[Sequence[int]], items: int) -> NDArray[np.float64]:
-    """Return how often each item occurs in the training sequences. float64 [items]."""
-    return np.bincount(_flatten(train)[0], minlength=items).astype(np.float64)
-
 
 def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WINDOW) -> sp.csr_array:
-    """Count which items lie near which others in the training sequences.
+    """Count which items lie near which others in the sequences of users, float64 [items, items].
 
-    Two items at a distance of d places, at most ``window``, add 1/d to each other.
-
-    Args:
-        train: Rows of items, in time order, for each user.
-        items: Number of items.
-        window: The largest distance that counts.
-
-    Returns:
-        float64 [items, items], symmetric, sparse.
+    Two items d positions apart, at most ``window``, add 1/d to each other.
     """
     flat, user = _flatten(train)
-    left, right, weight = [], [], []
+    one_way = sp.csr_array((items, items), dtype=np.float64)
     for distance in range(1, min(window, len(flat) - 1) + 1):
         same = user[distance:] == user[:-distance]
-        left.append(flat[:-distance][same])
-        right.append(flat[distance:][same])
-        weight.append(np.full(int(same.sum()), 1.0 / distance))
-    pairs = (np.concatenate([[], *left]).astype(np.int64), np.concatenate([[], *right]).astype(np.int64))
-    one_way = sp.coo_array((np.concatenate([[], *weight]), pairs), shape=(items, items)).tocsr()
+        pairs = flat[:-distance][same], flat[distance:][same]
+        one_way += sp.coo_array((np.full(int(same.sum()), 1.0 / distance), pairs), shape=(items, items)).tocsr()
     return sp.csr_array(one_way + one_way.T)
 
 
 def cooccurrence_scores(
     counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = RECENT
 ) -> sp.csr_array:
-    """Score items by their counts with each history; the item k places back weighs 1/k.
+    """Score items by their counts [items, candidates] with the last items of each history, float64 [users, candidates].
 
-    Args:
-        counts: [items, candidates]; from ``cooccurrence``, all columns or some.
-        histories: Rows of items, in time order, for each of u users.
-        recent: How many of the last items count.
-
-    Returns:
-        float64 [u, candidates], sparse: what is not stored scores 0.
+    The item k positions back weighs 1/k, up to ``recent``.
     """
     flat, user = _flatten([history[-recent:] for history in histories])
     lengths = np.bincount(user, minlength=len(histories))
-    place = np.arange(len(flat)) - (np.cumsum(lengths) - lengths)[user]
-    recency = 1.0 / (lengths[user] - place)
-    weights = sp.coo_array((recency, (user, flat)), shape=(len(histories), counts.shape[0])).tocsr()
-    return weights @ counts
+    position = np.arange(len(flat)) - (np.cumsum(lengths) - lengths)[user]
+    recency = 1.0 / (lengths[user] - position)
+    return sp.coo_array((recency, (user, flat)), shape=(len(histories), counts.shape[0])).tocsr() @ counts
 
 
 def recommend(
-    scorer: Scorer, histories: Sequence[Sequence[int]], order: NDArray[np.int64], k: int, *, drop_history: bool = True
+    scores: sp.csr_array, dropped: Sequence[Sequence[int]], order: NDArray[np.int64], k: int
 ) -> list[list[int]]:
-    """Return the k best items of each user.
+    """Return the k best items of each user, fewer where fewer are left.
 
     Args:
-        scorer: Gives [users, candidates] scores above 0 for some histories; what is not stored scores 0.
-        histories: Rows of items for each user; candidates are the first rows, others are never recommended.
-        order: All candidates; of two with equal scores the one that is first here wins.
-        k: Length of the lists; shorter where fewer items are left.
-        drop_history: Leave out the items of the user's history.
+        scores: [users, candidates], stored entries above 0.
+        dropped: Items that are never recommended to each user; those that are no candidates are ignored.
+        order: [candidates]; of two items with equal scores the one that is first here wins.
+        k: Length of the lists.
     """
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    taken = np.zeros(len(order), dtype=bool)  # of the user at hand
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
     lists: list[list[int]] = []
-    for start in track(range(0, len(histories), USERS_AT_ONCE), description="Baseline", transient=True):
-        chunk = histories[start : start + USERS_AT_ONCE]
-        scores = scorer(chunk)
-        for user, history in enumerate(chunk):
-            stored = slice(*scores.indptr[user : user + 2])
-            scored, values = scores.indices[stored], scores.data[stored]
-            dropped = np.array([item for item in history if drop_history and item < len(order)], dtype=np.int64)
-            taken[dropped] = True
-            free = ~taken[scored]
-            scored, values = scored[free], values[free]
-            best = scored[np.lexsort((place[scored], -values))[:k]]
-            if len(best) < k:  # then all with a score are in it, and those without follow
-                taken[scored] = True
-                rest = order[: k + len(dropped)]
-                best = np.append(best, rest[~taken[rest]][: k - len(best)])
-                taken[scored] = False
-            taken[dropped] = False
-            lists.append(best.tolist())
+    for user, gone in enumerate(dropped):
+        taken = np.zeros(len(order), dtype=bool)
+        taken[[item for item in gone if item < len(order)]] = True
+        stored = slice(*scores.indptr[user : user + 2])
+        scored, values = scores.indices[stored], scores.data[stored]
+        free = ~taken[scored]
+        best = scored[free][np.lexsort((rank[scored[free]], -values[free]))[:k]]
+        # Items without a score follow, in the given order.
+        taken[scored] = True
+        rest = order[: k + len(gone) + len(scored)]
+        lists.append(np.append(best, rest[~taken[rest]][: k - len(best)]).tolist())
     return lists
 
 
 def evaluate_floors(
     inter_file: str | os.PathLike[str],
     prompts: Sequence[Prompt],
+    items: Collection[str],
+    protocol: Mapping[str, Any],
     *,
-    items: Collection[str] | None = None,
-    protocol: Mapping[str, Any] | None = None,
     k: int = 30,
     seed: int = 0,
 ) -> dict[str, Evaluation]:
@@ -128,91 +94,52 @@ def evaluate_floors(
 
     Args:
         inter_file: ``<D>.inter.json``.
-        prompts: From ``read_prompts``; of either type, only the items matter.
-        items: What may be recommended, those of the index, known to the interactions or not; None: all of the
-            interactions. Others count in training and in histories all the same.
-        protocol: What the prompts say of themselves. Its ``drop_history`` (true where it is not told) is followed: an
-            item of the user's history is never recommended.
+        prompts: The users; of either mode, only items matter.
+        items: Items that may be recommended, those of the index. Others count in training and in histories.
+        protocol: Protocol of the prompts; its ``drop_history`` is followed.
         k: Length of the recommended lists.
         seed: Seed of the order among items of equal score and popularity.
-
-    Raises:
-        InputError: When a file cannot be used or a prompt has an item that neither the interactions nor ``items`` have.
     """
-    protocol = dict(protocol or {})
-    drop_history = protocol.get("drop_history", True)
     sequences = read_interactions(inter_file)
-    known = {item for sequence in sequences.values() for item in sequence}
-    candidates = sorted(known if items is None else set(items))
-    row_of = {item: row for row, item in enumerate([*candidates, *sorted(known.difference(candidates))])}
-    train = [[row_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
+    candidates = sorted(items)
+    others = {item for sequence in sequences.values() for item in sequence}.difference(candidates)
+    number_of = {item: number for number, item in enumerate([*candidates, *sorted(others)])}
+    train = [[number_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
     try:
-        histories = [[row_of[item] for item in prompt.history] for prompt in prompts]
+        histories = [[number_of[item] for item in prompt.history] for prompt in prompts]
     except KeyError as error:
-        source = protocol.get("prompts", "the prompts")
-        raise InputError(f"{source}: item {error} is not in {inter_file}; make both from the same data") from None
+        raise InputError(f"a prompt has item {error}, which is not in {inter_file}; make both together") from None
 
     many = len(candidates)
-    order = np.lexsort((-np.random.default_rng(seed).permutation(many), -popularity(train, len(row_of))[:many]))
-    counts, nothing = cooccurrence(train, len(row_of))[:, :many], sp.csr_array((USERS_AT_ONCE, many))
-    scorers: dict[str, Scorer] = {
-        "popularity": lambda chunk: nothing,
-        "co-occurrence": lambda chunk: cooccurrence_scores(counts, chunk),
+    popularity = np.bincount(_flatten(train)[0], minlength=len(number_of))[:many]
+    order = np.lexsort((-np.random.default_rng(seed).permutation(many), -popularity))
+    counts = cooccurrence(train, len(number_of))[:, :many]
+    lists: dict[str, list[list[int]]] = {floor: [] for floor in FLOORS}
+    for start in track(range(0, len(histories), USERS_AT_ONCE), description="Floors", transient=True):
+        chunk = histories[start : start + USERS_AT_ONCE]
+        dropped = chunk if protocol["drop_history"] else [[]] * len(chunk)
+        lists["popularity"] += recommend(sp.csr_array((len(chunk), many)), dropped, order, k)
+        lists["co-occurrence"] += recommend(cooccurrence_scores(counts, chunk), dropped, order, k)
+    settings = {"interactions": os.fspath(inter_file), "k": k, "seed": seed, "protocol": dict(protocol)}
+    found = {
+        floor: [{"recommended": [candidates[number] for number in best]} for best in lists[floor]] for floor in lists
     }
-    result = {}
-    for name, scorer in scorers.items():
-        lists = recommend(scorer, histories, order, k, drop_history=drop_history)
-        more = {"window": WINDOW, "recent": RECENT} if name == "co-occurrence" else {}
-        result[name] = baseline_evaluation(
-            name, inter_file, prompts, [{"recommended": [candidates[row] for row in best]} for best in lists],
-            protocol=protocol, k=k, seed=seed, more=more,
-        )  # fmt: skip
-    return result
+    return {floor: baseline_evaluation(floor, prompts, rows, settings) for floor, rows in found.items()}
 
 
 def baseline_evaluation(
-    name: str,
-    inter_file: str | os.PathLike[str],
-    prompts: Sequence[Prompt],
-    found: Sequence[Mapping[str, Any]],
-    *,
-    protocol: Mapping[str, Any],
-    k: int,
-    seed: int,
-    more: Mapping[str, Any],
+    name: str, prompts: Sequence[Prompt], found: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> Evaluation:
-    """Return the evaluation of a recommender that was trained on the interactions and reads no prompt.
-
-    Args:
-        name: Its name, the mode of the settings.
-        inter_file: ``<D>.inter.json``.
-        prompts: The users.
-        found: What it found for each user: ``recommended``, and more where it is known.
-        protocol: What the prompts say of themselves.
-        k: Length of the lists.
-        seed: Seed of whatever was random.
-        more: Further settings.
-    """
+    """Return the evaluation of a recommender that reads no prompt, from what it found for each user."""
     rows = [
         {"user": prompt.user, "target": prompt.target, "history_length": len(prompt.history), **row}
         for prompt, row in zip(prompts, found, strict=True)
     ]
-    settings = {
-        "mode": name,
-        "interactions": os.fspath(inter_file),
-        "train": "the training part of each user",
-        "drop_history": protocol.get("drop_history", True),
-        "k": k,
-        "users": len(prompts),
-        "users_in_file": protocol.get("users_in_file", len(prompts)),
-        "seed": seed,
-        "protocol": dict(protocol),
-        **more,
-    }
-    return Evaluation(ranking_metrics([rank_of(row["target"], row["recommended"]) for row in rows]), settings, rows)
+    ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
+    return Evaluation(ranking_metrics(ranks), {"mode": name, "users": len(rows), **settings}, rows)
 
 
 def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all entries one after another, and the number of the sequence that each is from."""
-    flat = np.array([row for sequence in sequences for row in sequence], dtype=np.int64)
+    """Return all entries one after another, and the number of the sequence of each."""
+    flat = np.array([item for sequence in sequences for item in sequence], dtype=np.int64)
     return flat, np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])

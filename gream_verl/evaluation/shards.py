@@ -1,135 +1,87 @@
-"""An evaluation in pieces: done in this process, or by workers of Ray's on one machine or many.
+"""An evaluation in pieces: in this process, or by Ray workers on one machine or many.
 
-The pieces are the same however many workers there are, so the result is, too.
+The pieces do not depend on the number of workers, so the result does not either.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import Any, TypeVar
 
+from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
-from gream_verl.cpu.environment import set_defaults
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
-
 RESTARTS = 3
-"""Of a worker that was killed from outside; an error of its own ends the evaluation at once."""
-AHEAD = 2
-"""Pieces that a worker has at a time, so that it never waits for the next."""
+"""Restarts of a worker that was killed from outside; an error of its own ends the evaluation at once."""
 
 
 def in_shards(
     make_worker: Callable[[], Callable[[Piece], Result]], pieces: Sequence[Piece], shards: int = 1
 ) -> Iterator[tuple[int, Result]]:
-    """Yield the number and the result of every piece, each once, as soon as it is there.
+    """Yield the number, from 0, and the result of every piece as soon as it is done, in any order.
 
-    With one shard all is done in this process. Otherwise each shard is an actor of Ray's with one GPU, or one core
-    where the cluster has no GPU. The address of a running cluster is taken from ``RAY_ADDRESS``; without it, Ray is
-    started on this machine. A worker that is killed is started anew and its pieces are done again.
+    With one shard the work is done in this process. Otherwise each shard is a Ray actor with one GPU, or one core where
+    the cluster has no GPU. ``RAY_ADDRESS`` names a running cluster; without it, Ray starts on this machine. A worker
+    that is killed is started again and its piece is done again.
 
-    Args:
-        make_worker: Makes what does a piece; called once in every worker, which may be on another machine.
-        pieces: What is to be done.
-        shards: How many workers there shall be.
-
-    Yields:
-        The number of a piece, from 0, and its result. Pieces come in any order.
+    ``make_worker`` makes the function that does a piece; it is called once per worker, which may be on another machine.
 
     Raises:
-        InputError: When a worker raises it, or when there are too few GPUs or cores for the shards, or workers die.
+        InputError: When a worker raises it, the cluster has too few GPUs or cores, or workers die.
     """
-    if shards == 1:
-        worker = make_worker()
-        for number, piece in enumerate(pieces):
-            yield number, worker(piece)
+    if shards > 1:
+        yield from _with_ray(make_worker, pieces, min(shards, len(pieces)))
         return
-    yield from _with_ray(make_worker, pieces, min(shards, len(pieces)))
+    worker = make_worker()
+    for number, piece in enumerate(pieces):
+        yield number, worker(piece)
 
 
 def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[Any], shards: int) -> Iterator[Any]:
     import torch
 
-    cluster = "RAY_ADDRESS" in os.environ
-    if not cluster and not torch.cuda.is_available():
+    local = "RAY_ADDRESS" not in os.environ
+    if local and not torch.cuda.is_available():
         set_defaults()
     import ray
+    from ray.util import ActorPool
 
     started_here = not ray.is_initialized()
     if started_here:
-        where = {} if cluster else {"address": "local", "num_cpus": max(shards, os.cpu_count() or 1)}
-        if cluster:
-            _check_address(os.environ["RAY_ADDRESS"])
+        where = {"address": "local", "num_cpus": max(shards, os.cpu_count() or 1)} if local else {}
         ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="warning")
     try:
         resources = ray.cluster_resources()
         kind = "GPU" if resources.get("GPU") else "CPU"
         if shards > resources.get(kind, 0):
-            raise InputError(
-                f"--shards {shards}: Ray has {resources.get(kind, 0):.0f} {kind}s, and a shard takes one; ask for fewer"
-            )
+            raise InputError(f"--shards {shards}: Ray has {resources.get(kind, 0):.0f} {kind}s; ask for fewer")
         remote = ray.remote(_Actor).options(
             num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS, max_task_retries=RESTARTS
         )
-        actors = [remote.remote(make_worker, kind) for _ in range(shards)]
-        waiting = iter(enumerate(pieces))
-        running = {}
-
-        def hand_out(actor: Any) -> None:
-            for number, piece in waiting:
-                running[actor.work.remote(piece)] = number, actor
-                return
-
-        for actor in actors * AHEAD:
-            hand_out(actor)
-        while running:
-            [done], _ = ray.wait(list(running), num_returns=1)
-            number, actor = running.pop(done)
-            yield number, ray.get(done)
-            hand_out(actor)
+        pool = ActorPool([remote.remote(make_worker, kind) for _ in range(shards)])
+        yield from pool.map_unordered(lambda actor, piece: actor.work.remote(*piece), list(enumerate(pieces)))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from (None if isinstance(error.cause, InputError) else error)
     except ray.exceptions.RayActorError as error:
-        cause = getattr(error, "cause", None)
-        raise InputError(
-            f"a worker of Ray's died ({cause or error}); it may have run out of memory: ask for fewer --shards"
-        ) from error
+        raise InputError(f"a Ray worker died ({error}), maybe for lack of memory; ask for fewer --shards") from error
     finally:
         if started_here:
             ray.shutdown()
 
 
-def _check_address(address: str) -> None:
-    """Refuse an address where nobody answers: Ray itself would try for many minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():
-        return  # such as "auto", which Ray looks up
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"RAY_ADDRESS {address}: no cluster answers there ({error}); start one with `ray start --head`, or unset it"
-        ) from None
-
-
 class _Actor:
-    """A worker in a process of Ray's."""
+    """A worker in a Ray process; made at the first piece, so that its errors are those of a piece."""
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]], kind: str) -> None:
-        self.make_worker = make_worker
-        self.kind = kind
+        self.make_worker, self.kind = make_worker, kind
+        self.worker: Callable[[Any], Any] | None = None
 
-    @cached_property
-    def worker(self) -> Callable[[Any], Any]:
-        """The worker; not made before the first piece, so that its errors are those of a piece."""
+    def work(self, number: int, piece: Any) -> tuple[int, Any]:
+        """Return the number and the result of a piece."""
         if self.kind == "CPU":
             set_defaults()  # one thread each
-        return self.make_worker()
-
-    def work(self, piece: Any) -> Any:
-        """Do a piece."""
-        return self.worker(piece)
+        self.worker = self.worker or self.make_worker()
+        return number, self.worker(piece)

@@ -1,13 +1,8 @@
 """LoRA for models that know semantic IDs: low-rank updates of the linear layers, rows of SID tokens trained in full.
 
-LLaMA-Factory 0.9.5 can train a new LoRA adapter's rows only with ``additional_target`` (peft's ``modules_to_save``,
-llamafactory/model/adapter.py:241). That trains a copy of the whole embedding, text rows too, and where the output head
-is tied, as in Qwen3-4B, the head stays untrained: the two come apart, and loaders that tie them anyway get another
-model than was trained. peft's ``trainable_token_indices`` trains chosen rows and keeps them tied, but no argument of
-LLaMA-Factory reaches it. So an untrained adapter is written here, which LLaMA-Factory takes up as one to go on with:
-``finetuning_type: lora``, ``adapter_name_or_path: FOLDER`` (adapter.py:200). Rank, alpha and targets are the adapter's
-own; ``lora_rank`` and its like in the config are not read. Not for DeepSpeed ZeRO-3: a forward pass reads the whole
-embedding weight, which ZeRO-3 has in parts.
+LLaMA-Factory 0.9.5 trains rows only as a copy of the whole embedding, which comes apart from a tied output head. No
+argument of it reaches peft's ``trainable_token_indices``. So an untrained adapter is written here for it to go on with
+(``adapter_name_or_path``). DeepSpeed ZeRO-3, which has the embedding in parts, cannot train it.
 """
 
 from __future__ import annotations
@@ -17,7 +12,8 @@ from pathlib import Path
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file, write_json
 from gream_verl.core.semantic_ids import ItemIndex, parse_token
-from gream_verl.model.folder import load_model, load_tokenizer, new_folder, reading, save_model
+from gream_verl.model.loading import load_model, load_tokenizer, reading
+from gream_verl.model.saving import new_folder, save_model
 from gream_verl.model.vocabulary import RECORD, read_record, reasoning_tokens, sid_token_ids
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,20 +33,17 @@ def write_adapter(
     """Write an adapter that changes nothing yet, for LLaMA-Factory to train.
 
     Args:
-        model: A checkpoint that knows the SIDs: what ``gream model extend`` wrote, or SFT.
+        model: A checkpoint of ``gream model extend`` or of SFT.
         index_file: The item index.
         output: Folder of the adapter.
         rank: Rank of the update of every linear layer but the output head.
         alpha: Updates are scaled by ``alpha / rank``.
-        dropout: Share of an update's inputs that training drops.
+        dropout: Share of the inputs of an update that training drops.
         seed: Seed of the first factor of every update; the second is 0.
-        overwrite: Replace an earlier adapter, see ``model_folder``.
+        overwrite: Replace an earlier adapter.
 
     Returns:
-        ``token_rows`` and ``parameters`` that will be trained.
-
-    Raises:
-        InputError: When the model lacks SIDs of the index, or the output may not be written.
+        ``token_rows`` and ``parameters`` that training changes.
     """
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
@@ -65,17 +58,15 @@ def write_adapter(
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         names = {module: name.rpartition(".")[2] for name, module in base.named_modules()}
         linear = {name for module, name in names.items() if isinstance(module, torch.nn.Linear) and module is not head}
-        own_head = head.weight is not embedding.weight
+        # a tied head follows the embedding by itself
+        trained = [embedding] if head.weight is embedding.weight else [embedding, head]
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=sorted(linear),
-            # A tied head follows the embedding by itself; one of its own has to be named.
-            trainable_token_indices={
-                names[module]: rows for module in ([embedding, head] if own_head else [embedding])
-            },
+            trainable_token_indices={names[module]: rows for module in trained},
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -87,20 +78,10 @@ def write_adapter(
     return {"token_rows": len(rows), "parameters": adapted.get_nb_trainable_parameters()[0]}
 
 
-def merge_adapter(adapter: Path, output: Path, model: Path | None = None, *, overwrite: bool = False) -> None:
-    """Merge a trained adapter into the checkpoint it was trained on.
+def merge_adapter(adapter: Path, output: Path, *, overwrite: bool = False) -> None:
+    """Merge the trained ``adapter``, an output folder of LLaMA-Factory, into the checkpoint that it names.
 
-    ``llamafactory-cli export`` merges the same weights, but leaves the record behind and turns the tokenizer's padding
-    to the left.
-
-    Args:
-        adapter: What LLaMA-Factory trained: its output folder, or a checkpoint in it.
-        output: Folder of the merged checkpoint, an ordinary one.
-        model: The checkpoint below; default: the one that the adapter names.
-        overwrite: Replace an earlier merged checkpoint, see ``model_folder``.
-
-    Raises:
-        InputError: When the adapter or its model is not there or they do not fit, or the output may not be written.
+    ``llamafactory-cli export`` merges the same weights, but loses the record and turns the padding to the left.
     """
     from peft import PeftModel
 
@@ -110,15 +91,14 @@ def merge_adapter(adapter: Path, output: Path, model: Path | None = None, *, ove
     trained = config.get("trainable_token_indices") if isinstance(config, dict) else None
     if not isinstance(trained, dict) or not trained:
         raise InputError(f"{adapter}: trains no rows of SID tokens; {remedy}")
-    model = model or Path(config.get("base_model_name_or_path") or "")
+    model = config.get("base_model_name_or_path") or ""
     with new_folder(output, "merge", [adapter, model], replace=overwrite) as folder:
         tokenizer = load_tokenizer(model)
         sids = {number for token, number in tokenizer.get_vocab().items() if parse_token(token)}
         if not sids or not all(sids.issubset(rows) for rows in trained.values()):
-            raise InputError(f"{adapter}: does not train the SID tokens of {model}; name its model with --model")
-        base = load_model(model)
+            raise InputError(f"{adapter}: does not train the SID tokens of {model}; {remedy}")
         with reading(f"{adapter} on {model}"):
-            merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+            merged = PeftModel.from_pretrained(load_model(model), adapter).merge_and_unload()
         save_model(merged, tokenizer, folder, model)
         if record := read_record(model):
             write_json(folder / RECORD, {**record, "merged": str(adapter)}, indent=1)

@@ -1,4 +1,4 @@
-"""A Qwen3 small enough to train on a laptop, with a tokenizer learnt from the data set's own text.
+"""A Qwen3 small enough to train on a laptop, with a tokenizer trained on the data set's own text.
 
 It is the test bed: everything that later runs on Qwen3-4B runs on this first, through the same code.
 """
@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file, write_json
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex
-from gream_verl.model.folder import new_folder, save_model
+from gream_verl.model.saving import new_folder, save_model
 from gream_verl.model.vocabulary import RECORD, extend_model
 
 if TYPE_CHECKING:
@@ -31,26 +30,18 @@ WORD_PATTERN = (
 
 
 def read_sft_texts(mix: Path) -> Iterator[str]:
-    """Yield every text of a SFT parquet file: system prompts, user turns, responses.
-
-    Raises:
-        InputError: When the file is missing or is not such a file.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Yield every text of an SFT file: system prompts and turns."""
+    import polars as pl
 
     require_file(mix, "make it with `gream data mix`")
-    try:
-        for batch in pq.ParquetFile(mix).iter_batches(columns=["conversations", "system"]):
-            for row in batch.to_pylist():
-                yield row["system"]
-                yield from (turn["value"] for turn in row["conversations"])
-    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-        raise InputError(f"{mix}: not a SFT file ({error}); make it anew with `gream data mix`") from error
+    rows = pl.read_parquet(mix, columns=["conversations", "system"], glob=False)
+    for row in rows.iter_rows(named=True):
+        yield row["system"]
+        yield from (turn["value"] for turn in row["conversations"])
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, with Qwen's word split and chat template, on ``texts``.
+    """Train a byte-level BPE tokenizer on ``texts``, with Qwen's word split and chat template.
 
     SID tokens are cut out of the texts first: they join the vocabulary whole, later.
     """
@@ -58,12 +49,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTra
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -91,27 +79,22 @@ def make_tiny_model(
     hidden_size: int = 128,
     layers: int = 3,
     heads: int = 4,
-    max_positions: int = 1024,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write an untrained tiny Qwen3 whose vocabulary speaks the SIDs of ``index``.
+    """Write an untrained tiny Qwen3 that knows the SIDs of ``index``, in the place of an earlier one.
 
     Args:
-        texts: What the tokenizer learns its words from.
+        texts: Training text of the tokenizer.
         index: The item index.
         output: Folder of the checkpoint.
         vocabulary_size: Size of the text vocabulary, before SID tokens.
         hidden_size: Width of the residual stream; the feed-forward width is three times that.
         layers: Number of transformer blocks.
         heads: Number of attention heads; half as many key-value heads.
-        max_positions: Longest sequence in tokens.
         seed: Seed of every weight.
 
     Returns:
         ``parameters`` and ``vocabulary`` (with padding rows).
-
-    Raises:
-        InputError: When the output may not be written, see ``model_folder``.
     """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -126,7 +109,7 @@ def make_tiny_model(
             num_attention_heads=heads,
             num_key_value_heads=max(1, heads // 2),
             head_dim=hidden_size // heads,
-            max_position_embeddings=max_positions,
+            max_position_embeddings=1024,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -135,7 +118,7 @@ def make_tiny_model(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = Qwen3ForCausalLM(config).to(torch.float32)
-        record = extend_model(model, tokenizer, index, seed=seed)
+        record = extend_model(model, tokenizer, index, rows="mean", seed=seed)
         save_model(model, tokenizer, folder)
         write_json(folder / RECORD, record, indent=1)
     return {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": model.config.vocab_size}

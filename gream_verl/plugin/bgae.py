@@ -1,6 +1,6 @@
 """BGAE, the bonus-calibrated group advantage estimator (arXiv 2510.20815): a tensor function and its verl adapter.
 
-With rewards r of a group of n responses of which c are exact hits, and eps = 1e-6:
+With rewards r of a group of n responses, c of them exact hits, and eps = 1e-6:
 
     A = (r - mean r) / (std r + eps) + weight * B
 
@@ -10,9 +10,7 @@ B is the analytic Pass@K advantage on hits. With rho = 1 - C(n-c, K) / C(n, K) a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -22,17 +20,16 @@ from torch import Tensor
 
 from gream_verl.core.options import checked_options
 
-OPTIONS = "algorithm.bgae"
 EPSILON = 1e-6
 
 
 class BgaeOptions(BaseModel):
-    """What may stand under ``algorithm.bgae``.
+    """Options below ``algorithm.bgae``.
 
     Attributes:
-        k: K of Pass@K, at least 1; groups smaller than K use their own size.
+        k: K of Pass@K; groups smaller than K use their own size.
         weight: Weight of the bonus.
-        success: Reward from which a response is an exact hit.
+        success: Smallest reward of an exact hit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,23 +40,11 @@ class BgaeOptions(BaseModel):
 
     @classmethod
     def from_config(cls, algorithm: Mapping[str, Any] | None) -> BgaeOptions:
-        """Return the options in the ``algorithm`` node.
-
-        Raises:
-            InputError: When a key is unknown or has a wrong value; the message names it.
-        """
-        return checked_options(cls, OPTIONS, (algorithm or {}).get("bgae"))
+        """Return the options of the node ``algorithm``; an InputError names a wrong key."""
+        return checked_options(cls, "algorithm.bgae", (algorithm or {}).get("bgae"))
 
 
-def bgae_advantage(
-    rewards: Tensor,
-    groups: Tensor,
-    active: Tensor,
-    *,
-    k: int = 4,
-    weight: float = 1.0,
-    success: float = 0.999,
-) -> Tensor:
+def bgae_advantage(rewards: Tensor, groups: Tensor, active: Tensor, options: BgaeOptions) -> Tensor:
     """Return the advantage of every response, computed for all groups at once.
 
     Groups may have different sizes. A group of one has mean 0 and standard deviation 1, as in verl's GRPO. The bonus is
@@ -69,62 +54,31 @@ def bgae_advantage(
         rewards: Rewards, shape [rows].
         groups: Number of the group of each row, from 0, shape [rows].
         active: False for padding rows, which count in no group and get 0, shape [rows].
-        k: K of Pass@K.
-        weight: Weight of the bonus.
-        success: Reward from which a response is an exact hit.
+        options: K, weight of the bonus, reward of a hit.
 
     Returns:
         Advantages in the type of ``rewards``, shape [rows].
     """
+    # 1. Sums over the active rows of each group, shape [groups].
     reward = rewards.double()
-    hit = (reward >= success) & active
+    hit = (reward >= options.success) & active
     number_of_groups = int(groups.max()) + 1 if len(groups) else 0
 
     def total(values: Tensor) -> Tensor:
-        """Sum over the active rows of each group, shape [groups]."""
         sums = torch.zeros(number_of_groups, dtype=torch.float64, device=rewards.device)
         return sums.index_add_(0, groups, torch.where(active, values.double(), 0.0))
 
+    # 2. The plain group advantage.
     n = total(active).clamp(min=1)
     alone = n == 1
     centred = reward - torch.where(alone, 0.0, total(reward) / n)[groups]
     variance = total(centred.square()) / (n - 1).clamp(min=1)
     deviation = torch.where(alone, 1.0, variance.sqrt())
-    of_hit, of_miss = _bonus(n, total(hit), k)
+    # 3. The bonus, which only depends on the group and on hit or miss.
+    of_hit, of_miss = _bonus(n, total(hit), options.k)
     bonus = torch.where(hit, of_hit[groups], of_miss[groups])
-    advantage = centred / (deviation + EPSILON)[groups] + weight * bonus
+    advantage = centred / (deviation + EPSILON)[groups] + options.weight * bonus
     return torch.where(active, advantage, 0.0).to(rewards.dtype)
-
-
-def group_statistics(rewards: Tensor, groups: Tensor, active: Tensor, options: BgaeOptions) -> dict[str, float]:
-    """Return what there is to learn in a batch, for the log of a training step.
-
-    Args:
-        rewards: Rewards, shape [rows].
-        groups: Number of the group of each row, from 0, shape [rows].
-        active: False for padding rows, shape [rows].
-        options: Those of the estimator.
-
-    Returns:
-        ``groups_without_hit`` and ``groups_without_advantage``, shares of the groups; ``hits_mean``, hits a group;
-        ``bonus_abs_mean``, mean size of the weighted bonus over the rows.
-    """
-    reward, group = rewards[active].double(), groups[active].unique(return_inverse=True)[1]
-    if not len(reward):
-        return {}
-    everyone = torch.ones_like(group, dtype=torch.bool)
-    plain, full = (
-        bgae_advantage(reward, group, everyone, k=options.k, weight=weight, success=options.success)
-        for weight in (0.0, options.weight)
-    )
-    hits = torch.bincount(group, weights=(reward >= options.success).double())
-    size = torch.bincount(group, weights=full.abs())
-    return {
-        "groups_without_hit": float((hits == 0).double().mean()),
-        "groups_without_advantage": float((size < EPSILON).double().mean()),
-        "hits_mean": float(hits.mean()),
-        "bonus_abs_mean": float((full - plain).abs().mean()),
-    }
 
 
 def _bonus(n: Tensor, c: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +100,31 @@ def _choose_ratio(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
     return torch.where(possible, logarithm.exp(), 0.0)
 
 
+def group_statistics(rewards: Tensor, groups: Tensor, options: BgaeOptions) -> dict[str, float]:
+    """Return statistics of the learning signal in a batch, for the log of a training step.
+
+    Args:
+        rewards: Rewards, shape [rows].
+        groups: Number of the group of each row, from 0, without gaps, shape [rows].
+        options: Those of the estimator.
+
+    Returns:
+        ``groups_without_hit`` and ``groups_without_advantage``, shares of the groups; ``hits_mean``, hits per group;
+        ``bonus_abs_mean``, mean size of the weighted bonus over the rows.
+    """
+    reward, active = rewards.double(), torch.ones_like(groups, dtype=torch.bool)
+    full = bgae_advantage(reward, groups, active, options)
+    plain = bgae_advantage(reward, groups, active, options.model_copy(update={"weight": 0.0}))
+    hits = torch.bincount(groups, weights=(reward >= options.success).double())
+    size = torch.bincount(groups, weights=full.abs())
+    return {
+        "groups_without_hit": float((hits == 0).double().mean()),
+        "groups_without_advantage": float((size < EPSILON).double().mean()),
+        "hits_mean": float(hits.mean()),
+        "bonus_abs_mean": float((full - plain).abs().mean()),
+    }
+
+
 def compute_bgae(
     token_level_rewards: Tensor,
     response_mask: Tensor,
@@ -153,9 +132,7 @@ def compute_bgae(
     config: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return advantages and returns as verl's trainer asks for them (``algorithm.adv_estimator=bgae``).
-
-    verl passes every row of a session with several outputs, and no session number: each counts as a response.
+    """Return advantages and returns for verl's trainer (``algorithm.adv_estimator=bgae``).
 
     Args:
         token_level_rewards: Rewards, shape [rows, tokens].
@@ -166,19 +143,12 @@ def compute_bgae(
     Returns:
         The advantage of each row on all its response tokens, twice, shape [rows, tokens].
     """
-    options = BgaeOptions.from_config(config)
-    numbers: dict[Any, int] = defaultdict(count().__next__)
-    groups = np.fromiter(map(numbers.__getitem__, index), np.int64, len(index))
+    numbers: dict[Any, int] = {}
+    groups = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in index], dtype=torch.long)
     with torch.no_grad():
         rewards = token_level_rewards.sum(dim=-1)
         advantages = response_mask.to(rewards.dtype, copy=True)
-        advantage = bgae_advantage(
-            rewards,
-            torch.as_tensor(groups, device=rewards.device),
-            advantages.sum(dim=-1) > 0,
-            k=options.k,
-            weight=options.weight,
-            success=options.success,
-        )
-        advantages *= advantage.unsqueeze(-1)
+        active = advantages.sum(dim=-1) > 0
+        options = BgaeOptions.from_config(config)
+        advantages *= bgae_advantage(rewards, groups.to(rewards.device), active, options).unsqueeze(-1)
     return advantages, advantages

@@ -1,12 +1,16 @@
-"""The reward ``rsvr`` as verl's reward loop calls it (``reward.reward_manager.name=rsvr``).
+"""The reward ``rsvr`` in verl's reward loop (``reward.reward_manager.name=rsvr``), or a function of yours in its place.
 
 The plugin imports this module when verl imports its reward managers; ``source: importlib`` with
-``pkg://gream_verl.plugin.reward_manager`` finds it as well.
+``pkg://gream_verl.plugin.reward_manager`` finds it as well. docs/reward.md shows how to change the reward.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,17 +19,19 @@ from verl import DataProto
 from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
+from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
-from gream_verl.core.rsvr import Format, Mode, overlong_penalty, score_response
+from gream_verl.core.rsvr import Format, Mode, Reward, overlong_penalty, score_response
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.token_text import TokenText
+from gream_verl.plugin.unread_keys import refuse_unread_keys
 
 OPTIONS = "reward.reward_kwargs.rsvr"
-MODES = get_args(Mode)
+CUSTOM = "reward.custom_reward_function"
 
 
 class Overlong(BaseModel):
-    """What may stand under ``reward.reward_kwargs.rsvr.overlong``, see ``gream_verl.core.rsvr.overlong_penalty``."""
+    """Options below ``reward.reward_kwargs.rsvr.overlong``, see ``gream_verl.core.rsvr.overlong_penalty``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,17 +47,16 @@ class Overlong(BaseModel):
 
 
 class RsvrOptions(BaseModel):
-    """What may stand under ``reward.reward_kwargs.rsvr``.
+    """Options below ``reward.reward_kwargs.rsvr``.
 
     Attributes:
         format: ``strict`` or ``reference``, see ``gream_verl.core.rsvr``.
         mode: Mode of rows whose ``extra_info.type`` is neither ``reasoning`` nor ``direct``.
-        index_file: ``<D>.index.json``; None when ``valid_item`` is of no interest.
-        base_levels: Levels that every SID has, where there is no index to tell.
+        index_file: ``<D>.index.json``; without it every well-formed answer is a ``valid_item``.
+        base_levels: Levels that every SID has, for runs without ``index_file``.
         require_valid_item: Whether an answer that is no item gets nothing.
-        binary: Whether exact answers only are paid, an ablation.
-        overlong: Punishment of long responses; None for none. Filter groups by ``reward`` then: groups that differ in
-            length only are alike in ``match``.
+        binary: Whether only exact answers are paid, an ablation.
+        overlong: Penalty of long responses; None for none. Filter groups by ``reward`` then: ``match`` does not see it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,53 +69,66 @@ class RsvrOptions(BaseModel):
     binary: bool = False
     overlong: Overlong | None = None
 
-    @model_validator(mode="after")
-    def _needs_index(self) -> RsvrOptions:
-        if self.require_valid_item and self.index_file is None:
-            raise ValueError("require_valid_item needs index_file")
-        return self
-
     @classmethod
     def from_config(cls, config: DictConfig) -> RsvrOptions:
         """Return the options in the whole configuration of a run.
 
         Raises:
-            InputError: When a key is unknown or has a wrong value; the message names it.
+            InputError: Naming a key that is unknown, has a wrong value, or would have no effect.
         """
-        return checked_options(cls, OPTIONS, OmegaConf.select(config, OPTIONS))
+        refuse_unread_keys(config)
+        options = checked_options(cls, OPTIONS, OmegaConf.select(config, OPTIONS))
+        custom = OmegaConf.select(config, f"{CUSTOM}.path")
+        if options.require_valid_item and options.index_file is None:
+            raise InputError(f"{OPTIONS}.require_valid_item: needs {OPTIONS}.index_file")
+        if custom and options.binary:
+            raise InputError(f"{OPTIONS}.binary: has no effect next to {CUSTOM}; leave one of them out")
+        if not custom and OmegaConf.select(config, "reward.reward_model.enable"):
+            raise InputError(f"reward.reward_model.enable: verl asks it instead of rsvr; combine them in a {CUSTOM}")
+        for name in ("overlong_buffer_cfg", "max_resp_len"):
+            if OmegaConf.select(config, f"reward.reward_kwargs.{name}") is not None:
+                raise InputError(f"reward.reward_kwargs.{name}: rsvr does not read it; set {OPTIONS}.overlong instead")
+        return options
 
 
 @register("rsvr")
 class RsvrRewardManager(RewardManagerBase):
-    """Scores one response at a time with RSVR.
+    """Scores one response at a time with RSVR, or with ``reward.custom_reward_function`` where its path is set.
 
     A row needs ``reward_model.ground_truth`` (the SID of the target) and may say with ``extra_info.type`` whether its
     prompt asked for ``reasoning`` or ``direct``.
     """
 
-    def __init__(self, config: DictConfig, tokenizer: Any, compute_score: Any = None, **_: Any) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        tokenizer: Any,
+        compute_score: Callable[..., Any] | None = None,
+        reward_router_address: str | None = None,
+        reward_model_tokenizer: Any = None,
+    ) -> None:
         super().__init__(config, tokenizer, compute_score)
         self.options = RsvrOptions.from_config(config)
+        self.has_custom_function = bool(OmegaConf.select(config, f"{CUSTOM}.path"))  # verl passes its own without one
+        names = {"reward_router_address": reward_router_address, "reward_model_tokenizer": reward_model_tokenizer}
+        self.reward_model = names if reward_router_address is not None else {}
         self.index = ItemIndex.load(self.options.index_file) if self.options.index_file else None
         self.text = TokenText(tokenizer)
         if self.index is not None:
             self.text.check(self.index.tokens, self.index.source)
 
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Return ``reward_score`` and ``reward_extra_info`` of the last sequence in ``data``.
-
-        Raises:
-            InputError: When the row has no ground truth, or one that no response could spell.
-        """
+        """Return ``reward_score`` and ``reward_extra_info`` of the last sequence in ``data``."""
         row = data[-1]
         columns = row.non_tensor_batch
         extra_info = columns.get("extra_info") or {}
-        place = f"{columns.get('data_source')}: row {extra_info.get('index')}"
-        ids = _response_ids(row)
+        label = f"{columns.get('data_source')}: row {extra_info.get('index')}"
+        response = row.batch["responses"]
+        ids: list[int] = response[: int(row.batch["attention_mask"][-len(response) :].sum())].tolist()
         reward = score_response(
             self.text.read(ids),
-            self.text.ground_truth(columns.get("reward_model"), place),
-            mode=extra_info["type"] if extra_info.get("type") in MODES else self.options.mode,
+            self.text.ground_truth(columns.get("reward_model"), label),
+            mode=extra_info["type"] if extra_info.get("type") in get_args(Mode) else self.options.mode,
             format=self.options.format,
             base_levels=self.options.base_levels,
             index=self.index,
@@ -120,15 +138,42 @@ class RsvrRewardManager(RewardManagerBase):
         score = details.pop("score")
         if self.options.binary:
             score = reward.acc
+        if self.has_custom_function:
+            score, more = await self._custom_score(columns, ids, reward)
+            details |= more
         if (overlong := self.options.overlong) is not None:
             details["overlong"] = overlong_penalty(len(ids), overlong.max_length, overlong.buffer, overlong.factor)
             score += details["overlong"]
         return {"reward_score": score, "reward_extra_info": details}
 
-
-def _response_ids(row: Any) -> list[int]:
-    """Return the token ids of a response without the padding behind them."""
-    response = row.batch["responses"]
-    length = int(row.batch["attention_mask"][-response.shape[-1] :].sum())
-    ids: list[int] = response[:length].tolist()
-    return ids
+    async def _custom_score(
+        self, columns: Mapping[str, Any], ids: list[int], reward: Reward
+    ) -> tuple[float, dict[str, Any]]:
+        """Call the user's function with the arguments of verl's own managers; return its score and its other values."""
+        end = self.tokenizer.eos_token_id
+        arguments = {
+            "data_source": columns.get("data_source"),
+            # Unlike in verl's managers, special tokens stay: semantic IDs may be some.
+            "solution_str": self.tokenizer.decode(ids[:-1] if ids[-1:] == [end] else ids, skip_special_tokens=False),
+            "ground_truth": columns["reward_model"]["ground_truth"],
+            "extra_info": {
+                **(columns.get("extra_info") or {}),
+                **(columns.get("tool_extra_fields") or {}),
+                "num_turns": columns.get("__num_turns__"),
+                "rollout_reward_scores": columns.get("reward_scores", {}),
+                "rsvr": asdict(reward),
+            },
+            **self.reward_model,
+        }
+        if inspect.iscoroutinefunction(self.compute_score):
+            result = await self.compute_score(**arguments)
+        else:
+            result = await self.loop.run_in_executor(None, partial(self.compute_score, **arguments))
+        values = dict(result) if isinstance(result, Mapping) else {"score": result}
+        try:
+            score = float(values.pop("score"))
+        except (KeyError, TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise InputError(f"{CUSTOM}: returned {result!r}; expected a number, or a dictionary with one as 'score'")
+        return score, values

@@ -1,4 +1,4 @@
-"""Ends a process that hangs, so that a job scheduler or a person can start it again."""
+"""A watchdog that ends a hanging process, so that a job scheduler or a person can start it again."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ import sys
 import threading
 import time
 
-GRACE = 2.0
-"""Seconds between the message and the end."""
-
 
 class Watchdog:
-    """Ends this process with status 1 when it was not fed for some time.
+    """Ends this process with status 1, after ``message``, when it was not fed for ``seconds``.
 
     verl waits without a limit where a peer has died, for one when a rollout engine dies between sampling and the next
     weight update (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:136). Ray tells the driver at once when
     its trainer is gone.
-
-    Args:
-        seconds: The longest time without food.
-        message: What to say before the end.
     """
 
     def __init__(self, seconds: float, message: str) -> None:
@@ -30,7 +23,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def feed(self) -> None:
-        """Start the time anew; the first call starts the watch."""
+        """Start the time again; the first call starts the watch."""
         self._fed = time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="gream-watchdog", daemon=True)
@@ -40,5 +33,5 @@ class Watchdog:
         while (left := self._fed + self._seconds - time.monotonic()) > 0:
             time.sleep(left)
         print(self._message, file=sys.stderr, flush=True)
-        time.sleep(GRACE)  # Ray takes what a process prints to the driver, and needs a moment for it
+        time.sleep(2)  # Ray takes what a process prints to the driver, and needs a moment for it
         os._exit(1)  # the main thread hangs: it cannot be asked

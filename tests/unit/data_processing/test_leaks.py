@@ -3,7 +3,7 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data_processing.leaks import SIMILAR, find_leak, names_title
@@ -90,6 +90,7 @@ word = st.text("abcdeghiklmnoprstu", min_size=1, max_size=5)
 
 
 @given(st.lists(word, min_size=2, max_size=4), st.lists(word, max_size=6), st.data())
+@settings(max_examples=50)
 def test_the_quick_test_before_the_fuzzy_one_loses_nothing(
     title_words: list[str], text_words: list[str], data: st.DataObject
 ) -> None:
@@ -107,9 +108,11 @@ def test_the_quick_test_before_the_fuzzy_one_loses_nothing(
     assert names_title(text, title) or not similar
 
 
-@given(st.text(max_size=80), st.text(max_size=20))
-def test_any_text_and_title_can_be_checked(text: str, title: str) -> None:
-    find_leak(text, title=title, sid=SID)
+@given(st.text(max_size=30), st.text(max_size=20), st.text(max_size=30))
+@settings(max_examples=50)
+def test_a_title_of_two_words_is_found_in_any_text(before: str, title: str, after: str) -> None:
+    title = f"{title} a"
+    assert names_title(f"{before} {title.upper()} {after}", title)
 
 
 @pytest.mark.parametrize(

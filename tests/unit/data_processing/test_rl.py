@@ -10,7 +10,7 @@ from small_data import make_data
 from data_processing.rl import SCHEMA, write_prompts
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import read_json, write_json
+from gream_verl.core.files import write_json
 from gream_verl.core.prompts import messages
 
 
@@ -38,6 +38,8 @@ def test_targets_are_those_of_the_split(folder: DataFolder) -> None:
     )
     assert keys(val) == [(user, len(sequence) - 2) for user, sequence in sequences.items()]
     assert keys(test) == 2 * [(user, len(sequence) - 1) for user, sequence in sequences.items()]
+    assert {row["extra_info"]["type"] for row in [*rl, *val]} == {"reasoning"}
+    assert [row["extra_info"]["type"] for row in test] == ["direct"] * 12 + ["reasoning"] * 12
     assert report == {
         "rows": {"rl": len(rl), "val": len(val), "test": len(test)},
         "users without a test": 0,
@@ -76,14 +78,6 @@ def test_no_rl_row_has_a_held_out_target_or_history(folder: DataFolder) -> None:
         assert items[str(number)].title not in text
 
 
-def test_modes_are_reasoning_but_for_the_first_half_of_the_test(folder: DataFolder) -> None:
-    write_prompts(folder, seed=0, test_users=5)
-    assert {row["extra_info"]["type"] for path in (folder.rl, folder.val) for row in read(path)} == {"reasoning"}
-    test = read(folder.test)
-    assert [row["extra_info"]["type"] for row in test] == ["direct"] * 5 + ["reasoning"] * 5
-    assert keys(test)[:5] == keys(test)[5:]
-
-
 def test_direct_prompts_go_to_files_of_their_own(folder: DataFolder) -> None:
     write_prompts(folder, seed=0)
     reasoning = keys(read(folder.rl))
@@ -95,24 +89,16 @@ def test_direct_prompts_go_to_files_of_their_own(folder: DataFolder) -> None:
     assert {row["extra_info"]["type"] for row in read(folder.rl)} == {"reasoning"}
 
 
-def test_samples_are_part_of_the_whole_and_rl_is_shuffled(folder: DataFolder) -> None:
+def test_samples_are_part_of_the_whole_and_the_same_seed_gives_the_same_bytes(folder: DataFolder) -> None:
     write_prompts(folder, seed=0)
-    whole = {path: keys(read(path)) for path in (folder.rl, folder.val, folder.test)}
-    assert whole[folder.rl] != sorted(whole[folder.rl])
-    report = write_prompts(folder, seed=0, rl_rows=7, val_rows=4, test_users=3)
-    assert report["rows"] == {"rl": 7, "val": 4, "test": 6}
-    assert keys(read(folder.rl)) == whole[folder.rl][:7]
-    for path in (folder.val, folder.test):
-        assert set(keys(read(path))) <= set(whole[path])
-
-
-def test_the_same_seed_gives_the_same_bytes(folder: DataFolder) -> None:
-    contents = []
-    for seed in (0, 0, 1):
-        write_prompts(folder, seed=seed, val_rows=6)
-        contents.append([path.read_bytes() for path in (folder.rl, folder.val, folder.test)])
-    assert contents[0] == contents[1]
-    assert contents[0][:2] != contents[2][:2]
+    whole, content = keys(read(folder.rl)), [path.read_bytes() for path in (folder.rl, folder.val, folder.test)]
+    assert whole != sorted(whole)
+    write_prompts(folder, seed=0)
+    assert [path.read_bytes() for path in (folder.rl, folder.val, folder.test)] == content
+    assert write_prompts(folder, seed=0, rl_rows=7)["rows"] == {"rl": 7, "val": 12, "test": 24}
+    assert keys(read(folder.rl)) == whole[:7]
+    write_prompts(folder, seed=1)
+    assert folder.rl.read_bytes() != content[0]
 
 
 def test_another_split_is_followed(folder: DataFolder) -> None:
@@ -129,12 +115,6 @@ def test_another_split_is_followed(folder: DataFolder) -> None:
     assert report["users without a test"] == len(sequences) - len(long)
 
 
-def test_users_without_a_test_are_counted(folder: DataFolder) -> None:
-    write_json(folder.inter, {"short": ["1", "2"], **read_json(folder.inter)})
-    assert write_prompts(folder, seed=0)["users without a test"] == 1
-    assert "short" not in {user for user, _ in keys(read(folder.test))}
-
-
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
@@ -149,9 +129,8 @@ def test_nothing_to_write_is_one_sentence(folder: DataFolder, sequences: dict, m
     assert not folder.rl.exists()
 
 
-def test_seven_interactions_give_one_rl_row(folder: DataFolder) -> None:
-    write_json(folder.inter, {"u": ["1", "2", "3", "4", "5", "6", "7"]})
-    write_prompts(folder, seed=0)
-    assert [row["extra_info"]["item"] for row in read(folder.rl)] == ["5"]
-    assert [row["extra_info"]["item"] for row in read(folder.val)] == ["6"]
-    assert [row["extra_info"]["item"] for row in read(folder.test)] == ["7", "7"]
+def test_seven_interactions_give_one_rl_row_and_users_without_a_test_are_counted(folder: DataFolder) -> None:
+    write_json(folder.inter, {"short": ["1", "2"], "u": ["1", "2", "3", "4", "5", "6", "7"]})
+    assert write_prompts(folder, seed=0)["users without a test"] == 1
+    items = [[row["extra_info"]["item"] for row in read(path)] for path in (folder.rl, folder.val, folder.test)]
+    assert items == [["5"], ["6"], ["7", "7"]]

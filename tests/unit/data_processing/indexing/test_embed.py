@@ -448,7 +448,7 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_command_embeds_once_and_says_what_it_did(tiny: Path, tmp_path: Path) -> None:
     folder = DataFolder(tmp_path, "toy")
-    folder.item.write_text(json.dumps({str(row): item.to_json() for row, item in enumerate(ITEMS)}))
+    folder.item.write_text(json.dumps({str(row): vars(item) for row, item in enumerate(ITEMS)}))
     command = ["embed", "--data", str(tmp_path), "--dataset", "toy", "--model", str(tiny), "--pooling", "mean"]
     command += ["--field", "title", "--field", "description", "--combine", "averaged", "--max-tokens", "32"]
     command += ["--description-characters", "150", "--no-normalize"]

@@ -30,7 +30,7 @@ def write(tmp_path):
 
 def make_folder(root, *items):
     folder = DataFolder(root, "D")
-    write_json(folder.item, {item: Item(f"Title {item}").to_json() for item in items})
+    write_json(folder.item, {item: vars(Item(f"Title {item}")) for item in items})
     return folder
 
 

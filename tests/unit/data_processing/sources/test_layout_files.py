@@ -24,31 +24,21 @@ def write(folder: Path, inter: object, items: object) -> tuple[Path, Path]:
 
 def test_the_order_of_a_sequence_stands_for_time(tmp_path: Path) -> None:
     items = {
-        "0": {
-            "title": "A &amp; B",
-            "categories": [["Film", "Horror"]],
-            "brand": "Fox",
-            "description": ["A", "B"],
-        },
+        "0": {"title": "A &amp; B", "categories": [["Film", "Horror"]], "brand": "Fox", "description": ["A", "B"]},
         "1": {"title": "Heat", "categories": "Film"},
         "2": {"title": ""},
     }
     tables = read_layout(*write(tmp_path, {"u": [1, 0, 2], "v": ["0"]}, items))
-    assert tables.interactions.rows() == [
-        ("u", "1", 0, None), ("u", "0", 1, None), ("u", "2", 2, None), ("v", "0", 0, None),
-    ]  # fmt: skip
-    assert tables.items.rows() == [
-        ("0", "A & B", "A B", "Fox", ["Film", "Horror"]), ("1", "Heat", "", "", ["Film"]),
-    ]  # fmt: skip
-    assert tables.report == {"users": 2, "interactions": 4, "items": 3, "items without a title": 1}
+    assert tables.interactions.rows() == [("u", "1", 0), ("u", "0", 1), ("u", "2", 2), ("v", "0", 0)]
+    assert tables.items.rows() == [("0", "A & B", "A B", "Fox", ["Film", "Horror"]), ("1", "Heat", "", "", ["Film"])]
+    assert tables.report == {"interaction rows": 4, "item rows": 3, "items without a title": 1}
 
 
 @pytest.mark.parametrize(
     ("inter", "items", "message"),
     [
         (["u"], {}, r"D\.inter\.json: expected \{user: \[item"),
-        ({"u": "1"}, {}, r"D\.inter\.json: user 'u': expected a list of item ids"),
-        ({"u": [None]}, {}, r"D\.inter\.json: user 'u': expected a list of item ids"),
+        ({"u": [None]}, {}, r"D\.inter\.json: user 'u': no list of ids"),
         ({}, {"1": "Heat"}, r"D\.item\.json: expected \{item: \{title"),
     ],
 )
@@ -58,11 +48,10 @@ def test_other_forms_are_named(tmp_path: Path, inter: object, items: object, mes
 
 
 def test_items_are_read_as_the_data_folder_reads_them(tmp_path: Path) -> None:
-    long = "Keyboards and everything that goes with them, and more of the same and so on"
     items = {
         "0": {"title": "A", "categories": "Musical Instruments,Guitar & Bass, Picks"},
         "1": {"title": "B", "categories": [["Film", "Horror"], ["Film"]], "description": ["x", "y"], "brand": "Fox"},
-        "2": {"title": "C", "categories": [long]},
+        "2": {"title": "C", "categories": ["Keyboards and everything that goes with them, and more of the same"]},
     }
     tables = read_layout(*write(tmp_path, {"u": ["0", "1", "2"]}, items))
     read = {row.pop("item"): row for row in tables.items.iter_rows(named=True)}
@@ -70,7 +59,7 @@ def test_items_are_read_as_the_data_folder_reads_them(tmp_path: Path) -> None:
         assert read[key] == {**vars(item), "categories": list(item.categories)}
 
 
-@pytest.mark.skipif(not BEAUTY.is_dir(), reason="Beauty 2014 is not on this machine")
+@pytest.mark.skipif(not BEAUTY.is_dir(), reason="GREAM_SHARED_DATA holds no beauty2014")
 def test_beauty_has_the_numbers_that_are_published(tmp_path: Path) -> None:
     tables = read_layout(BEAUTY / "Beauty.inter.json", BEAUTY / "Beauty.item.json")
     statistics = prepare(tables, DataFolder(tmp_path, "Beauty"))["statistics"]

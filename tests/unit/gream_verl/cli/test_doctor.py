@@ -25,7 +25,7 @@ def test_what_is_missing_is_said_with_a_remedy_and_the_command_fails(monkeypatch
     monkeypatch.setattr(doctor, "_plugins", list)
     monkeypatch.setattr("sys.argv", ["gream", "doctor"])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        cli()
     assert caught.value.code == 1
     printed = capsys.readouterr()
     assert "ray: not installed; run `make env`" in printed.err
@@ -63,13 +63,11 @@ def test_the_supported_range_holds_the_release_that_the_extras_pin():
         assert doctor.SUPPORTED_VERL.contains(pinned.partition("==")[2])
 
 
-def test_a_plugin_that_does_not_load_is_a_finding_not_a_crash(monkeypatch):
-    from gream_verl.plugin import register as plugin
+def test_a_plugin_that_is_not_registered_is_a_finding_not_a_crash(monkeypatch):
+    from verl.trainer.ppo import core_algos
 
-    def broken():
-        raise RuntimeError("entry point is broken")
-
-    monkeypatch.setattr(plugin, "self_check", broken)
-    (finding,) = doctor._plugins()
-    assert not finding.ok
-    assert "entry point is broken" in finding.detail
+    monkeypatch.delitem(core_algos.ADV_ESTIMATOR_REGISTRY, "bgae")
+    broken = [finding for finding in doctor._plugins() if not finding.ok]
+    assert [finding.subject for finding in broken] == ["advantage estimator bgae"]
+    assert "bgae" in broken[0].detail
+    assert "--force-reinstall" in broken[0].remedy

@@ -56,11 +56,3 @@ def test_a_place_that_takes_no_files_is_one_sentence(place):
 def test_an_error_about_another_file_is_passed_on(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "out.json"):
         (tmp_path / "absent").read_text()
-
-
-def test_a_folder_of_a_similar_name_is_suggested(tmp_path):
-    (tmp_path / "quickstart").mkdir()
-    with pytest.raises(InputError, match=r"did you mean .*/quickstart\? Else build it$"):
-        read_json(tmp_path / "quickstrt" / "data" / "x.json", "build it")
-    with pytest.raises(InputError, match=r"no such file; build it$"):
-        read_json(tmp_path / "elsewhere" / "x.json", "build it")

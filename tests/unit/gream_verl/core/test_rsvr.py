@@ -181,8 +181,3 @@ def test_whatever_the_strict_gate_accepts_the_reference_search_finds_a_sid_in(re
     answer = strict_answer(response, mode)
     if answer is not None:
         assert reference_answer(response, mode) == answer
-
-
-def test_a_very_long_response_takes_no_time():
-    response = "<think>" * 20_000 + "<|a_1|>" * 20_000 + "<answer>" * 20_000
-    assert score_response(response, TRUTH).score == 0

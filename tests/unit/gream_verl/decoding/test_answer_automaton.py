@@ -45,7 +45,7 @@ def words(tokens: set[int]) -> set[str]:
 
 
 @given(st.lists(st.integers(0, VOCABULARY - 1), max_size=30))
-@settings(max_examples=300)
+@settings(max_examples=60)
 def test_free_text_is_followed_character_by_character(tokens):
     text, state = "", np.array([FREE])
     for token in tokens:
@@ -131,7 +131,7 @@ def test_the_end_stays_the_end():
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_whatever_is_sampled_every_finished_answer_is_an_item(seed):
     generator = torch.Generator().manual_seed(seed)
     direct = np.array([False, False, False, True])
@@ -165,5 +165,5 @@ def test_logits_that_stay_allowed_keep_their_values():
 
 
 def test_an_index_that_the_tokenizer_does_not_know_is_refused():
-    with pytest.raises(InputError, match=r"here: .* SID tokens"):
+    with pytest.raises(InputError, match=r"here: <\|b_5\|> is not one token"):
         AnswerAutomaton.build(make_index(items=60, codes=9), TOKENIZER, "here")

@@ -172,7 +172,7 @@ def assert_same(left: list[list[tuple[int, float]]], right: list[list[tuple[int,
     score=st.sampled_from(get_args(Score)),
     shared=st.integers(0, 3),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_equals_hugging_face_on_random_models_trees_and_prompts(
     seed: int, levels: int, codes: int, share: float, users: int, beams: int, score: Score, shared: int
 ) -> None:
@@ -187,7 +187,7 @@ def test_equals_hugging_face_on_random_models_trees_and_prompts(
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("collisions", [False, True])
 @pytest.mark.parametrize("score", get_args(Score))
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_is_the_exact_ranking_when_there_is_a_beam_for_every_item(
     attention: str, collisions: bool, score: Score, seed: int
 ) -> None:
@@ -281,8 +281,7 @@ def one_by_one(
 
 
 @pytest.mark.parametrize("score", get_args(Score))
-@pytest.mark.parametrize("beams", [1, 2, 4, 7])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "beams"), [(0, 1), (1, 3), (2, 7)])
 def test_sids_of_many_lengths_are_found_as_by_the_definition(seed: int, beams: int, score: Score) -> None:
     model = tiny_model(seed)
     short = [[FIRST_SID_TOKEN + 14 + item, -1, -1, -1] for item in range(3)]

@@ -1,59 +1,32 @@
 from __future__ import annotations
 
-import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from assets import make_index, make_tiny_model
-from hypothesis import given
+from assets import make_index
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.errors import InputError
-from gream_verl.decoding.prefix_tree import PrefixTree
-from gream_verl.evaluation.memory import out_of_memory
-from gream_verl.evaluation.prompts import load_model
-from gream_verl.evaluation.ranking import ItemRanker, shared_prefix
-from gream_verl.model.vocabulary import sid_token_ids
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.ranking import ItemRanker, encode, shared_prefix
+from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 
 INSTRUCTION = [4, 9, 11, 30]
+SEQUENCES = [INSTRUCTION + [1 + (7 * user + place) % 200 for place in range(1 + user % 4)] for user in range(7)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("ranking") / "model", make_index())
-
-
-@pytest.fixture
-def ranker(folder: Path) -> ItemRanker:
-    return make_ranker(folder)
-
-
-def make_ranker(folder: Path, batch_size: int = 8, prefix: tuple[int, ...] = ()) -> ItemRanker:
-    index = make_index()
-    model, tokenizer = load_model(folder)
-    tree = PrefixTree.from_index(index, sid_token_ids(tokenizer, index, str(folder)))
-    return ItemRanker(model, tree, list(index.sids), 5, batch_size, prefix=prefix)
-
-
-def prompts(count: int) -> list[list[int]]:
-    return [INSTRUCTION + [1 + (7 * user + place) % 200 for place in range(1 + user % 4)] for user in range(count)]
-
-
-def run_out_above(ranker: ItemRanker, most: int) -> list[int]:
-    """Let the model run out of memory for more than ``most`` sequences; return the sizes it was called with."""
-    sizes: list[int] = []
-
-    def refuse(_: object, __: object, inputs: dict[str, torch.Tensor]) -> None:
-        sizes.append(len(inputs["input_ids"]))
-        if sizes[-1] > most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    ranker.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    return sizes
+def make_ranker(world: Path, prefix: tuple[int, ...] = ()) -> ItemRanker:
+    model, tokenizer = load_model(world / "model", inference=True), load_tokenizer(world / "model")
+    return ItemRanker(model, tokenizer, make_index(), EvaluationOptions(beams=5, batch_size=3), prefix)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5))
+@settings(max_examples=25)
 def test_the_shared_prefix_is_the_longest_that_leaves_each_prompt_a_token(sequences: list[list[int]]) -> None:
     prefix = list(shared_prefix(sequences))
     longest = max(
@@ -64,71 +37,34 @@ def test_the_shared_prefix_is_the_longest_that_leaves_each_prompt_a_token(sequen
     assert prefix == sequences[0][:longest]
 
 
-def test_a_prefix_computed_once_changes_no_ranking(folder: Path) -> None:
-    plain, cached = make_ranker(folder), make_ranker(folder, prefix=shared_prefix(prompts(7)))
-    dropped = [[str(user)] for user in range(7)]
-    expected, found = (dict(ranker.rank(prompts(7), dropped)) for ranker in (plain, cached))
-    for place, ranking in expected.items():
-        assert list(found[place]) == list(ranking)
-        assert list(found[place].values()) == pytest.approx(list(ranking.values()), abs=1e-4)
+def test_a_prefix_computed_once_changes_no_ranking(world: Path) -> None:
+    prompts = [(sequence, [str(user)]) for user, sequence in enumerate(SEQUENCES)]
+    plain, cached = make_ranker(world), make_ranker(world, shared_prefix(SEQUENCES))
+    for ranking, other in zip(plain.rank(prompts), cached.rank(prompts), strict=True):
+        assert list(other) == list(ranking)
+        assert list(other.values()) == pytest.approx(list(ranking.values()), abs=1e-4)
     with pytest.raises(ValueError, match="does not begin with the prefix"):
-        list(cached.rank([[1, 2, 3]], [[]]))
+        cached.rank([([1, 2, 3], [])])
 
 
-def test_out_of_memory_halves_the_batch_never_the_beams_and_says_so(
-    folder: Path, ranker: ItemRanker, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = dict(ranker.rank(prompts(11), [[]] * 11))
-    sizes = run_out_above(ranker, 3)
-    with caplog.at_level(logging.WARNING):
-        found = dict(ranker.rank(prompts(11), [[]] * 11))
-    assert sorted(found) == sorted(expected) == list(range(11))
-    for place, ranking in expected.items():
-        assert list(found[place]) == list(ranking)
-        assert len(ranking) == 5
-    assert ranker.batch_size == 2
-    assert [size for size in sizes if size > 3] == [8, 4]
-    assert [record.message for record in caplog.records] == [
-        f"out of memory: batches of {size} from now on, 5 beams as before" for size in (4, 2)
-    ]
+def test_an_item_that_is_twice_in_a_history_is_not_recommended(world: Path) -> None:
+    ranker = make_ranker(world)
+    best = next(iter(ranker.rank([(SEQUENCES[0], [])])[0]))
+    assert best not in ranker.rank([(SEQUENCES[0], [best, "no such item", best])])[0]
 
 
-def test_batches_are_halved_from_what_failed_and_not_from_the_size_asked_for(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ranker = make_ranker(folder, batch_size=100)
-    sizes = run_out_above(ranker, 3)
-    assert len(list(ranker.rank(prompts(6), [[]] * 6))) == 6
-    assert [size for size in sizes if size > 3] == [6]
-    assert ranker.batch_size == 3
-
-
-def test_an_item_that_is_twice_in_a_history_is_not_recommended(ranker: ItemRanker) -> None:
-    best = next(iter(dict(ranker.rank(prompts(1), [[]]))[0]))
-    [(_, ranking)] = ranker.rank(prompts(1), [[best, "no such item", best]])
-    assert best not in ranking
-
-
-def test_no_memory_for_a_single_prompt_is_one_sentence(ranker: ItemRanker) -> None:
-    run_out_above(ranker, 0)
-    with pytest.raises(InputError, match=r"no memory for a batch of one with 5 beams; use fewer --beams"):
-        list(ranker.rank(prompts(2), [[], []]))
-
-
-def test_only_a_lack_of_memory_is_taken_for_one() -> None:
-    with pytest.raises(RuntimeError) as refused:
-        torch.empty(2**60)
-    assert out_of_memory(refused.value)
-    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
-    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
-    assert out_of_memory(MemoryError())
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
-def test_another_error_of_the_model_is_not_hidden(ranker: ItemRanker) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("something else")
-
-    ranker.model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="something else"):
-        list(ranker.rank(prompts(2), [[], []]))
+def test_prompts_that_do_not_fit_are_refused_with_a_remedy(world: Path) -> None:
+    tokenizer = load_tokenizer(world / "model")
+    config = load_decoding_config(world / "model", tokenizer)
+    prompts, _ = read_prompts(world / "tiny-test.parquet", "direct")
+    arguments: dict[str, Any] = {"prompts": prompts, "index": make_index(), "tokenizer": tokenizer, "config": config}
+    longest = max(map(len, encode(**arguments, room=4)))
+    assert encode(**arguments, room=config.max_position_embeddings - longest)
+    with pytest.raises(InputError, match="shorter history"):
+        encode(**arguments, room=config.max_position_embeddings - longest + 1)
+    other = ItemIndex.from_codes([str(item) for item in range(24)], [[9, item] for item in range(24)])
+    with pytest.raises(InputError, match=r"another index.*gream data rl"):
+        encode(**(arguments | {"index": other}), room=4)
+    with pytest.raises(InputError, match="chat_template"):
+        tokenizer.chat_template = None
+        encode(**(arguments | {"prompts": [replace(prompts[0])]}), room=4)

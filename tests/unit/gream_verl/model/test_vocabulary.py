@@ -2,7 +2,6 @@ import json
 
 import pytest
 import torch
-from small_data import make_data
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AddedToken,
@@ -18,8 +17,6 @@ from transformers import (
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex
-from gream_verl.model import embedding_rows
-from gream_verl.model.embedding_rows import ROWS, read_item_texts, text_shares
 from gream_verl.model.tiny_model import make_tiny_model, train_tokenizer
 from gream_verl.model.vocabulary import (
     NOISE,
@@ -33,8 +30,6 @@ from gream_verl.model.vocabulary import (
 
 INDEX = ItemIndex.from_codes([str(n) for n in range(12)], [[n // 4, n % 4] for n in range(12)])
 TEXTS = ["Recommend the next film after Fargo (1996), a Drama.", "Heat is a Crime film <|a_1|><|b_2|>"] * 20
-WORDS = ("Fargo", "Heat", "Drama")
-ITEMS = {str(n): {"title": WORDS[n // 4], "description": "", "categories": ["Crime"]} for n in range(12)}
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}\n\n{{ m.content }}<|eot|>{% endfor %}"
 
@@ -91,17 +86,15 @@ def make_base(family, tied, dtype, rows=None):
 
 @pytest.fixture
 def files(tmp_path):
-    """A base on disk, an index and its items; returns what `extend_checkpoint` needs first."""
-    model, tokenizer = make_base("qwen3", True, torch.float32, rows=384)
+    """A base on disk, and an index; returns what `extend_checkpoint` needs first."""
+    model, tokenizer = make_base("qwen3", True, torch.bfloat16, rows=384)
     model.generation_config.update(do_sample=True, top_k=7)
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     INDEX.save(tmp_path / "D.index.json")
-    write_json(tmp_path / "D.item.json", ITEMS)
     return str(tmp_path / "base"), tmp_path / "D.index.json", tmp_path / "out"
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(
     ("family", "tied", "dtype"),
     [
@@ -112,13 +105,13 @@ def files(tmp_path):
         ("llama2", True, torch.float32),
     ],
 )
-def test_base_rows_stay_and_every_new_row_is_drawn_in_each_family(family, tied, dtype, rows):
+def test_base_rows_stay_and_every_new_row_is_drawn_in_each_family(family, tied, dtype):
     model, tokenizer = make_base(family, tied, dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     special = tokenizer.special_tokens_map, tokenizer.all_special_ids, tokenizer.chat_template
     greeting = tokenizer.encode("Fargo is a Drama")
     base = len(tokenizer)
-    done = extend_model(model, tokenizer, INDEX, rows=rows, texts={"1": "Fargo", "5": "Heat"}, seed=3)
+    done = extend_model(model, tokenizer, INDEX, seed=3)
 
     assert (done["first_id"], done["last_id"], done["tied"]) == (base, len(tokenizer) - 1, tied)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
@@ -170,58 +163,6 @@ def test_mean_rows_lie_close_to_the_mean_and_distribution_rows_spread_as_the_bas
     assert torch.allclose(torch.cov(drawn["distribution"].T), torch.cov(old.T), atol=float(0.1 * old.var(0).max()))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_rows_of_texts_are_what_the_module_says(tied, monkeypatch):
-    monkeypatch.setattr(embedding_rows, "ITEMS_AT_ONCE", 2)
-    monkeypatch.setattr(embedding_rows, "COLUMNS_AT_ONCE", 5)
-    texts = {"0": "Fargo", "1": "Heat Fargo", "4": "Heat", "8": "Drama Drama", "9": ""}
-    model, tokenizer = make_base("qwen3", tied, torch.float32)
-    base, before = len(tokenizer), {name: value.clone() for name, value in model.state_dict().items()}
-    extend_model(model, tokenizer, INDEX, rows="texts", texts=texts, seed=1)
-    close, _ = make_base("qwen3", tied, torch.float32)
-    extend_model(close, qwen_tokenizer(), INDEX, rows="mean", seed=1)
-    ids = sid_token_ids(tokenizer, INDEX)
-    means = {}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        old, mean, weight = before[name][:base], close.state_dict()[name], model.state_dict()[name]
-        means[name] = mean[base:]
-
-        def mean_row(text, old=old):
-            return old[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0)
-
-        said = {  # item 0 is <|a_1|><|b_1|>, item 1 <|a_1|><|b_2|>, item 4 <|a_2|><|b_1|>, item 8 <|a_3|><|b_1|>
-            "<|a_1|>": ["Fargo", "Heat Fargo"],
-            "<|a_2|>": ["Heat"],
-            "<|a_3|>": ["Drama Drama"],
-            "<|b_1|>": ["Fargo", "Heat", "Drama Drama"],
-            "<|b_2|>": ["Heat Fargo"],
-        }
-        told = {token: torch.stack([mean_row(text) for text in texts]).mean(0) for token, texts in said.items()}
-        for token, row in told.items():
-            level = torch.stack([other for name, other in told.items() if name[2] == token[2]]).mean(0)
-            direction = (row - level) / (row - level).norm()
-            expected = mean[ids[token]] + old.std(0).norm() * direction
-            assert torch.allclose(weight[ids[token]], expected, atol=1e-5)
-        rest = sorted({*range(base, len(weight))} - {ids[token] for token in told})
-        assert torch.equal(weight[rest], mean[rest])  # codes without texts, tags, padding
-    drawn, statistics = [], [before[name][:base] for name in means]
-    for mean, old in zip(means.values(), statistics, strict=True):
-        drawn.append((mean - old.mean(0)) / old.std(0))
-    assert torch.allclose(*drawn, atol=1e-4) == tied  # a head of its own has a draw of its own
-
-
-def test_every_item_and_every_token_of_an_item_counts_the_same():
-    tokenizer = qwen_tokenizer()
-    texts = {"0": "Fargo", "1": "Heat Fargo Drama", "2": "Crime"}
-    shares = text_shares(tokenizer, INDEX, texts, len(tokenizer)).toarray()
-    first = sum(
-        torch.bincount(torch.tensor(ids), minlength=len(tokenizer)) / len(ids)
-        for ids in tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
-    )
-    assert torch.allclose(torch.from_numpy(shares[0]), (first / 3).float())
-    assert shares.sum(axis=1).round(5).tolist() == [1, 0, 0, 1, 1, 1, 0]
-
-
 @pytest.mark.parametrize(
     ("rows", "multiple"), [(151_936, 128), (49_152, 128), (128_256, 128), (32_016, 16), (50_257, 64), (100, 64)]
 )
@@ -243,112 +184,43 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 def test_a_checkpoint_is_extended_and_keeps_what_the_base_had(files):
     base, index, output = files
-    done, made = extend_checkpoint(base, index, output)
-    assert made
+    done = extend_checkpoint(base, index, output)
     assert json.loads((output / RECORD).read_text()) == done
+    assert done["base"] == base
     assert done["added"] == len(INDEX.tokens) + 2
     assert done["reasoning_tokens"] == ["<think>", "</think>"]
     assert (done["rows_before"], done["rows_after"], done["multiple"]) == (384, 384, 128)
     old, new = (AutoTokenizer.from_pretrained(folder) for folder in (base, output))
     assert (output / "chat_template.jinja").read_bytes() == (index.parent / "base/chat_template.jinja").read_bytes()
     assert (old.eos_token, old.pad_token, old.bos_token) == (new.eos_token, new.pad_token, new.bos_token)
-    loaded = AutoModelForCausalLM.from_pretrained(output)
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
     assert loaded.generation_config.top_k == 7
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert loaded.get_input_embeddings().num_embeddings == loaded.config.vocab_size
     assert sid_token_ids(new, INDEX) == {token: done["first_id"] + 2 + n for n, token in enumerate(INDEX.tokens)}
 
 
-def test_the_same_inputs_are_not_done_again_and_others_are_refused_unless_told(files):
-    base, index, output = files
-    items = index.with_name("D.item.json")
-    assert extend_checkpoint(base, index, output, rows="texts")[1]
-    same = index.with_name("same.index.json")  # other bytes, the same tokens and texts
-    same.write_text(json.dumps(json.loads(index.read_text()), indent=3))
-    done = (output / RECORD).stat().st_ino
-    for file in (index, same):
-        assert extend_checkpoint(base, file, output, items=items, rows="texts")[1] is False
-    assert (output / RECORD).stat().st_ino == done
-
-    more, other = index.with_name("more.index.json"), index.with_name("other.item.json")
-    write_json(more, {**json.loads(index.read_text()), "new": ["<|a_9|>", "<|b_1|>"]})
-    write_json(other, {**ITEMS, "0": {"title": "Heat"}})
-    changed = [
-        {"rows": "mean", "items": None},
-        {"seed": 1},
-        {"index_file": more},
-        {"items": other},
-    ]
-    first = {"base": base, "index_file": index, "output": output, "items": items, "rows": "texts"}
-    for change in changed:
-        with pytest.raises(InputError, match="--overwrite"):
-            extend_checkpoint(**{**first, **change})
-    (index.parent / "base" / "chat_template.jinja").write_text("another base")
-    with pytest.raises(InputError, match="--overwrite"):
-        extend_checkpoint(**first)
-    assert extend_checkpoint(base, index, output, rows="mean", overwrite=True)[0]["rows"] == "mean"
-
-
-def test_without_texts_the_items_of_a_code_do_not_matter(files):
-    base, index, output = files
-    extend_checkpoint(base, index, output)
-    sids = json.loads(index.read_text())
-    write_json(index, {**sids, "0": sids["1"], "1": sids["0"]})
-    assert extend_checkpoint(base, index, output)[1] is False
-    write_json(index, {**sids, "new": ["<|a_9|>", "<|b_1|>"]})
-    with pytest.raises(InputError, match="--overwrite"):
-        extend_checkpoint(base, index, output)
-
-
-def test_an_edited_checkpoint_is_kept(files):
-    base, index, output = files
-    extend_checkpoint(base, index, output)
-    (output / "chat_template.jinja").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"changed since .*\(chat_template.jinja\)"):
-            extend_checkpoint(base, index, output, overwrite=overwrite)
-    with pytest.raises(InputError, match="`gream model tiny` did not write it"):
-        make_tiny_model(TEXTS, INDEX, output, vocabulary_size=320, hidden_size=16, layers=1, heads=2)
-    with pytest.raises(InputError, match="is an input"):
-        extend_checkpoint(base, index, index.parent / "base", overwrite=True)
-    assert (output / "chat_template.jinja").read_text() == "mine"
-
-
 def test_a_refusal_comes_before_the_model_is_loaded(files, monkeypatch):
     base, index, output = files
     extend_checkpoint(base, index, output)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    for given in ({"rows": "mean"}, {"base": str(output), "output": output.with_name("twice")}):
-        with pytest.raises(InputError, match=r"--overwrite|already"):
+    for given, message in (
+        ({}, "--overwrite"),
+        ({"output": index.parent / "base"}, "is an input"),
+        ({"base": f"{base}-absent", "output": output.with_name("twice")}, "cannot be loaded"),
+        ({"base": str(output), "output": output.with_name("twice")}, r"holds 7 SID tokens; .*--grow"),
+    ):
+        with pytest.raises(InputError, match=message):
             extend_checkpoint(**{"base": base, "index_file": index, "output": output, **given})
+    assert not output.with_name("twice").exists()
 
 
-def test_a_base_with_sid_tokens_is_refused_with_what_was_added_to_it(files):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, recorded):
     base, index, output = files
     extend_checkpoint(base, index, output)
-    with pytest.raises(InputError, match=r"holds 7 SID tokens already, 9 tokens added to .*base; .*--grow"):
-        extend_checkpoint(str(output), index, output.with_name("twice"))
-    write_json(output / RECORD, [])
-    with pytest.raises(InputError, match="not a record"):
-        extend_checkpoint(str(output), index, output.with_name("twice"))
-    tiny = output.with_name("tiny")
-    make_tiny_model(TEXTS, INDEX, tiny, vocabulary_size=320, hidden_size=16, layers=1, heads=2)
-    with pytest.raises(InputError, match=r"holds 7 SID tokens already; .*--grow"):
-        extend_checkpoint(str(tiny), index, output.with_name("twice"))
-
-
-def test_the_number_format_of_the_base_is_kept(files):
-    base, index, output = files
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
-    extend_checkpoint(base, index, output)
-    assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, rows):
-    base, index, output = files
-    extend_checkpoint(base, index, output)
-    if rows == "mean":  # as SFT leaves it
+    if not recorded:  # as SFT leaves it
         (output / RECORD).unlink()
     trained = AutoModelForCausalLM.from_pretrained(output)
     first = min(sid_token_ids(AutoTokenizer.from_pretrained(output), INDEX).values())
@@ -359,28 +231,37 @@ def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, rows)
     sids = {item: list(sid) for item, sid in INDEX.sids.items()}
     write_json(index, {**sids, "0": [*sids["0"], "<|c_1|>"], "new": [*sids["0"], "<|c_2|>"]})
     grown = output.with_name("grown")
-    done, _ = extend_checkpoint(str(output), index, grown, rows=rows, grow=True)
-    assert (done["added"], done.get("earlier", {}).get("added")) == (2, None if rows == "mean" else 9)
+    done = extend_checkpoint(str(output), index, grown, grow=True)
+    assert (done["added"], done.get("earlier", {}).get("added")) == (2, 9 if recorded else None)
     assert done["reasoning_tokens"] == ["<think>", "</think>"]
     new = AutoModelForCausalLM.from_pretrained(grown).model.embed_tokens.weight
     assert torch.equal(new[: done["first_id"]], old[: done["first_id"]])
     assert new[done["first_id"] :].abs().max() < 1  # drawn like text rows, not like trained SID rows
     sid_token_ids(AutoTokenizer.from_pretrained(grown), ItemIndex.load(index))
     with pytest.raises(InputError, match="knows each of its tokens"):
-        extend_checkpoint(str(grown), index, output.with_name("again"), grow=True, rows=rows)
+        extend_checkpoint(str(grown), index, output.with_name("again"), grow=True)
 
 
 def test_the_same_seed_makes_the_same_bytes(files):
     base, index, output = files
-    for name in ("one", "two"):
-        extend_checkpoint(base, index, output.with_name(name), seed=5)
-    for file in (output.with_name("one")).iterdir():
-        assert file.read_bytes() == (output.with_name("two") / file.name).read_bytes()
-    for name in ("three", "four"):
+    for name in ("one", "two", "tiny one", "tiny two"):
         folder = output.with_name(name)
-        make_tiny_model(TEXTS, INDEX, folder, vocabulary_size=320, hidden_size=16, layers=1, heads=2, seed=5)
-    for file in (output.with_name("three")).iterdir():
-        assert file.read_bytes() == (output.with_name("four") / file.name).read_bytes()
+        if "tiny" in name:
+            make_tiny_model(TEXTS, INDEX, folder, vocabulary_size=320, hidden_size=16, layers=1, heads=2, seed=5)
+        else:
+            extend_checkpoint(base, index, folder, seed=5)
+    for kind in ("", "tiny "):
+        for file in output.with_name(f"{kind}one").iterdir():
+            assert file.read_bytes() == (output.with_name(f"{kind}two") / file.name).read_bytes()
+
+
+def test_the_tiny_model_replaces_an_earlier_one_and_no_other(files):
+    _, index, output = files
+    sizes = {"vocabulary_size": 320, "hidden_size": 16, "layers": 1, "heads": 2}
+    made = [make_tiny_model(TEXTS, INDEX, output, **sizes) for _ in range(2)]
+    assert made[0] == made[1] == {"vocabulary": 320, "parameters": 8256}
+    with pytest.raises(InputError, match="`gream model tiny` did not write it"):
+        make_tiny_model(TEXTS, INDEX, index.parent / "base", **sizes)
 
 
 def test_the_chat_template_is_that_of_llamafactory():
@@ -389,49 +270,20 @@ def test_the_chat_template_is_that_of_llamafactory():
     messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     rendered = qwen_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     template = TEMPLATES["qwen3_nothink"]
-    system = template.format_system.apply(content="S")
-    user = template.format_user.apply(content="U")
-    assert rendered == "".join(system + user)
-
-
-def test_what_cannot_be_used_is_one_sentence(files):
-    base, index, output = files
-    with pytest.raises(InputError, match="cannot be loaded"):
-        extend_checkpoint(f"{base}-absent", index, output)
-    items = index.with_name("D.item.json")
-    for unusable in ({"elsewhere": {"title": "Fargo"}}, {}):
-        write_json(items, unusable)
-        with pytest.raises(InputError, match=r"D.item.json: has no text of any item of .*D.index.json"):
-            extend_checkpoint(base, index, output, rows="texts")
-    with pytest.raises(InputError, match="only --rows texts reads it"):
-        extend_checkpoint(base, index, output, items=items, rows="mean")
-    items.unlink()
-    with pytest.raises(InputError, match=r"D.item.json: no such file; .*--items"):
-        extend_checkpoint(base, index, output, rows="texts")
-    assert extend_checkpoint(base, index, output, rows="distribution")[1]
-    assert not list(output.parent.glob(".out*"))
-
-
-def test_item_texts_take_the_fields_that_are_there(tmp_path):
-    write_json(tmp_path / "one.json", {"1": {"title": "Heat", "brand": None, "categories": ["Crime", "Drama"]}})
-    assert read_item_texts(tmp_path / "one.json") == {"1": "Heat Crime Drama"}
-    data = make_data(tmp_path)
-    assert set(read_item_texts(data.item)) == set(data.read_items())
-
-
-def test_a_model_without_sid_tokens_names_the_remedy():
-    with pytest.raises(InputError, match="gream model extend"):
-        sid_token_ids(qwen_tokenizer(), INDEX)
+    assert rendered == "".join(template.format_system.apply(content="S") + template.format_user.apply(content="U"))
 
 
 def test_sid_tokens_that_are_not_one_ordinary_token_with_a_row_are_refused(files):
     tokenizer = qwen_tokenizer()
     ids = tokenizer.encode("Fargo", add_special_tokens=False)
+    with pytest.raises(InputError, match=r"<\|a_1\|>, are not in the tokenizer; .*gream model extend"):
+        sid_token_ids(tokenizer, INDEX)
     tokenizer.add_tokens([AddedToken("<|a_1|>", special=True), AddedToken("<|a_2|>"), AddedToken("<|b_1|>")])
     assert token_ids(tokenizer, ["<|a_2|>"], rows=len(tokenizer)).keys() == {"<|a_2|>"}
-    with pytest.raises(InputError, match=r"1 SID tokens, <\|a_1\|> among them, are special"):
+    assert token_ids(tokenizer, ["<|a_1|>"], allow_special=True).keys() == {"<|a_1|>"}
+    with pytest.raises(InputError, match=r"<\|a_1\|>, are special tokens"):
         token_ids(tokenizer, ["<|a_2|>", "<|a_1|>"])
-    with pytest.raises(InputError, match=r"<\|b_1\|> among them, are beyond the \d+ rows"):
+    with pytest.raises(InputError, match=r"<\|b_1\|>, are beyond the \d+ rows"):
         token_ids(tokenizer, ["<|a_2|>", "<|b_1|>"], rows=len(tokenizer) - 1)
     backend = Tokenizer(models.WordLevel({"<": 0, "|": 1, "<|c_1|>": 2}, unk_token="<"))
     backend.pre_tokenizer = pre_tokenizers.Punctuation()
@@ -441,5 +293,5 @@ def test_sid_tokens_that_are_not_one_ordinary_token_with_a_row_are_refused(files
 
     base, index, output = files
     tokenizer.save_pretrained(base)
-    with pytest.raises(InputError, match="special tokens"):
+    with pytest.raises(InputError, match="are special tokens"):
         extend_checkpoint(base, index, output, grow=True)

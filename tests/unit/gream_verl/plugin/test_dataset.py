@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import copy
-import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import verl  # noqa: F401  loads the plugin
+import verl  # loads the plugin
 from assets import make_index, make_tokenizer, rl_rows, write_rl_files
 from omegaconf import OmegaConf
 
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import write_json
-from gream_verl.core.prompts import TEMPLATES, messages
-from gream_verl.core.semantic_ids import ItemIndex, find_sids, find_tokens, parse_sid
+from gream_verl.core.semantic_ids import parse_sid
 from gream_verl.plugin.dataset import SemanticIdDataset
 
 INDEX = make_index()
@@ -117,21 +114,6 @@ def test_a_prompt_that_cannot_be_shortened_enough_is_named(tmp_path, tokenizer):
     path = write(tmp_path / "rl.parquet", rows)
     with pytest.raises(InputError, match=r"rl\.parquet: row 2: the prompt is longer than data\.max_prompt_length=60"):
         SemanticIdDataset(path, tokenizer, config(tmp_path, max_prompt_length=60))
-    with pytest.raises(InputError, match=r"tiny\.inter\.json: the prompt is longer than data\.max_prompt_length=60"):
-        made(tmp_path, tokenizer, max_prompt_length=60)
-
-
-def test_a_history_may_hold_an_item_that_was_retired(tmp_path, tokenizer):
-    rows = rl_rows(INDEX, 3)
-    shown = [find_sids(rows[place]["prompt"][0]["content"]) for place in range(3)]
-    sids = {item: sid for item, sid in INDEX.sids.items() if sid not in shown[0]}
-    retired = {item: list(sid) for item, sid in INDEX.sids.items() if sid in shown[0]}
-    ItemIndex(sids).save(tmp_path / "few.index.json")
-    path, options = write(tmp_path / "rl.parquet", rows), config(tmp_path, index_file=str(tmp_path / "few.index.json"))
-    with pytest.raises(InputError, match=r"row 0: .* is no item of"):
-        SemanticIdDataset(path, tokenizer, options)
-    (tmp_path / "few.retired.json").write_text(json.dumps(retired))
-    assert len(SemanticIdDataset(path, tokenizer, options)) == 3
 
 
 def test_a_shown_item_outside_the_index_is_named(tmp_path, tokenizer):
@@ -151,142 +133,18 @@ def test_long_rows_are_kept_and_other_options_of_the_template_are_passed_on(tmp_
     assert length(tokenizer, dataset[0]["raw_prompt"]) <= 40
 
 
-def test_prompts_that_are_not_text_are_left_alone(tmp_path, tokenizer):
-    rows = [{**row, "prompt": [{"role": "user", "content": [{"type": "text"}]}]} for row in rl_rows(INDEX, 1)]
-    dataset = SemanticIdDataset(write(tmp_path / "rl.parquet", rows), tokenizer, config(tmp_path))
-    assert dataset[0]["raw_prompt"] == rows[0]["prompt"]
-
-
-def test_options_for_rows_on_the_fly_are_refused_beside_parquet(tmp_path, tokenizer):
-    path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 3))
-    options = {"next_item": {"history": 3}, "val_files": path}
-    assert len(SemanticIdDataset(path, tokenizer, config(tmp_path, **options))) == 3
-    with pytest.raises(InputError, match=r"data\.next_item: has no effect on .*rl\.parquet"):
-        SemanticIdDataset(path, tokenizer, config(tmp_path, **{**options, "val_files": None}))
-
-
-def made(tmp_path, tokenizer, sequences=None, **options):
-    items = list(INDEX.sids)
-    write_json(tmp_path / "tiny.inter.json", sequences or {f"u{row}": items[row:] + items[:row] for row in range(4)})
-    INDEX.save(tmp_path / "tiny.index.json")
-    options = {"index_file": str(tmp_path / "tiny.index.json"), "shuffle": False, "seed": 0, **options}
-    return SemanticIdDataset(str(tmp_path / "tiny.inter.json"), tokenizer, config(tmp_path, **options))
-
-
-def test_rows_are_made_from_interactions_and_index(tmp_path, tokenizer):
-    items = list(INDEX.sids)
-    dataset = made(tmp_path, tokenizer, next_item={"history": 3, "passes": 2})
-    per_user = len(items) - 2 - 4
-    assert len(dataset) == 4 * per_user * 2
-    rows = [dataset[number] for number in range(len(dataset))]
-    for number, row in enumerate(rows):
-        info, first = row["extra_info"], int(row["extra_info"]["user"][1:])
-        sequence = items[first:] + items[:first]
-        position = len(info["history"])
-        assert 4 <= position < len(sequence) - 2
-        assert info["history"] == sequence[:position]
-        assert row["reward_model"]["ground_truth"] == INDEX.text(sequence[position])
-        assert row["raw_prompt"] == messages("".join(INDEX.texts(sequence[position - 3 : position])), "reasoning")
-        assert (row["data_source"], info["type"], info["index"]) == ("tiny", "reasoning", number)
-    targets = [(row["extra_info"]["user"], row["extra_info"]["item"]) for row in rows]
-    first, second = targets[: len(targets) // 2], targets[len(targets) // 2 :]
-    assert sorted(first) == sorted(second)
-    assert len(set(first)) == len(first)
-    assert first != second
-    assert first != sorted(first)
-
-
-def test_items_may_be_numbers_as_in_published_files(tmp_path, tokenizer):
-    (row,) = made(tmp_path, tokenizer, sequences={"u": [1, 2, 3, 4, 5, 6, 7]})
-    assert row["extra_info"]["history"] == ["1", "2", "3", "4"]
-    assert row["extra_info"]["item"] == "5"
-
-
-def test_rows_depend_on_their_number_and_the_seed_only(tmp_path, tokenizer):
-    options = {"next_item": {"mode": "direct", "passes": 3}}
-    dataset, other = made(tmp_path, tokenizer, **options), made(tmp_path, tokenizer, seed=1, **options)
-    places = [100, 3, 100, 150, 3]
-    once = [copy.deepcopy(dataset[place]["prompt"]) for place in places]
-    again = made(tmp_path, tokenizer, **options)
-    assert once == [again[place]["prompt"] for place in places]
-    assert [row["prompt"] for row in dataset] != [row["prompt"] for row in other]
-    starts = {row["prompt"][0]["content"].split("<|")[0] for row in dataset}
-    assert starts == {template.split("{history}")[0] for template in TEMPLATES["direct"]}
-
-
-def test_templates_are_drawn_anew_in_every_pass(tmp_path, tokenizer):
-    options = {"templates": ["{history} A?", "{history} B?"], "system": "", "passes": 6}
-    rows = list(made(tmp_path, tokenizer, next_item=options))
-    endings: dict[tuple[str, str], str] = {}
-    for row in rows:
-        target = (row["extra_info"]["user"], row["extra_info"]["item"])
-        endings[target] = endings.get(target, "") + row["prompt"][0]["content"][-2]
-    assert {len(ending) for ending in endings.values()} == {6}
-    assert sum("A" in ending and "B" in ending for ending in endings.values()) > 0.8 * len(endings)
-
-
-def test_a_long_history_is_shortened_by_whole_items(tmp_path, tokenizer):
-    dataset = made(tmp_path, tokenizer, max_prompt_length=190)
-    for row in dataset:
-        assert length(tokenizer, row["raw_prompt"]) <= 190
-        shown = "".join(find_tokens(row["raw_prompt"][1]["content"]))
-        whole = "".join(INDEX.texts(row["extra_info"]["history"]))
-        assert shown.startswith("<|a_")
-        assert whole.endswith(shown)
-
-
-def test_a_limit_draws_targets(tmp_path, tokenizer):
-    made(tmp_path, tokenizer)
-    options = {"index_file": str(tmp_path / "tiny.index.json"), "shuffle": False, "next_item": {"passes": 2}}
-    dataset = SemanticIdDataset(
-        str(tmp_path / "tiny.inter.json"), tokenizer, config(tmp_path, **options), max_samples=5
-    )
-    targets = [(row["extra_info"]["user"], row["extra_info"]["item"]) for row in dataset]
-    assert len(targets) == 10
-    assert set(targets[:5]) == set(targets[5:])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shuffle": True}, r"data\.shuffle: set it to false"),
-        ({"index_file": None}, r"data\.index_file: missing"),
-        ({"next_item": {"templates": ["What?"]}}, r"data\.next_item\.templates: .*no \{history\} in 'What\?'"),
-        ({"next_item": {"histroy": 3}}, r"data\.next_item\.histroy: .*known keys are mode, history"),
-        ({"seed": -1}, r"data\.seed: must not be negative"),
-        ({"prompt_key": "question"}, r"data\.prompt_key: .*in 'prompt'"),
-        ({"sequences": {"u": ["1", "2"]}}, "no user has 5 interactions for training"),
-        ({"sequences": {"u": ["1", "gone"]}}, r"user 'u': item 'gone' is not in .*tiny\.index\.json"),
-        ({"sequences": ["u"]}, r"expected \{user: \[item"),
-    ],
-)
-def test_what_rows_cannot_be_made_from_is_named(tmp_path, tokenizer, options, message):
-    with pytest.raises(InputError, match=message):
-        made(tmp_path, tokenizer, **options)
-
-
-def test_validation_rows_are_not_made(tmp_path, tokenizer):
-    with pytest.raises(InputError, match=r"data\.val_files: .*has no validation rows"):
-        made(tmp_path, tokenizer, val_files=str(tmp_path / "tiny.inter.json"))
-
-
-@pytest.mark.parametrize("kind", ["parquet", "on the fly"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(tmp_path, tokenizer, kind, workers):
+def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(tmp_path, tokenizer):
     from torchdata.stateful_dataloader import StatefulDataLoader
     from verl.trainer.ppo.utils import create_rl_sampler
     from verl.utils.dataset.rl_dataset import collate_fn
 
     def loader():
-        if kind == "parquet":
-            options = config(tmp_path, shuffle=True, seed=3)
-            dataset = SemanticIdDataset(write(tmp_path / "rl.parquet", rl_rows(INDEX, 24)), tokenizer, options)
-        else:
-            dataset = made(tmp_path, tokenizer, next_item={"mode": "direct", "passes": 2})
+        options = config(tmp_path, shuffle=True, seed=3)
+        dataset = SemanticIdDataset(write(tmp_path / "rl.parquet", rl_rows(INDEX, 24)), tokenizer, options)
         return StatefulDataLoader(
             dataset,
             batch_size=4,
-            num_workers=workers,
+            num_workers=0,
             drop_last=True,
             collate_fn=collate_fn,
             sampler=create_rl_sampler(dataset.config, dataset),
@@ -304,3 +162,16 @@ def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(
     after = loader()
     after.load_state_dict(state)
     assert prompts(after) == whole[3:]
+
+
+def test_a_key_that_verl_no_longer_reads_is_refused_before_any_model_is_built(tmp_path, tokenizer):
+    from verl.trainer.ppo.utils import create_rl_dataset
+
+    path = write(tmp_path / "rl.parquet", rl_rows(INDEX, 4))
+    run = OmegaConf.load(Path(verl.__file__).parent / "trainer/config/legacy_reward_impl.yaml")
+    run.data = config(tmp_path, custom_cls={"path": "pkg://gream_verl.plugin.dataset", "name": "SemanticIdDataset"})
+    run.reward_model.reward_manager = "dapo"
+    with pytest.raises(InputError, match=r"reward_model\.reward_manager: .*set reward\.reward_manager\.name instead"):
+        create_rl_dataset(path, run.data, tokenizer, None)
+    run.reward_model.reward_manager = None
+    assert len(create_rl_dataset(path, run.data, tokenizer, None)) == 4

@@ -1,0 +1,287 @@
+"""The two tables that every source is read into, and the checks of their rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from gream_verl.core.data_folder import Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
+
+INTERACTIONS = pl.Schema({"user": pl.Categorical(), "item": pl.Categorical(), "timestamp": pl.Int64()})
+TEXTS = ("title", "description", "brand")
+ITEMS = pl.Schema(dict.fromkeys(("item", *TEXTS), pl.String()) | {"categories": pl.List(pl.String())})
+
+BAD_ROWS = 0.05
+CHECK_EVERY = 10_000
+REJECTS_KEPT = 1000
+LATEST_TIMESTAMP = 2**62
+TOO_MANY = "too many fields"
+REST = " rest"
+"""Column for the content of a row after the last field of the header."""
+TEXT_OPTIONS: dict[str, Any] = {"infer_schema": False, "truncate_ragged_lines": True, "raise_if_empty": False}
+ISO = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M")
+ISO_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
+
+
+@dataclass(frozen=True)
+class SourceTables:
+    """The content of a source, before any filter.
+
+    Attributes:
+        interactions: Columns user and item (categorical) and timestamp (in the unit of the source: only the order
+            counts), in the order of the source.
+        items: Columns item (unique), title (never empty), description, brand, categories.
+        report: Counts of rows read and of rows skipped, by reason.
+        rejects: The first rows of each file that were skipped, each with its file, row, reason and text.
+    """
+
+    interactions: pl.DataFrame
+    items: pl.DataFrame
+    report: dict[str, int]
+    rejects: list[dict[str, str | int]]
+
+
+@dataclass
+class RowChecks:
+    """Counts of the rows of one file and of those that had to be skipped.
+
+    Attributes:
+        source: The file, for messages.
+        bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
+        rows: Rows read.
+        repeated: Rows of an item that an earlier row has.
+        skipped: Skipped rows by reason.
+        rejects: The first skipped rows.
+    """
+
+    source: Path
+    bad_rows: float = BAD_ROWS
+    rows: int = 0
+    repeated: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    rejects: list[dict[str, str | int]] = field(default_factory=list)
+
+    def skip(self, row: int, reason: str, text: str) -> None:
+        """Count a bad row; ``row`` counts from 1."""
+        self.skipped[reason] += 1
+        if len(self.rejects) < REJECTS_KEPT:
+            self.rejects.append({"file": str(self.source), "row": row, "reason": reason, "text": text.strip()[:200]})
+
+    def guard(self, expected: str) -> None:
+        """Raise InputError when there are no rows, or too many of the rows read so far are bad."""
+        if not self.rows:
+            raise InputError(f"{self.source}: holds no rows; expected {expected}; check that this is the right file")
+        if (bad := self.skipped.total()) > self.bad_rows * self.rows:
+            first = self.rejects[0]
+            raise InputError(
+                f"{self.source}: {bad} of {self.rows} rows cannot be used, the first is row {first['row']} "
+                f"({first['reason']}: {str(first['text'])[:80]!r}); expected {expected}; check that this is the right "
+                f"file, or allow a larger share of bad rows than {self.bad_rows:g}"
+            )
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """A table as it lies on disk.
+
+    Attributes:
+        rows: Its rows, read when they are collected.
+        checks: Counts of its rows and of bad rows.
+        first_row: Number of the first row in the file.
+    """
+
+    rows: pl.LazyFrame
+    checks: RowChecks
+    first_row: int
+
+    def collect(self, *columns: pl.Expr | str) -> pl.DataFrame:
+        """Read some columns, and :data:`REST` where the table has one."""
+        rest = [REST] if REST in self.rows.collect_schema() else []
+        with readable(self.checks.source):
+            read = self.rows.select(*columns, *rest).collect(engine="streaming")
+        self.checks.rows = len(read)
+        return read
+
+    def ids(self, column: str, meaning: str) -> pl.Expr:
+        """Return the ids in a column as text: the same in every table, whether written as text or as numbers."""
+        kind, values = self.require(column, meaning), pl.col(column)
+        if kind.is_float():  # whole numbers with gaps, as pandas writes them; any other is no id
+            return pl.when(values == values.floor()).then(values).cast(pl.Int64, strict=False).cast(pl.String)
+        if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+            raise InputError(f"{self.checks.source}: column {column!r}: expected text or whole numbers, got {kind}")
+        return values.cast(pl.String).str.strip_chars().replace("", None)
+
+    def require(self, column: str, meaning: str) -> pl.DataType:
+        """Return the type of the column for the ``meaning``; raise InputError when there is none."""
+        schema = self.rows.collect_schema()
+        if column not in schema:
+            names = ", ".join(name for name in schema if name != REST)
+            raise InputError(f"{self.checks.source}: no column {column!r} for the {meaning} (there are {names})")
+        return schema[column]
+
+
+def scan_text(path: Path, separator: str, bad_rows: float, columns: Sequence[str] = ()) -> RawTable:
+    """Open a table with every field as text.
+
+    A last column, :data:`REST`, is null except in rows with more fields than columns.
+
+    Args:
+        path: The file, gzip or plain.
+        separator: The separator of fields, a comma or a tab.
+        bad_rows: See :class:`RowChecks`.
+        columns: Names of the columns of a file without a header; empty for a file with one.
+    """
+    require_file(path, "check the path")
+    quote = None if separator == "\t" else '"'
+    scan = partial(pl.scan_csv, path, separator=separator, has_header=not columns, quote_char=quote, **TEXT_OPTIONS)
+    with readable(path):
+        rows = scan()
+        found = rows.collect_schema().names()
+    if any("\ufffd" in name for name in found):
+        raise InputError(f"{path}: its first row is not UTF-8; save it in UTF-8")
+    if columns and len(found) != len(columns):
+        raise InputError(f"{path}: has {len(found)} columns; expected {', '.join(columns)}")
+    if found:
+        rows = scan(schema=dict.fromkeys([*(columns or found), REST], pl.String), missing_columns="insert")
+    return RawTable(rows, RowChecks(path, bad_rows), 1 if columns else 2)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the complaints of polars about a file into an InputError that names it."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
+        kind = "Parquet" if path.suffix == ".parquet" else "a table in UTF-8"
+        raise InputError(f"{path}: not {kind} ({str(error).splitlines()[0]}); save it again as Parquet") from error
+
+
+def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFrame:
+    """Return the interactions of a table, without the rows that lack something.
+
+    Args:
+        table: One interaction per row; bad rows are counted in its checks.
+        columns: Names of the columns of ``user``, ``item`` and ``timestamp`` (a number, or a date in ISO 8601).
+
+    Raises:
+        InputError: When a column is missing or of no use, or too many rows are bad.
+    """
+    user, item = (table.ids(columns[name], name).cast(pl.Categorical).alias(name) for name in ("user", "item"))
+    when = columns["timestamp"]
+    kind = table.require(when, "timestamp")
+    if not (kind.is_numeric() or kind in (pl.String, pl.Null, pl.Date, pl.Datetime)):
+        raise InputError(f"{table.checks.source}: column {when!r}: expected numbers or dates, got {kind}")
+    read = table.collect(user, item, pl.col(when).alias("when"))
+    read = read.with_columns(_whole_ids(read["user"]), _whole_ids(read["item"]), timestamp=whole_times(read["when"]))
+    has_rest = pl.col(REST).is_not_null() if REST in read.columns else pl.lit(False)
+    is_incomplete = pl.any_horizontal(pl.col(*INTERACTIONS).is_null())
+    reason = pl.when(has_rest).then(pl.lit(TOO_MANY)).when(is_incomplete).then(pl.lit("no user, item or timestamp"))
+    read = read.with_row_index("row", table.first_row).with_columns(reason=reason)
+    for cells in read.drop("timestamp").filter(pl.col("reason").is_not_null()).iter_rows(named=True):
+        table.checks.skip(cells.pop("row"), cells.pop("reason"), _joined(cells))
+    table.checks.guard("a user, an item and a timestamp in every row, and no more fields than in the header")
+    return read.filter(pl.col("reason").is_null()).select(*INTERACTIONS)
+
+
+def whole_times(times: pl.Series) -> pl.Series:
+    """Return times as whole numbers in the same order: dates as microseconds, ranks where a number has a fraction."""
+    if times.dtype in (pl.Date, pl.Datetime):
+        return times.to_physical().cast(pl.Int64)
+    is_text = times.dtype == pl.String
+    times = times.str.strip_chars() if is_text else times
+    numbers = times.cast(pl.Float64, strict=False)
+    exact = times if is_text or times.dtype.is_integer() else numbers  # Float64 cannot hold nanoseconds
+    whole = exact.cast(pl.Int64, strict=False)
+    if is_text and numbers.null_count() > times.null_count():
+        dates = _dates(times)
+        numbers, whole = numbers.fill_null(dates.cast(pl.Float64)), whole.fill_null(dates)
+    if (numbers != numbers.floor()).any():
+        whole = numbers.rank("dense").cast(pl.Int64)
+    whole = whole.fill_null(numbers.cast(pl.Int64, strict=False))
+    return pl.select(pl.when(numbers.abs() < LATEST_TIMESTAMP).then(whole)).to_series()
+
+
+def _dates(text: pl.Series) -> pl.Series:
+    """Return dates in ISO 8601 as microseconds, null for anything else."""
+    zoned = text.str.replace(r" ?(Z|UTC)$", "+0000")
+    dates = [text.str.to_datetime(form, strict=False, time_unit="us") for form in ISO]
+    dates += [zoned.str.to_datetime(form, strict=False, time_unit="us") for form in ISO_ZONE]
+    return pl.select(pl.coalesce(date.to_physical() for date in dates)).to_series()
+
+
+def _whole_ids(ids: pl.Series) -> pl.Series:
+    """Return ids as whole numbers if all are such as 12.0, as pandas writes whole numbers with gaps to text."""
+    names = ids.unique().drop_nulls().cast(pl.String)
+    if names.is_empty() or not names.str.contains(r"^-?\d+\.0$").all():
+        return ids
+    return ids.cast(pl.String).str.strip_suffix(".0").cast(ids.dtype)
+
+
+def _joined(cells: Mapping[str, Any]) -> str:
+    return "\t".join(str(cell) for name, cell in cells.items() if name != REST or cell is not None)
+
+
+def read_items(
+    table: RawTable, key: str, columns: Iterable[str], item_of: Callable[[dict[str, Any]], Item]
+) -> dict[str, Item]:
+    """Return the items of a table, untitled ones too.
+
+    Args:
+        table: One item per row. A later row of an item fills the fields that are still empty. Bad rows are counted.
+        key: The column of ids.
+        columns: The columns that ``item_of`` needs.
+        item_of: Makes an item of a row, column to cell.
+
+    Raises:
+        InputError: When the file cannot be read, or too many of its rows are bad.
+    """
+    rows = table.collect(table.ids(key, "item"), *(name for name in dict.fromkeys(columns) if name != key))
+    rows = rows.with_columns(_whole_ids(rows[key]))
+    items: dict[str, Item] = {}
+    for number, cells in enumerate(rows.iter_rows(named=True), start=table.first_row):
+        item = cells[key]
+        if not item or cells.get(REST) is not None:
+            table.checks.skip(number, TOO_MANY if item else "no item id", _joined(cells))
+        else:
+            add_item(items, item, item_of(cells), table.checks)
+    table.checks.guard("an item id in every row, and no more fields than in the header")
+    return items
+
+
+def add_item(items: dict[str, Item], key: str, item: Item, checks: RowChecks) -> None:
+    """Add an item; where it is there already, fill its empty fields and count the row as repeated."""
+    if key in items:
+        checks.repeated += 1
+        item = Item(**{name: value or getattr(item, name) for name, value in vars(items[key]).items()})
+    items[key] = item
+
+
+def items_frame(items: Mapping[str, Item]) -> pl.DataFrame:
+    """Return the items table of ``items``."""
+    columns: dict[str, Any] = {name: [getattr(item, name) for item in items.values()] for name in TEXTS}
+    lists = pa.array([item.categories for item in items.values()], pa.large_list(pa.large_string()))  # fast
+    return pl.DataFrame({"item": list(items), **columns, "categories": pl.Series(lists)}, schema=ITEMS)
+
+
+def source_tables(
+    interactions: pl.DataFrame, items: Mapping[str, Item], interaction_checks: RowChecks, item_checks: RowChecks
+) -> SourceTables:
+    """Return the tables of a source that has a file of each, without the items that have no title."""
+    titled = {item: fields for item, fields in items.items() if fields.title}
+    report = {"interaction rows": interaction_checks.rows, "item rows": item_checks.rows}
+    report["items without a title"] = len(items) - len(titled)
+    if item_checks.repeated:
+        report["repeated item rows"] = item_checks.repeated
+    for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
+        report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}
+    return SourceTables(interactions, items_frame(titled), report, interaction_checks.rejects + item_checks.rejects)

@@ -1,0 +1,69 @@
+"""Batches of token sequences: padded on the left, and halved when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gream_verl.core.errors import InputError
+
+Extra = TypeVar("Extra")
+Batch = Sequence[tuple[Sequence[int], Extra]]
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+SIGNS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""Words in the errors of an accelerator, and of the machine, when memory runs out."""
+
+
+def pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return ``input_ids`` and ``attention_mask``, int64 [sequences, longest], with the padding on the left."""
+    length = max(map(len, sequences))
+    ids = torch.tensor([[0] * (length - len(sequence)) + list(sequence) for sequence in sequences])
+    mask = torch.tensor([[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences])
+    return ids, mask
+
+
+class HalvedBatches(Generic[Extra, Result]):
+    """Do ``work`` on batches of ``size`` sequences; on out-of-memory halve the size for good, and do the batch again.
+
+    ``work`` takes (token ids, extra) pairs and returns a result for each. ``kept`` names the cost of one in messages.
+    """
+
+    def __init__(self, work: Callable[[Batch[Extra]], Sequence[Result]], size: int, kept: str) -> None:
+        self.work, self.size, self.kept = work, size, kept
+
+    def __call__(self, items: Batch[Extra]) -> list[Result]:
+        """Return the result of every item, in their order.
+
+        Raises:
+            InputError: When a single item does not fit into memory.
+        """
+        # The longest first: memory runs out in the first batch or never.
+        order = sorted(range(len(items)), key=lambda place: -len(items[place][0]))
+        results: dict[int, Result] = {}
+        while len(results) < len(items):
+            places = order[len(results) : len(results) + self.size]
+            done = self._attempt([items[place] for place in places])
+            if done is None:  # the error, which holds the memory, is gone only outside the except block
+                torch.cuda.empty_cache()
+            else:
+                results.update(zip(places, done, strict=True))
+        return [results[place] for place in range(len(items))]
+
+    def _attempt(self, batch: Batch[Extra]) -> Sequence[Result] | None:
+        try:
+            return self.work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS):
+                raise
+            if len(batch) == 1:
+                raise InputError(
+                    f"no memory for a batch of one with {self.kept}; use fewer or a larger machine"
+                ) from error
+            self.size = len(batch) // 2
+            logger.warning("out of memory: batches of %d from now on, %s as before", self.size, self.kept)
+            return None

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from assets import make_index, make_tiny_model
+from evaluation_files import write_prompts
+
+from gream_verl.core.cpu_environment import set_defaults
+from gream_verl.core.errors import InputError
+from gream_verl.evaluation.direct import evaluate_direct
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import read_prompts
+from gream_verl.evaluation.reasoning import evaluate_reasoning
+from gream_verl.evaluation.shards import in_shards
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+Worker = Callable[[int], tuple[int, int]]
+
+
+def squares(folder: Path | None = None) -> Callable[[], Worker]:
+    """Return what makes a worker; it is defined in here, so that workers need not import this file."""
+
+    def square(number: int) -> tuple[int, int]:
+        if number == 13:
+            raise InputError("13: cannot be squared; take another number")
+        if number == 16:
+            raise LookupError("16")
+        if number == 6 and folder is not None and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.01 * (number % 3))
+        return number * number, os.getpid()
+
+    return lambda: square
+
+
+def results(make_worker: Callable[[], Worker], count: int, shards: int) -> dict[int, tuple[int, int]]:
+    found: dict[int, tuple[int, int]] = {}
+    for number, result in in_shards(make_worker, range(count), shards):
+        assert number not in found
+        found[number] = result
+    return found
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Start Ray once for the tests that do not ask how it is started."""
+    set_defaults()
+    import ray
+
+    ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize(("count", "shards"), [(7, 1), (7, 3), (2, 5), (1, 2)])
+def test_every_piece_is_done_once_by_as_many_processes_as_asked(count: int, shards: int) -> None:
+    found = results(squares(), count, shards)
+    assert {number: square for number, (square, _) in found.items()} == {n: n * n for n in range(count)}
+    processes = {process for _, process in found.values()}
+    assert processes == {os.getpid()} if shards == 1 else os.getpid() not in processes
+    assert len(processes) <= min(count, shards)
+
+
+@pytest.mark.usefixtures("started")
+def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
+    found = results(squares(tmp_path), 10, 2)
+    assert (tmp_path / "killed").exists()
+    assert sorted(square for square, _ in found.values()) == [number * number for number in range(10)]
+
+
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_error_of_a_worker_is_the_sentence_it_is(shards: int) -> None:
+    with pytest.raises(InputError, match=r"^13: cannot be squared; take another number$"):
+        results(squares(), 15, shards)
+    with pytest.raises(LookupError, match="16"):
+        list(in_shards(squares(), [16, 16], shards))
+
+
+@pytest.mark.usefixtures("started")
+def test_the_number_of_shards_changes_no_row(tmp_path: Path) -> None:
+    index = make_index()
+    index.save(tmp_path / "tiny.index.json")
+    model = make_tiny_model(tmp_path / "model", index)
+    file, options = write_prompts(tmp_path / "tiny-test.parquet", index, 7), {"engine": "hf", "max_tokens": 6}
+    alone, sharded = (EvaluationOptions(**options, batch_size=3, beams=5, shards=shards) for shards in (1, 2))
+    direct, reasoning = (read_prompts(file, mode)[0] for mode in ("direct", "reasoning"))
+    progress = tmp_path / "progress.jsonl"
+    assert evaluate_direct(model, direct, index, sharded).rows == evaluate_direct(model, direct, index, alone).rows
+    expected = evaluate_reasoning(model, reasoning, index, alone).rows
+    assert evaluate_reasoning(model, reasoning, index, sharded, progress_file=progress).rows == expected
+    assert progress.read_bytes().count(b"\n") == 8
+
+
+@pytest.fixture
+def cluster(tmp_path: Path):
+    """Start a cluster of Ray's with two slots in processes of its own, as a user would; yield its address."""
+    port = 20000 + os.getpid() % 20000
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=2", f"--port={port}"]
+    command += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--block", "--disable-usage-stats"]
+    # In its own folder (of a short name, for sockets): in the usual one every Ray of this machine would find it.
+    folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    command.append(f"--temp-dir={folder.name}")
+    with (tmp_path / "ray.log").open("wb") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while b"Ray runtime started" not in (tmp_path / "ray.log").read_bytes():
+            assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+            assert head.poll() is None, (tmp_path / "ray.log").read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        head.terminate()
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+        folder.cleanup()
+
+
+def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    ray.shutdown()
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    for _ in range(2):
+        assert len(results(squares(), 5, 2)) == 5
+    with pytest.raises(InputError, match="--shards 3: Ray has 2 CPUs"):
+        results(squares(), 5, 3)
