@@ -69,13 +69,10 @@ def quickstart(
 
     It prints every command and keeps finished steps: run it again after a stop, and it goes on.
     """
-    from gream_verl.core.files import read_json
-    from gream_verl.evaluation.report import render_table
     from gream_verl.pipeline.quickstart import quickstart_steps
     from gream_verl.pipeline.runner import run_steps
 
     run_steps(run, quickstart_steps(Quickstart(run, source, reviews, metadata, base, template, seed)), console)
-    console.print(render_table(read_json(run / "metrics.json")))
     console.print(f"Report: {run / 'report.html'}", style="bold green", soft_wrap=True)
 
 

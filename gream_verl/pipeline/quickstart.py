@@ -18,8 +18,6 @@ from gream_verl.pipeline.runner import Step, stamp_file
 
 QuickstartSource = Literal["movielens", "amazon2014", "amazon2018", "amazon2023"]
 DEFAULT_DATASET, DEFAULT_RUN = "ml-100k", "quickstart"
-TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
-"""SFT rows of each task that the tiny model sees, once."""
 
 
 @dataclass(frozen=True)
