@@ -50,7 +50,7 @@ class ChainLeaks:
         for row, chain in zip(suspects.tolist(), turns[1::2], strict=True):
             target, length = specs[row, TARGET], specs[row, LENGTH]
             *history, item = self._corpus.sequence[target - length : target + 1].tolist()
-            sids, keys = self._corpus.index.readable, self._corpus.keys
+            sids, keys = self._corpus.index.sids, self._corpus.keys
             found[row] = find_leak(
                 chain,
                 title=self._corpus.items[item].title,

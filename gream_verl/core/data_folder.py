@@ -112,11 +112,6 @@ class DataFolder:
         return self.root / f"{self.name}.reviews.parquet"
 
     @property
-    def embeddings(self) -> Path:
-        """float32 ``[items, dimension]``, rows in the order of :attr:`item`."""
-        return self.root / f"{self.name}.emb.npy"
-
-    @property
     def index(self) -> Path:
         """``{item: [token, ...]}``: the semantic IDs."""
         return self.root / f"{self.name}.index.json"
@@ -235,7 +230,7 @@ class DataFolder:
             InputError: When the file is missing or malformed, or lacks an item.
         """
         index = ItemIndex.load(self.index)
-        missing = [item for item in items if item not in index.readable]
+        missing = [item for item in items if item not in index.sids]
         if missing:
             raise InputError(
                 f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} items lack one); build the index anew "

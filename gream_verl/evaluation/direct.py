@@ -132,7 +132,7 @@ def evaluate_direct(
 
 def _row(prompt: Prompt, ranking: Mapping[str, float], index: ItemIndex) -> dict[str, Any]:
     recommended = list(ranking)
-    truth = index.readable[prompt.target]
+    truth = index.sids[prompt.target]
     return {
         "user": prompt.user,
         "target": prompt.target,

@@ -113,7 +113,7 @@ def read_prompts(
     chosen = [number for number, kind in enumerate(types) if everything or kind == prompt_type]
     if not chosen:
         raise InputError(f"{path}: no row of type {prompt_type!r}; {REMEDY}")
-    items = {sid: item for item, sid in index.readable.items()} if index is not None else None
+    items = {sid: item for item, sid in index.sids.items()} if index is not None else None
     prompts = []
     sample = _sample(chosen, limit, seed)
     for number, row in zip(sample, table[sample].iter_rows(named=True), strict=True):
@@ -184,7 +184,7 @@ def make_prompts(
         past, target = sequences[user][:position], sequences[user][position]
         if not _is_recommended(target, index, place, skip):
             continue
-        unknown = next((item for item in past[-history:] if item not in index.readable), None)
+        unknown = next((item for item in past[-history:] if item not in index.sids), None)
         if unknown is not None:
             raise InputError(f"{place}: item {unknown!r} is not in {index.source}; add it with `gream index add`")
         turns = messages("".join(index.texts(past[-history:])), mode, template, system)
@@ -316,11 +316,9 @@ def _is_recommended(target: str, index: ItemIndex, place: str, skip: bool) -> bo
         return True
     if skip:
         return False
-    what = "is retired" if target in index.retired else "is not there"
-    remedy = "bring it back with `gream index remove --undo`" if target in index.retired else "add it"
     raise InputError(
-        f"{place}: the target {target!r} cannot be recommended: in {index.source} it {what}; {remedy}, or leave such "
-        "users out with --skip-missing"
+        f"{place}: the target {target!r} cannot be recommended: in {index.source} it is not there; add it, or leave "
+        "such users out with --skip-missing"
     )
 
 

@@ -390,7 +390,7 @@ class _Recommender:
         ids = [token for token in response.tokens if token != self.tokenizer.eos_token_id]
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         read = self.reader.read(ids)
-        reward = score_response(read, self.index.readable[prompt.target], index=self.index)
+        reward = score_response(read, self.index.sids[prompt.target], index=self.index)
         sid = answered_sid(response, self.reader, self.index, "answers")
         return {
             "text": text,

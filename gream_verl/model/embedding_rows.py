@@ -81,7 +81,7 @@ def text_shares(
     """
     from scipy.sparse import csr_matrix, diags
 
-    items = [item for item in index.readable if texts.get(item, "").strip()]
+    items = [item for item in index.sids if texts.get(item, "").strip()]
     number = {token: place for place, token in enumerate(index.tokens)}
     total = csr_matrix((len(number), vocabulary), dtype=np.float32)
     for start in range(0, len(items), ITEMS_AT_ONCE):
@@ -99,7 +99,7 @@ def text_shares(
             shape=(len(part), vocabulary),
         )
         pairs = np.array(
-            [(number[token], row) for row, item in enumerate(part) for token in index.readable[item]], np.int64
+            [(number[token], row) for row, item in enumerate(part) for token in index.sids[item]], np.int64
         )
         under = csr_matrix((np.ones(len(pairs), np.float32), pairs.T), shape=(len(number), len(part)))
         total += under @ words

@@ -172,7 +172,7 @@ def extend_model(
         for weight in weights:
             add_texts(weight, trained, base, tokenizer.convert_tokens_to_ids(index.tokens), levels, shares)
     return {
-        "levels": max(len(sid) for sid in index.readable.values()),
+        "levels": max(len(sid) for sid in index.sids.values()),
         "sid_tokens": len(index.tokens),
         "added": len(added),
         "reasoning_tokens": [token for token in added if token in REASONING_TOKENS],
@@ -230,7 +230,7 @@ def extend_checkpoint(
         name = index_file.name.removesuffix(".json").removesuffix(".index")
         items = items or index_file.with_name(f"{name}.item.json")
         texts = read_item_texts(items)
-        if not any(texts.get(item, "").strip() for item in index.readable):
+        if not any(texts.get(item, "").strip() for item in index.sids):
             raise InputError(f"{items}: has no text of any item of {index_file}; name its item file with --items")
     command, output = "extend", output.resolve()
     check_output(output, command, [base], replace=True)
@@ -240,7 +240,7 @@ def extend_checkpoint(
         "index": index_file.name,
         "tokens_sha256": _sha256(index.tokens),
         # texts go by the items under a code
-        "texts_sha256": texts and _sha256(f"{index.text(item)} {texts.get(item)}" for item in index.readable),
+        "texts_sha256": texts and _sha256(f"{index.text(item)} {texts.get(item)}" for item in index.sids),
         "rows": rows,
         "seed": seed,
     }

@@ -173,7 +173,7 @@ def _data_steps(options: QuickstartOptions) -> list[Step]:
         Step(
             "index",
             "Item index: embeddings to semantic IDs",
-            ["gream", "index", "build", *where, "--seed", seed],
+            ["gream", "index", "build", str(options.folder), "--dataset", dataset, "--seed", seed],
             tables,
             [index],
         ),

@@ -95,7 +95,7 @@ class SemanticIdDataset(RLHFDataset):
                 f"{OPTIONS}: has no effect on {self.data_files[0]}; name a <D>{INTERACTIONS} in data.train_files, "
                 "in the last of the recipes, or leave the node out"
             )
-        known = set(index.readable.values()) if index is not None else set()
+        known = set(index.sids.values()) if index is not None else set()
         for place, prompt, reward_model in _columns(self.data_files, self.prompt_key):
             truth = text.ground_truth(reward_model, place)
             shown = [sid for turn in prompt for sid in find_sids(str(turn["content"]))]
@@ -205,7 +205,7 @@ def _read_sequences(path: Path, index: ItemIndex) -> dict[str, list[str]]:
     """Read ``<D>.inter.json`` and check that every item is in the index."""
     sequences = read_interactions(path)
     for user, items in sequences.items():
-        if (missing := next((item for item in items if item not in index.readable), None)) is not None:
+        if (missing := next((item for item in items if item not in index.sids), None)) is not None:
             raise InputError(f"{path}: user {user!r}: item {missing!r} is not in {index.source}; build the index anew")
     return sequences
 

@@ -30,8 +30,7 @@ def run(monkeypatch, capsys, *arguments):
     "command",
     [[], ["quickstart"], ["doctor"], ["data", "prepare"], ["data", "enrich"], ["data", "prompts"],
      ["data", "tasks"], ["data", "mix"], ["data", "rl"], ["data", "stats"], ["index", "build"],
-     ["index", "embed"], ["index", "report"], ["index", "add"], ["index", "remove"], ["index", "check"],
-     ["index", "import"],
+     ["index", "report"], ["index", "add"], ["index", "check"], ["index", "import"],
      ["model", "tiny"], ["model", "smollm2"], ["model", "extend"], ["model", "check"], ["model", "adapter"],
      ["model", "merge"], ["sft", "check"], ["sft", "report"], ["evaluate"], ["baseline"], ["compare"],
      ["report"], ["inspect"], ["learning"]],
@@ -207,7 +206,7 @@ def test_bad_input_is_one_sentence_and_leaves_earlier_results(monkeypatch, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["index", "build", "--data", "nowhere"], "no such file"),
+        (["index", "build", "nowhere"], "holds no data set"),
         (["data", "mix", "--data", "nowhere"], "no such file"),
         (["data", "rl", "--data", "nowhere"], "no such file"),
         (["data", "mix", "--rows", "seqrec"], "--rows 'seqrec': expected NAME=VALUE"),

@@ -28,7 +28,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_every_file_has_its_own_name_in_the_folder(tmp_path: Path) -> None:
     folder = DataFolder(tmp_path, "ml-100k")
-    names = ["inter", "item", "embeddings", "index", "report", "mix", "rl", "val", "test", "dataset_info"]
+    names = ["inter", "item", "index", "report", "mix", "rl", "val", "test", "dataset_info"]
     paths = [getattr(folder, name) for name in names]
     assert len(set(paths)) == len(paths)
     assert all(path.parent == tmp_path for path in paths)

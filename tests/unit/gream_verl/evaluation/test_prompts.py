@@ -21,7 +21,7 @@ from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
 from gream_verl.core.prompts import TEMPLATES
-from gream_verl.core.semantic_ids import ItemIndex, retired_file
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.split import by_time
 from gream_verl.evaluation.prompts import (
     Prompt,
@@ -234,21 +234,17 @@ def test_a_user_is_evaluated_once(folder: DataFolder, index: ItemIndex, tmp_path
 # -- targets without a SID ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("retired", [True, False])
 def test_a_target_that_is_not_recommended_is_refused_or_counted(
-    folder: DataFolder, index: ItemIndex, tmp_path: Path, retired: bool
+    folder: DataFolder, index: ItemIndex, tmp_path: Path
 ) -> None:
     everyone, total = make_prompts(folder.inter, index, "direct")
     shown = {item for prompt in everyone for item in prompt.history}
     place, gone = next((place, one.target) for place, one in enumerate(everyone) if one.target not in shown)
     fewer = tmp_path / "small.index.json"
     ItemIndex({item: sid for item, sid in index.sids.items() if item != gone}).save(fewer)
-    if retired:
-        write_json(retired_file(fewer), {gone: list(index.sids[gone])})
     smaller = ItemIndex.load(fewer)
     left = [prompt for prompt in everyone if prompt.target != gone]
-    what = "is retired; bring it back" if retired else "is not there; add it"
-    with pytest.raises(InputError, match=rf"user '.*': the target '{gone}' cannot be recommended: .*{what}.*--skip-m"):
+    with pytest.raises(InputError, match=rf"user '.*': the target '{gone}' cannot be recommended: .*--skip-m"):
         make_prompts(folder.inter, smaller, "direct")
     assert make_prompts(folder.inter, smaller, "direct", skip=True) == (left, total)
     write_prompts(folder, seed=0)

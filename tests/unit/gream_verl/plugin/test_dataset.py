@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
 from gream_verl.core.prompts import TEMPLATES, messages
-from gream_verl.core.semantic_ids import ItemIndex, find_sids, find_tokens, parse_sid
+from gream_verl.core.semantic_ids import find_tokens, parse_sid
 from gream_verl.plugin.dataset import SemanticIdDataset
 
 INDEX = make_index()
@@ -119,19 +118,6 @@ def test_a_prompt_that_cannot_be_shortened_enough_is_named(tmp_path, tokenizer):
         SemanticIdDataset(path, tokenizer, config(tmp_path, max_prompt_length=60))
     with pytest.raises(InputError, match=r"tiny\.inter\.json: the prompt is longer than data\.max_prompt_length=60"):
         made(tmp_path, tokenizer, max_prompt_length=60)
-
-
-def test_a_history_may_hold_an_item_that_was_retired(tmp_path, tokenizer):
-    rows = rl_rows(INDEX, 3)
-    shown = [find_sids(rows[place]["prompt"][0]["content"]) for place in range(3)]
-    sids = {item: sid for item, sid in INDEX.sids.items() if sid not in shown[0]}
-    retired = {item: list(sid) for item, sid in INDEX.sids.items() if sid in shown[0]}
-    ItemIndex(sids).save(tmp_path / "few.index.json")
-    path, options = write(tmp_path / "rl.parquet", rows), config(tmp_path, index_file=str(tmp_path / "few.index.json"))
-    with pytest.raises(InputError, match=r"row 0: .* is no item of"):
-        SemanticIdDataset(path, tokenizer, options)
-    (tmp_path / "few.retired.json").write_text(json.dumps(retired))
-    assert len(SemanticIdDataset(path, tokenizer, options)) == 3
 
 
 def test_a_shown_item_outside_the_index_is_named(tmp_path, tokenizer):
