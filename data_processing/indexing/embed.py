@@ -143,7 +143,8 @@ def embed_items(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SET
         raise InputError(f"{settings.model or default_model()}: gave vectors that are not finite; choose another model")
     if settings.combine == "averaged":
         counts = np.array([len(texts) for texts in texts_of_item])
-        vectors = np.add.reduceat(vectors, counts.cumsum() - counts, axis=0) / counts[:, None].astype(np.float32)
+        sums = np.add.reduceat(vectors, counts.cumsum() - counts, axis=0)
+        vectors = (sums / counts[:, None].astype(np.float32)).astype(np.float32)
     return torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1).numpy() if settings.normalize else vectors
 
 

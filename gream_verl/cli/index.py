@@ -10,7 +10,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from data_processing.indexing.embed import DEFAULT_SETTINGS, Combine, EmbeddingSettings, Field, Pooling
-from gream_verl.cli.common import RunArgument, RunDatasetOption, SeedOption, console, print_dict
+from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console, print_dict
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
@@ -26,7 +26,7 @@ WithoutOption = Annotated[
 @index_app.command()
 def build(
     run: RunArgument,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     levels: Annotated[int | None, typer.Option(min=1, help="Levels of a SID. Default: by catalogue size.")] = None,
     codes: Annotated[int | None, typer.Option(min=2, help="Codes per level. Default: by catalogue size.")] = None,
     unique: Annotated[
@@ -85,14 +85,14 @@ def build(
 
 
 @index_app.command()
-def report(run: RunArgument, dataset: RunDatasetOption = None, seed: SeedOption = 0) -> None:
+def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0) -> None:
     """Examine the index: use of codes, collisions, variance left, neighbours. Writes D.index-report.json."""
     _use_one_thread()
     _report(RunFolder.open(run, dataset).data, seed)
 
 
 @index_app.command()
-def add(run: RunArgument, dataset: RunDatasetOption = None, without: WithoutOption = None) -> None:
+def add(run: RunArgument, dataset: DatasetOption = None, without: WithoutOption = None) -> None:
     """Give new items of D.item.json a semantic ID; the others stay as they are, byte for byte.
 
     The codebooks are frozen and no token is added: a trained model can read and write the new ones. The table shows the
@@ -115,7 +115,7 @@ def check(
     place: Annotated[
         Path, typer.Argument(metavar="RUN|FILE", help="A run, or an index of GREAM, LETTER, MiniOneRec or TIGER.")
     ],
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
 ) -> None:
     """Check an index: form, levels, codes, collisions. That of a run must have all items of its data set."""
     from data_processing.indexing.import_index import read_other_index
@@ -132,7 +132,7 @@ def check(
 def import_index(
     run: RunArgument,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An index of GREAM, LETTER, MiniOneRec or TIGER.")],
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     resolve: Annotated[
         bool, typer.Option("--resolve", help="Give items that share a SID one token more, all of them.")
     ] = False,
