@@ -24,8 +24,7 @@ LEGEND = (
 )
 TESTS = " Third line: difference from {}. Fourth: p of a two-sided sign-flip test over users, not corrected for others."
 
-Differences = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Name of a result to metric to ``metrics.paired_difference``."""
+Differences = Mapping[str, Mapping[str, Mapping[str, float]]]  # result to metric to paired_difference
 
 
 def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
@@ -63,7 +62,7 @@ def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
 
 
 def paired_differences(results: Mapping[str, Evaluation], baseline: Evaluation, *, seed: int = 0) -> Differences:
-    """Return the ``paired_difference`` from a baseline of every main metric, of all other comparable results."""
+    """Return the ``paired_difference`` of every comparable result from a baseline, for every main metric."""
     row_of = {row["user"]: number for number, row in enumerate(baseline.rows)}
     found = {}
     for name, evaluation in results.items():
@@ -84,8 +83,8 @@ def results_table(results: Mapping[str, Evaluation], differences: Differences | 
 
     Args:
         results: Name to evaluation.
-        differences: Of some of the results, from ``other``; they go into the cells with their p-values.
-        other: Text for the recommender to which the differences are.
+        differences: Differences of some of the results from ``other``, for the cells.
+        other: Name of the recommender that the differences are from, for the text below.
     """
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
     table.add_column("", overflow="fold")

@@ -20,16 +20,13 @@ from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import FLOORS, Evaluation
 
-WINDOW = 10
-RECENT = 20
+WINDOW = 10  # positions between two items that count as near
+RECENT = 20  # items of a history that scores depend on
 USERS_AT_ONCE = 256
 
 
 def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WINDOW) -> sp.csr_array:
-    """Count which items lie near which others in the sequences of users, float64 [items, items].
-
-    Two items d positions apart, at most ``window``, add 1/d to each other.
-    """
+    """Count the items near each other, float64 [items, items]: d positions apart, at most ``window``, add 1/d."""
     flat, user = _flatten(train)
     one_way = sp.csr_array((items, items), dtype=np.float64)
     for distance in range(1, min(window, len(flat) - 1) + 1):
@@ -96,7 +93,7 @@ def evaluate_floors(
         inter_file: ``<D>.inter.json``.
         prompts: The users; of either mode, only items matter.
         items: Items that may be recommended, those of the index. Others count in training and in histories.
-        protocol: Protocol of the prompts; its ``drop_history`` is followed.
+        protocol: Protocol of the prompts, of which ``drop_history`` matters.
         k: Length of the recommended lists.
         seed: Seed of the order among items of equal score and popularity.
     """
@@ -121,10 +118,11 @@ def evaluate_floors(
         lists["popularity"] += recommend(sp.csr_array((len(chunk), many)), dropped, order, k)
         lists["co-occurrence"] += recommend(cooccurrence_scores(counts, chunk), dropped, order, k)
     settings = {"interactions": os.fspath(inter_file), "k": k, "seed": seed, "protocol": dict(protocol)}
-    found = {
-        floor: [{"recommended": [candidates[number] for number in best]} for best in lists[floor]] for floor in lists
-    }
-    return {floor: baseline_evaluation(floor, prompts, rows, settings) for floor, rows in found.items()}
+    evaluations = {}
+    for floor, numbers in lists.items():
+        rows = [{"recommended": [candidates[number] for number in best]} for best in numbers]
+        evaluations[floor] = baseline_evaluation(floor, prompts, rows, settings)
+    return evaluations
 
 
 def baseline_evaluation(
@@ -140,6 +138,6 @@ def baseline_evaluation(
 
 
 def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all entries one after another, and the number of the sequence of each."""
+    """Return all entries in one array, and the number of the sequence of each, both int64 [entries]."""
     flat = np.array([item for sequence in sequences for item in sequence], dtype=np.int64)
     return flat, np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])

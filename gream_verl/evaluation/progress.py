@@ -16,10 +16,7 @@ class ProgressFile:
     """A JSON line with all that decides a row, then one per finished user; a line cut short by a kill is dropped.
 
     The file is locked until it is closed; None as its path keeps the rows in memory. ``rows`` maps each finished user
-    to their row.
-
-    Raises:
-        InputError: When another evaluation writes the file, or it has another header and ``overwrite`` is False.
+    to their row. A file with another header is refused without ``overwrite``.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], *, overwrite: bool = False) -> None:

@@ -29,7 +29,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     ``NAME-val-<mode>.json`` and ``<floor>-val.json``.
 
     Args:
-        run: The run; its data decide the users.
+        run: The run, with the data of the users.
         checkpoint: A Hugging Face folder or verl's folder of checkpoints. None: ``RUN/srpo`` if it holds a checkpoint,
             else ``RUN/sft``.
         options: All options.
@@ -62,14 +62,14 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     for floor, evaluation in floors.items():
         save(f"{floor}{suffix}", evaluation)
     for mode, (prompts, protocol) in asked.items():
+        progress = run.evaluation / f".{files[mode]}.progress.jsonl"
         if mode == "direct":
             evaluation = evaluate_direct(folder, prompts, index, options)
         else:
-            progress = run.evaluation / f".{files[mode]}.progress.jsonl"
             evaluation = evaluate_reasoning(folder, prompts, index, options, progress_file=progress)
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
         save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
-        (run.evaluation / f".{files[mode]}.progress.jsonl").unlink(missing_ok=True)  # the results hold all of it
+        progress.unlink(missing_ok=True)  # the results hold all of it
 
     saved = read_folder(run.evaluation)
     new = {file: saved[file] for file in files.values()}

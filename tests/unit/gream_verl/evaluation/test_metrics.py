@@ -17,7 +17,6 @@ from gream_verl.evaluation.metrics import (
     pass_at_k,
     rank_of,
     ranking_metrics,
-    user_metric,
 )
 
 
@@ -51,12 +50,6 @@ def test_pass_at_k_does_not_overflow_on_many_samples() -> None:
     assert pass_at_k([100_000], [10], 100)[0] == pytest.approx(1 - (1 - 1e-3) ** 10, rel=1e-2)
 
 
-@pytest.mark.parametrize("k", [0, 4])
-def test_pass_at_k_refuses_more_draws_than_samples(k: int) -> None:
-    with pytest.raises(ValueError, match="between 1 and"):
-        pass_at_k([5, 3], [1, 1], k)
-
-
 def test_the_bootstrap_interval_is_near_that_of_the_normal_distribution_and_repeats() -> None:
     values = np.random.default_rng(1).normal(3.0, 2.0, 1000)
     low, high = bootstrap_mean(values, seed=5)
@@ -88,12 +81,6 @@ lists = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=6, unique=True),
 def test_coverage_equals_a_loop_over_all_ranks(recommended: list[list[str]], k: int, catalogue: set[str]) -> None:
     covered = {item for items in recommended for rank, item in enumerate(items) if rank < k and item in catalogue}
     assert coverage(recommended, catalogue, k) == pytest.approx(len(covered) / len(catalogue))
-
-
-@pytest.mark.parametrize("metric", ["recall", "recall@", "recall@0", "recall@x", "hit@5", "rsvr"])
-def test_an_unknown_ranking_metric_is_refused(metric: str) -> None:
-    with pytest.raises(ValueError, match="ranking metric"):
-        user_metric(metric, [1])
 
 
 @settings(max_examples=25, deadline=None)
@@ -132,13 +119,3 @@ def test_the_paired_test_sees_hits_that_moved_and_ignores_users_without_a_differ
     assert found["difference"] == pytest.approx(0.8)
     assert (found["low"], found["high"]) == bootstrap_mean(left - right)
     assert found["p"] == paired_test(left, right)
-
-
-def test_metrics_without_users_or_with_unpaired_users_are_refused() -> None:
-    with pytest.raises(ValueError, match="no user"):
-        ranking_metrics([])
-    with pytest.raises(ValueError, match="no value"):
-        bootstrap_mean([])
-    for left, right in (([1.0], [1.0, 2.0]), ([], [])):
-        with pytest.raises(ValueError, match="same users"):
-            paired_test(left, right)
