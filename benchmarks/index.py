@@ -29,6 +29,7 @@ from data_processing.indexing.assignment import assign_balanced
 from data_processing.indexing.balanced_kmeans import balanced_kmeans, size_bounds
 from data_processing.indexing.diagnostics import prefix_numbers
 from data_processing.indexing.residual_index import default_shape, residual_codes
+from gream_verl.core.data_folder import Item
 
 PEER = "k-means-constrained==0.9.1"
 PEER_FOLDER = Path("runs") / "benchmarks" / "k-means-constrained"
@@ -71,7 +72,7 @@ def synthetic_vectors(rows: int, dimensions: int = DIMENSIONS) -> np.ndarray:
 
 
 def hungarian_assignment(costs: np.ndarray, lower: int, upper: int) -> np.ndarray:
-    """Return the cheapest balanced assignment, every cluster standing once for each place it has."""
+    """Return the cheapest balanced assignment by the Hungarian method, with one column per place of a cluster."""
     clusters = costs.shape[1]
     places = np.concatenate([np.repeat(np.arange(clusters), lower), np.repeat(np.arange(clusters), upper - lower)])
     columns = costs[:, places].astype(np.float64)
@@ -97,24 +98,23 @@ def compare_assignments(console: Console, rows: int, clusters: int) -> None:
 
 
 def movielens_vectors(folder: Path) -> np.ndarray:
-    """Return the embeddings of MovieLens titles and genres, as the quickstart clusters them."""
-    from data_processing.indexing.embed import embed_texts
+    """Return the embeddings of MovieLens titles and genres, as the quickstart embeds them."""
+    from data_processing.indexing.embed import embed_items
     from data_processing.sources.movielens import read_movielens
 
-    items = read_movielens(folder).items
-    texts = [f"{title}. {', '.join(names)}." for title, names in items.select("title", "categories").iter_rows()]
-    return embed_texts(texts)
+    rows = read_movielens(folder).items.select("title", "categories").iter_rows()
+    return embed_items([Item(title, categories=tuple(names)) for title, names in rows])
 
 
 def child(vectors: np.ndarray, levels: int, codes: int, seed: int, unique: bool, codes_file: str) -> None:
-    """Cluster, and print what it took as JSON."""
+    """Cluster, and print time and memory as JSON."""
     balanced_kmeans(synthetic_vectors(100, 8), 4)  # compile
     before = resource.getrusage(resource.RUSAGE_SELF)
     begin = time.perf_counter()
-    found = residual_codes(vectors, levels, codes, seed, unique=unique)
+    found, _ = residual_codes(vectors, levels, codes, seed, unique=unique)
     seconds = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_SELF)
-    np.save(codes_file, found.codes)
+    np.save(codes_file, found)
     took = {"seconds": seconds, "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
     print(json.dumps({**took, "memory": after.ru_maxrss * 1024}))
 

@@ -1,52 +1,45 @@
-"""The cheapest assignment of rows to clusters with bounded sizes: an exact min-cost flow, compiled.
+"""The cheapest assignment of rows to clusters of bounded sizes: an exact min-cost flow, compiled.
 
-Rows are not nodes. The graph has one node a cluster and one sink; the arc from cluster j to cluster k costs what the
-cheapest row of j would lose by moving to k, and the arcs between clusters and the sink let sizes move between their
-bounds. Starting from the rows' favourite clusters at given prices, successive shortest paths (Ahuja, Magnanti and
-Orlin, Network Flows, 1993, chapter 9) move rows from clusters that hold too many to clusters that hold too few. The
-node potentials are the prices; every path keeps all reduced costs at zero or above, so the last assignment is optimal
-whatever the first prices were. Good first prices leave few paths to find, each of O(clusters^2).
+1. Rows are not nodes. The graph has one node per cluster and a sink. The arc from cluster j to cluster k costs what the
+   cheapest row of j would lose by moving to k; arcs to and from the sink let sizes move between their bounds.
+2. Every row starts in its cheapest cluster at given prices, which are the first node potentials.
+3. Successive shortest paths (Ahuja, Magnanti and Orlin, Network Flows, 1993, chapter 9) move rows from clusters that
+   hold too many to clusters that hold too few. Each path keeps all reduced costs at zero or above.
+
+The last assignment is therefore optimal for any first prices. Good ones leave few paths, each of O(clusters^2).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
-from scipy import sparse
-from scipy.optimize import linprog
-
-from data_processing.compiled import compiled
 
 FAR = np.inf
 APART_ROUNDS = 200
-EXACT_CELLS = 2**18
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile with numba, and keep the machine code where its folder or the user's cache can be written."""
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:
+        return numba.njit(function)
 
 
 class _Flow(NamedTuple):
-    """State of the flow; nodes are the clusters ``0..K-1`` and the sink ``K``.
+    """State of the flow; nodes are the clusters ``0..K-1`` and the sink ``K``."""
 
-    Attributes:
-        labels: [rows] cluster of each row.
-        members: [K, capacity] rows of each cluster, in the first ``sizes[k]`` places.
-        places: [rows] place of each row among the members of its cluster.
-        sizes: [K] rows a cluster.
-        sent: [K] flow from each cluster to the sink, within the bounds.
-        excess: [K + 1] inflow less outflow of each node; all zero at the end.
-        prices: [K + 1] node potentials.
-        move_costs: [K, K] cost of moving the cheapest row from one cluster to another.
-        movers: [K, K] that row, -1 where the cluster is empty.
-    """
-
-    labels: np.ndarray
-    members: np.ndarray
-    places: np.ndarray
-    sizes: np.ndarray
-    sent: np.ndarray
-    excess: np.ndarray
-    prices: np.ndarray
-    move_costs: np.ndarray
-    movers: np.ndarray
+    labels: np.ndarray  # [rows] cluster of each row
+    members: np.ndarray  # [K, capacity] rows of each cluster, in the first ``sizes[k]`` slots
+    sizes: np.ndarray  # [K] rows per cluster
+    sent: np.ndarray  # [K] flow from each cluster to the sink, within the bounds
+    excess: np.ndarray  # [K + 1] inflow less outflow of each node; all zero at the end
+    prices: np.ndarray  # [K + 1] node potentials
+    move_costs: np.ndarray  # [K, K] cost of moving the cheapest row from one cluster to another
+    movers: np.ndarray  # [K, K] that row, -1 where the cluster is empty
 
 
 def assign_balanced(
@@ -80,10 +73,8 @@ def assign_balanced(
 def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) -> np.ndarray:
     """Assign rows as ``assign_balanced`` does, no two rows of one group to the same cluster.
 
-    Where rows of a group meet in a cluster, it is closed to all but the cheapest of them, and the whole assignment is
-    solved again, exactly, until none meet. What is closed stays closed, so that the cost is near the least, not proved
-    to be it. Where closing leads nowhere, as it may when a group is nearly as large as there are clusters, problems of
-    up to ``EXACT_CELLS`` rows times clusters are solved as a linear programme.
+    Where rows of a group meet in a cluster, it is closed to all but the cheapest of them, for good, and the whole
+    assignment is solved again until none meet. The cost is near the least, not proved to be it.
 
     Args:
         costs: Finite float32 [rows, clusters].
@@ -95,7 +86,8 @@ def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) 
         int32 [rows], the cluster of each row.
 
     Raises:
-        ValueError: When the bounds cannot be met, a group does not fit into the clusters, or no assignment was found.
+        ValueError: When the bounds cannot be met, a group has more rows than there are clusters, or nearly as many and
+            closing clusters led nowhere.
     """
     rows, clusters = costs.shape
     largest = int(np.bincount(groups).max())
@@ -105,41 +97,16 @@ def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) 
     closed = np.float32(1e6 * max(float(costs.max() - costs.min()), 1.0))
     for _ in range(APART_ROUNDS):
         labels, prices = assign_balanced(left, lower, upper, prices)
-        places = groups.astype(np.int64) * clusters + labels
-        order = np.lexsort((left[np.arange(rows), labels], places))
-        meets = order[1:][places[order[1:]] == places[order[:-1]]]
+        # Sort by group and cluster, then by cost: every row after one with the same pair is a meeting.
+        pairs = groups.astype(np.int64) * clusters + labels
+        order = np.lexsort((left[np.arange(rows), labels], pairs))
+        meets = order[1:][pairs[order[1:]] == pairs[order[:-1]]]
         if not len(meets):
             return labels
         if (left[meets, labels[meets]] == closed).all():
             break
         left[meets, labels[meets]] = closed
-    if rows * clusters > EXACT_CELLS:
-        raise ValueError(f"found no assignment that keeps the {largest} rows of the largest group apart")
-    return _apart_by_linear_programme(costs, groups, lower, upper)
-
-
-def _apart_by_linear_programme(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) -> np.ndarray:
-    """Return the cheapest assignment of all. The conditions are those of a flow, so that a corner is whole numbers."""
-    rows, clusters = costs.shape
-    cells = np.arange(rows * clusters)
-    row, cluster = np.divmod(cells, clusters)
-
-    def sums(of: np.ndarray, count: int) -> sparse.csr_matrix:
-        return sparse.csr_matrix((np.ones(len(cells)), (of, cells)), shape=(count, len(cells)))
-
-    sizes, meetings = sums(cluster, clusters), (int(groups.max()) + 1) * clusters
-    solved = linprog(
-        costs.ravel().astype(np.float64),
-        A_ub=sparse.vstack([sizes, -sizes, sums(groups[row] * clusters + cluster, meetings)]),
-        b_ub=np.repeat([upper, -lower, 1.0], [clusters, clusters, meetings]),
-        A_eq=sums(row, rows),
-        b_eq=np.ones(rows),
-        bounds=(0.0, 1.0),
-        method="highs-ds",
-    )
-    if solved.x is None:
-        raise ValueError("no assignment within the bounds keeps the rows of every group apart")
-    return solved.x.reshape(costs.shape).argmax(axis=1).astype(np.int32)
+    raise ValueError(f"found no assignment that keeps the {largest} rows of the largest group apart")
 
 
 @compiled
@@ -156,15 +123,12 @@ def _settle(flow, costs, lower, upper):  # type: ignore[no-untyped-def]
 
 
 def _start(costs: np.ndarray, prices: np.ndarray, lower: int, upper: int) -> _Flow:
-    """Give every row its favourite cluster, and set the sink's flow to what the prices say."""
+    """Give every row its favourite cluster, and set the flow of the sink to what the prices say."""
     rows, clusters = costs.shape
     labels = _favourites(costs, prices)
     sizes = np.bincount(labels, minlength=clusters)
-    by_cluster = np.argsort(labels, kind="stable")
-    places = np.empty(rows, np.int32)
-    places[by_cluster] = np.arange(rows) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     members = np.full((clusters, max(int(sizes.max()), upper) + 2), -1, np.int32)
-    members[labels, places] = np.arange(rows)
+    members[np.arange(members.shape[1]) < sizes[:, None]] = np.argsort(labels, kind="stable")
     # The sink's price parts the clusters: dearer ones are full, cheaper ones as small as allowed.
     small = int(clusters - (rows - clusters * lower) / max(upper - lower, 1))
     sink_price = np.sort(prices)[min(max(small, 0), clusters - 1)]
@@ -172,7 +136,6 @@ def _start(costs: np.ndarray, prices: np.ndarray, lower: int, upper: int) -> _Fl
     return _Flow(
         labels=labels,
         members=members,
-        places=places,
         sizes=sizes.astype(np.int64),
         sent=sent.astype(np.int64),
         excess=np.append(sizes - sent, sent.sum() - rows).astype(np.int64),
@@ -206,13 +169,13 @@ def _find_movers(flow, costs, cluster):  # type: ignore[no-untyped-def]
     move_costs, movers = flow.move_costs[cluster], flow.movers[cluster]
     move_costs[:] = FAR
     movers[:] = -1
-    for place in range(flow.sizes[cluster]):
-        row = flow.members[cluster, place]
+    for slot in range(flow.sizes[cluster]):
+        row = flow.members[cluster, slot]
         row_costs = costs[row]
         here = np.float64(row_costs[cluster])
         for k in range(len(movers)):
             loss = row_costs[k] - here
-            better = loss < move_costs[k]
+            better = loss < move_costs[k]  # without a branch, the loop runs on vector units
             move_costs[k] = loss if better else move_costs[k]
             movers[k] = row if better else movers[k]
 
@@ -230,6 +193,7 @@ def _shortest_path(flow, lower, upper, distances, parents):  # type: ignore[no-u
         distances[node] = 0.0 if flow.excess[node] > 0 else FAR
         parents[node] = -1
     while True:
+        # The nearest node that is not done; the search ends at the first that has room.
         here = -1
         for node in range(nodes):
             if not done[node] and distances[node] < (FAR if here < 0 else distances[here]):
@@ -246,7 +210,7 @@ def _shortest_path(flow, lower, upper, distances, parents):  # type: ignore[no-u
                 length = 0.0 if flow.sent[here] < upper else FAR
             else:
                 length = flow.move_costs[here, node]
-            # Zero or above but for rounding.
+            # The reduced cost is zero or above but for rounding.
             length = distances[here] + max(length + flow.prices[node] - flow.prices[here], 0.0)
             if length < distances[node]:
                 distances[node] = length
@@ -281,37 +245,30 @@ def _push(flow, costs, end, parents):  # type: ignore[no-untyped-def]
 
 @compiled
 def _update_movers(flow, costs, cluster, lost, gained):  # type: ignore[no-untyped-def]
-    """Bring the cheapest rows of ``cluster`` up to date after it has lost and gained a row (-1: none)."""
+    """Bring the cheapest rows of ``cluster`` up to date after it lost and gained a row (-1: none)."""
     move_costs, movers = flow.move_costs[cluster], flow.movers[cluster]
-    if lost >= 0:
-        stale = np.flatnonzero(movers == lost)
-        if len(stale) * 8 > len(movers):
-            _find_movers(flow, costs, cluster)
-            return
-        move_costs[stale] = FAR
-        movers[stale] = -1
-        for place in range(flow.sizes[cluster]):
-            row = flow.members[cluster, place]
-            here = np.float64(costs[row, cluster])
-            for k in stale:
-                loss = costs[row, k] - here
+    for k in range(len(movers)):
+        if movers[k] == lost:  # look for another among all members, the gained row included
+            move_costs[k], movers[k] = FAR, -1
+            for slot in range(flow.sizes[cluster]):
+                row = flow.members[cluster, slot]
+                loss = costs[row, k] - np.float64(costs[row, cluster])
                 if loss < move_costs[k]:
                     move_costs[k], movers[k] = loss, row
-    if gained >= 0:
-        here = np.float64(costs[gained, cluster])
-        for k in range(len(movers)):
-            loss = costs[gained, k] - here
+        elif gained >= 0:
+            loss = costs[gained, k] - np.float64(costs[gained, cluster])
             if loss < move_costs[k]:
                 move_costs[k], movers[k] = loss, gained
 
 
 @compiled
 def _move_row(flow, row, source, target):  # type: ignore[no-untyped-def]
-    last = flow.members[source, flow.sizes[source] - 1]
-    flow.members[source, flow.places[row]] = last
-    flow.places[last] = flow.places[row]
+    """Move ``row``; the last member of ``source`` takes its slot."""
+    slot = 0
+    while flow.members[source, slot] != row:
+        slot += 1
     flow.sizes[source] -= 1
+    flow.members[source, slot] = flow.members[source, flow.sizes[source]]
     flow.members[target, flow.sizes[target]] = row
-    flow.places[row] = flow.sizes[target]
     flow.sizes[target] += 1
     flow.labels[row] = target

@@ -1,14 +1,15 @@
 """Balanced k-means: every cluster holds between ``rows // clusters - 1`` and ``rows // clusters + 1`` rows, exactly.
 
-Each round assigns rows to centroids and moves the centroids to the means of their rows, as Lloyd's algorithm does. Only
-the assignment differs: it is the cheapest one that keeps the bounds, found in two steps.
+Lloyd's algorithm with another assignment, the cheapest that keeps the bounds. Each round:
 
-1. Prices. Every cluster has a price that its rows pay on top of their squared distance. Crowded clusters get dearer and
-   empty ones cheaper (subgradient ascent on the dual of the assignment problem) until the sizes are nearly right.
-2. Exact flow (``assignment.py``). It repairs what is left, at the least possible cost.
+1. Costs. Squared distances of all rows to all centroids.
+2. Prices. Every cluster has a price that its rows pay on top. Crowded clusters get dearer and empty ones cheaper
+   (subgradient ascent on the dual of the assignment problem) until the sizes are nearly right.
+3. Exact flow (``assignment.py``). It repairs the rest at the least possible cost.
+4. Centroids move to the means of their rows.
 
-The first rounds stop after one step on the prices: sizes that are only nearly right leave the centroids free to travel,
-which ends in lower distortion.
+The first rounds take one step on the prices and no flow: sizes that are only nearly right leave the centroids free to
+travel, which ends in lower distortion.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -32,21 +32,14 @@ MAX_ROUNDS = 100
 STALE = 0.05
 """Prices that misplace a larger share of the rows than this are compared with prices found from nothing."""
 FRESH_STEPS = np.geomspace(2.0, 0.1, 20)
-FINE_STEPS = np.geomspace(0.1, 0.005, 8)
 LOOSE_STEP = 0.3
-PRICE_ROWS = 256
-"""Rows a cluster from which prices are searched; the exact assignment sees all rows."""
 BLOCK_ROWS = 1024
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
-FEW_BLOCKS = 4
-"""So many blocks are done sooner than threads are started."""
-LARGEST = 1e15
-GPU_ROWS = 262_144
 _LIBRARIES = ThreadpoolController()
 
 
 class Clustering(NamedTuple):
-    """What ``balanced_kmeans`` found.
+    """Result of ``balanced_kmeans``.
 
     Attributes:
         labels: int32 [rows], the cluster of each row.
@@ -60,11 +53,7 @@ class Clustering(NamedTuple):
 
 
 def size_bounds(rows: int, clusters: int) -> tuple[int, int]:
-    """Return the smallest and the largest size of a cluster; no cluster is empty.
-
-    Raises:
-        ValueError: When there are fewer rows than clusters.
-    """
+    """Return the smallest and the largest size of a cluster, at least 1; refuse fewer rows than clusters."""
     if not 1 <= clusters <= rows:
         raise ValueError(f"{rows} rows cannot fill {clusters} clusters; ask for between 1 and {rows} clusters")
     return max(1, rows // clusters - 1), rows // clusters + 1
@@ -79,13 +68,12 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
         seed: Seed of the first centroids.
         tolerance: Stop when a round lowers the inertia by less than this share of it.
 
-    Returns:
-        Labels, centroids and inertia.
-
     Raises:
         ValueError: When ``vectors`` is not a finite matrix, or has fewer rows than clusters.
     """
-    vectors = _checked(vectors)
+    vectors = np.asarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or not vectors.shape[1] or not np.isfinite(vectors).all():
+        raise ValueError(f"expected finite vectors [rows, dimensions], got {vectors.shape}; embed the items again")
     lower, upper = size_bounds(len(vectors), clusters)
     # Expanded squared distances lose digits far from the origin. Residuals lie around it already.
     middle = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -96,19 +84,17 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
     prices, unit, inertia = np.zeros(clusters, np.float32), 1.0, np.inf
     for turn in range(MAX_ROUNDS):
         assignment_costs(centred, centroids, costs)
-        sample = np.ascontiguousarray(costs[:: max(1, len(costs) // (PRICE_ROWS * clusters))])
-        if turn < 2:  # the first centroids are few rows' means, and their distances not yet typical
-            unit = _price_unit(sample)
-        prices = _fresh_if_stale(sample, prices, unit)
+        if turn < 2:  # the first centroids are means of few rows, and their distances not yet typical
+            unit = _price_unit(costs)
+        prices = _fresh_if_stale(costs, prices, unit)
         if turn < LOOSE_ROUNDS:
-            labels = cheapest(costs, prices)
-            prices = raise_crowded(prices, np.bincount(labels, minlength=clusters), LOOSE_STEP * unit)
+            labels, sizes = _cheapest(costs, prices)
+            prices = raise_crowded(prices, sizes, LOOSE_STEP * unit)
             centroids = cluster_means(centred, labels, centroids)
             continue
-        if len(sample) < len(costs):
-            prices = _refined(costs, prices, unit)
         labels, prices = assign_balanced(costs, lower, upper, prices)
         centroids = cluster_means(centred, labels, centroids)
+        # The sum of squares splits into that within clusters, the inertia, and that of the means.
         squared_lengths = (centroids.astype(np.float64) ** 2).sum(axis=1)
         previous, inertia = inertia, max(0.0, total - float(squared_lengths[labels].sum()))
         if previous - inertia <= tolerance * inertia:
@@ -117,22 +103,14 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
 
 
 def assignment_costs(vectors: np.ndarray, centroids: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Return squared distances, on a CPU less the squared length of each vector, which changes no assignment.
+    """Return squared distances less the squared length of each vector, which changes no assignment.
 
     Args:
         vectors: float32 [rows, dimensions].
         centroids: float32 [clusters, dimensions].
-        out: float32 [rows, clusters] to write to.
-
-    Returns:
-        float32 [rows, clusters].
+        out: float32 [rows, clusters] to write to and return.
     """
     costs = np.empty((len(vectors), len(centroids)), np.float32) if out is None else out
-    if faiss.get_num_gpus():  # untested on GPU
-        for start in range(0, len(vectors), GPU_ROWS):
-            block = slice(start, start + GPU_ROWS)
-            costs[block] = faiss.pairwise_distance_gpu(_gpu(), vectors[block], centroids)
-        return costs
     factors, squared_lengths = np.ascontiguousarray(-2.0 * centroids.T), (centroids**2).sum(axis=1)
 
     def fill(block: slice) -> None:
@@ -143,45 +121,26 @@ def assignment_costs(vectors: np.ndarray, centroids: np.ndarray, out: np.ndarray
     return costs
 
 
-@cache
-def _gpu() -> Any:
-    """Return faiss' memory on the GPU, allocated once."""
-    return faiss.StandardGpuResources()
-
-
-def cheapest(costs: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    """Return the cluster of least cost plus price of each row, int64 [rows]."""
+def _cheapest(costs: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cluster of least cost plus price of each row, int64 [rows], and the sizes of the clusters."""
     labels = np.empty(len(costs), np.int64)
 
     def fill(block: slice) -> None:
         np.argmin(costs[block] + prices, axis=1, out=labels[block])
 
     _by_block(fill, len(costs))
-    return labels
+    return labels, np.bincount(labels, minlength=len(prices))
 
 
 def _by_block(work: Callable[[slice], None], rows: int) -> None:
     """Do ``work`` on every block of rows, on all processors that this process may use."""
     blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, rows, BLOCK_ROWS)]
     with _LIBRARIES.limit(limits=1, user_api="blas"):
-        if len(blocks) <= FEW_BLOCKS:
-            for block in blocks:
-                work(block)
+        if len(blocks) < 5:  # done sooner than threads are started
+            list(map(work, blocks))
             return
-        with ThreadPoolExecutor(min(len(blocks), len(os.sched_getaffinity(0)))) as threads:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             list(threads.map(work, blocks))
-
-
-def _checked(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2 or vectors.shape[1] == 0:
-        raise ValueError(f"expected vectors of shape [rows, dimensions], got {vectors.shape}")
-    if not np.isfinite(vectors).all():
-        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise ValueError(f"row {row} of the vectors is not finite; embed the items anew")
-    if vectors.size and np.abs(vectors).max() > LARGEST:
-        raise ValueError(f"the vectors hold numbers above {LARGEST:.0e}, whose squares overflow; scale them down")
-    return vectors
 
 
 def _first_centroids(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarray:
@@ -190,12 +149,7 @@ def _first_centroids(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarra
     faiss.omp_set_num_threads(1)
     try:
         kmeans = faiss.Kmeans(
-            vectors.shape[1],
-            clusters,
-            niter=SEEDING_ROUNDS,
-            seed=seed % 2**31,
-            min_points_per_centroid=1,
-            gpu=faiss.get_num_gpus() > 0,
+            vectors.shape[1], clusters, niter=SEEDING_ROUNDS, seed=seed % 2**31, min_points_per_centroid=1
         )
         kmeans.train(vectors)
     finally:
@@ -204,16 +158,7 @@ def _first_centroids(vectors: np.ndarray, clusters: int, seed: int) -> np.ndarra
 
 
 def raise_crowded(prices: np.ndarray, sizes: np.ndarray, step: float) -> np.ndarray:
-    """Move the price of each cluster by at most ``step``: up when it holds too many rows, down when too few.
-
-    Args:
-        prices: float32 [clusters].
-        sizes: Rows a cluster at these prices.
-        step: Largest change, in units of the costs.
-
-    Returns:
-        float32 [clusters].
-    """
+    """Move each of the prices [clusters] by at most ``step``: up where ``sizes`` [clusters] is too large, else down."""
     crowding = sizes * (len(sizes) / sizes.sum()) - 1.0
     return (prices + step * np.clip(crowding, -1.0, 1.0)).astype(np.float32)
 
@@ -226,10 +171,6 @@ def _price_unit(costs: np.ndarray) -> float:
     return float((best[:, 1] - best[:, 0]).mean())
 
 
-def _sizes(costs: np.ndarray, prices: np.ndarray) -> np.ndarray:
-    return np.bincount(cheapest(costs, prices), minlength=len(prices))
-
-
 def _misplaced(sizes: np.ndarray) -> float:
     """Return the share of the rows that would have to move for all sizes to be equal."""
     return float(np.abs(sizes / sizes.sum() - 1.0 / len(sizes)).sum() / 2.0)
@@ -237,37 +178,22 @@ def _misplaced(sizes: np.ndarray) -> float:
 
 def _fresh_if_stale(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.ndarray:
     """Return ``prices``, or new ones where those no longer fit the centroids and the new ones do better."""
-    misplaced = _misplaced(_sizes(costs, prices))
+    misplaced = _misplaced(_cheapest(costs, prices)[1])
     if misplaced <= STALE:
         return prices
     fresh = np.zeros_like(prices)
     for step in FRESH_STEPS:
-        fresh = raise_crowded(fresh, _sizes(costs, fresh), step * unit)
-    return fresh if _misplaced(_sizes(costs, fresh)) < misplaced else prices
-
-
-def _refined(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.ndarray:
-    """Return the best of ``prices`` and those that a few small steps on all rows lead to."""
-    best, least = prices, np.inf
-    for step in FINE_STEPS:
-        sizes = _sizes(costs, prices)
-        misplaced = _misplaced(sizes)
-        if misplaced < least:
-            best, least = prices, misplaced
-        prices = raise_crowded(prices, sizes, step * unit)
-    return best
+        fresh = raise_crowded(fresh, _cheapest(costs, fresh)[1], step * unit)
+    return fresh if _misplaced(_cheapest(costs, fresh)[1]) < misplaced else prices
 
 
 def cluster_means(vectors: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Return the mean of each cluster's rows; an empty cluster keeps its centroid of ``fallback``.
+    """Return the mean of each cluster's rows, float32 [clusters, dimensions].
 
     Args:
         vectors: float32 [rows, dimensions].
         labels: int [rows].
-        fallback: float32 [clusters, dimensions].
-
-    Returns:
-        float32 [clusters, dimensions].
+        fallback: float32 [clusters, dimensions], the centroids that empty clusters keep.
     """
     rows, clusters = len(vectors), len(fallback)
     membership = sparse.csr_matrix((np.ones(rows, np.float32), (labels, np.arange(rows))), shape=(clusters, rows))

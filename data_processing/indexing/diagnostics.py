@@ -1,133 +1,21 @@
-"""What an item index is worth before any model is trained on it: balance, distortion, collisions, prefixes, purity."""
+"""Figures that tell a good item index from a poor one before any model is trained on it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from itertools import chain
 from typing import Any
 
+import faiss
 import numpy as np
-import pyarrow as pa
-from scipy import sparse
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-UBIQUITOUS = 0.9
-"""A category that at least this share of the items carries tells them apart too little to count."""
-BLOCK = 1024
-"""Rows of vectors that are looked at together, in float64: few enough to stay in the cache."""
+from data_processing.indexing.saved_index import codebooks_file, index_codes, load_saved
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import ItemIndex
 
-
-def diagnose(
-    vectors: np.ndarray | None,
-    codes: np.ndarray,
-    codebooks: np.ndarray | None,
-    categories: Sequence[Collection[str]],
-    *,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Describe an item index.
-
-    Args:
-        vectors: [items, dimensions], what was quantised; None where it is not known.
-        codes: int [items, levels], codes from 0, without collision tokens.
-        codebooks: [levels, codes, dimensions]; None where they are not known.
-        categories: Names of each item's categories.
-        seed: Seed of the random prefixes that purity is compared with.
-
-    Returns:
-        Ready for JSON, "depth" being the number of leading codes, from 0 to all:
-
-        * ``items``, ``levels``, ``codes`` (a level; without codebooks, the largest in use);
-        * ``balance``: :func:`level_balance` of each level;
-        * ``distortion`` and ``mean_squared_error`` after each level: see :func:`distortion`; None when not known;
-        * ``collisions``: :func:`collisions`;
-        * ``prefixes``, ``items_a_prefix``: number of distinct prefixes, and mean items of one, at each depth;
-        * ``purity``: :func:`prefix_purity` at each depth, and ``purity_random``: that of prefixes of the same sizes
-          with items dealt at random. None when no item has a category that counts; ``purity_items`` is how many have.
-
-    Raises:
-        ValueError: When the shapes do not fit each other.
-    """
-    items, levels = codes.shape
-    size = int(codes.max()) + 1 if codebooks is None else codebooks.shape[1]
-    for name, given in (("vectors", vectors), ("categories", categories)):
-        if given is not None and len(given) != items:
-            raise ValueError(f"codes of {items} items need as many {name}, got {len(given)}")
-    if codebooks is not None and len(codebooks) != levels:
-        raise ValueError(f"codes of {levels} levels need as many codebooks, got {len(codebooks)}")
-
-    shares = errors = None
-    if vectors is not None and codebooks is not None:
-        shares, errors = distortion(vectors, codes, codebooks)
-    prefixes = prefix_numbers(codes)
-    distinct = [int(depth.max()) + 1 for depth in prefixes]
-    carried = telling_categories(categories)
-    told = int((np.diff(carried.indptr) > 0).sum())
-    dealt = carried[np.random.default_rng(seed).permutation(items)]
-    return {
-        "items": items,
-        "levels": levels,
-        "codes": size,
-        "balance": [level_balance(codes[:, level], size) for level in range(levels)],
-        "distortion": shares,
-        "mean_squared_error": errors,
-        "collisions": collisions(prefixes[-1]),
-        "prefixes": distinct,
-        "items_a_prefix": [items / number for number in distinct],
-        "purity": [prefix_purity(depth, carried) for depth in prefixes] if told else None,
-        "purity_random": [prefix_purity(depth, dealt) for depth in prefixes] if told else None,
-        "purity_items": told,
-    }
-
-
-def level_balance(codes: np.ndarray, size: int) -> dict[str, Any]:
-    """Return how evenly one level uses its ``size`` codes.
-
-    Args:
-        codes: int [items], from 0 to ``size - 1``.
-        size: Codes of the level.
-
-    Returns:
-        ``min``, ``mean`` and ``max`` items a code; ``used``, the number of codes with an item; ``perplexity``, the
-        number of codes that would be as hard to guess if all were used evenly; ``entropy``, its logarithm as a share of
-        the largest possible, 1 being perfectly even.
-    """
-    counts = np.bincount(codes, minlength=size)
-    shares = counts[counts > 0] / len(codes)
-    entropy = float(-(shares * np.log(shares)).sum())
-    return {
-        "min": int(counts.min()),
-        "mean": len(codes) / size,
-        "max": int(counts.max()),
-        "used": len(shares),
-        "entropy": entropy / float(np.log(size)) if size > 1 else 1.0,
-        "perplexity": float(np.exp(entropy)),
-    }
-
-
-def distortion(vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return what the codes leave unsaid after each level; lower is better.
-
-    Args:
-        vectors: [items, dimensions].
-        codes: int [items, levels].
-        codebooks: [levels, codes, dimensions].
-
-    Returns:
-        The summed squared residual as a share of the variance of the vectors, and its mean over the items.
-    """
-    middle = vectors.mean(axis=0, dtype=np.float64)
-    total, left = 0.0, np.zeros(len(codebooks))
-    for start in range(0, len(vectors), BLOCK):
-        residual = vectors[start : start + BLOCK].astype(np.float64)
-        total += _squared(residual - middle)
-        for level, codebook in enumerate(codebooks):
-            residual -= codebook[codes[start : start + BLOCK, level]]
-            left[level] += _squared(residual)
-    return (left / max(total, np.finfo(float).tiny)).tolist(), (left / len(vectors)).tolist()
-
-
-def _squared(values: np.ndarray) -> float:
-    return float(np.einsum("ij,ij->", values, values))
+SAMPLE = 2000
+NEIGHBOURS = 10
 
 
 def prefix_numbers(codes: np.ndarray) -> np.ndarray:
@@ -150,60 +38,117 @@ def prefix_numbers(codes: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def collisions(paths: np.ndarray) -> dict[str, float]:
-    """Return how many items share their whole path with another.
-
-    Args:
-        paths: int [items], the number of each item's path: the last row of :func:`prefix_numbers`.
+def level_balance(codes: np.ndarray, size: int) -> dict[str, Any]:
+    """Describe the use of the codes of one level, int [items] from 0 to ``size - 1``.
 
     Returns:
-        ``items`` that share, their ``rate``, the ``groups`` they form, and the size of the ``largest`` group (1: none).
+        ``used``, codes with an item; ``min`` and ``max``, items of a code; ``entropy``, 1 when perfectly even.
     """
-    sizes = np.bincount(paths)
-    shared = sizes[sizes > 1]
+    counts = np.bincount(codes, minlength=size)
+    shares = counts[counts > 0] / len(codes)
+    entropy = float(-(shares * np.log(shares)).sum() / np.log(size)) if size > 1 else 1.0
+    return {"used": len(shares), "min": int(counts.min()), "max": int(counts.max()), "entropy": entropy}
+
+
+def collisions(codes: np.ndarray) -> dict[str, int]:
+    """Count items that share their path, int [items, levels], with another.
+
+    Returns:
+        ``items`` that share, the ``groups`` they form, and the size of the ``largest`` group (1: none).
+    """
+    sizes = np.bincount(prefix_numbers(codes)[-1])
+    return {"items": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "largest": int(sizes.max())}
+
+
+def distortion(vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> list[float]:
+    """Return the squared residual after each level as a share of the variance of the vectors; lower is better.
+
+    Shapes: vectors [items, dimensions], codes [items, levels], codebooks [levels, codes, dimensions].
+    """
+    total = max(float(vectors.var(axis=0, dtype=np.float64).sum()) * len(vectors), np.finfo(float).tiny)
+    residual, shares = vectors.copy(), []
+    for codebook, labels in zip(codebooks, codes.T, strict=True):
+        residual -= codebook[labels]
+        shares.append(float(np.einsum("ij,ij->", residual, residual, dtype=np.float64)) / total)
+    return shares
+
+
+def neighbour_sharing(vectors: np.ndarray, codes: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+    """Count the codes that items have in common with their nearest neighbours, by exact search.
+
+    Args:
+        vectors: float32 [items, dimensions]; distances are Euclidean, as in residual k-means.
+        codes: int [items, levels], at least two items.
+        seed: Seed of the draw of up to ``SAMPLE`` items.
+
+    Returns:
+        ``sample`` items; ``neighbours`` of each; ``sharing``: how many of them share the first code, the first two,
+        and so on; ``by_chance``: the same of any other items, exactly.
+    """
+    rows = len(vectors)
+    items = np.sort(np.random.default_rng(seed).choice(rows, min(SAMPLE, rows), replace=False))
+    count = min(NEIGHBOURS, rows - 1)
+    _, found = faiss.knn(vectors[items], vectors, count + 1)
+    # An item is its own nearest neighbour, but comes later among equals, or not at all.
+    itself_last = np.argsort(found == items[:, None], axis=1, kind="stable")
+    nearest = np.take_along_axis(found, itself_last, axis=1)[:, :count]
+    depths = np.cumprod(codes[nearest] == codes[items][:, None, :], axis=2).sum(axis=2)
+    sizes = [np.bincount(numbers) for numbers in prefix_numbers(codes)[1:]]
     return {
-        "items": int(shared.sum()),
-        "rate": float(shared.sum() / len(paths)),
-        "groups": len(shared),
-        "largest": int(sizes.max()),
+        "sample": len(items),
+        "neighbours": count,
+        "sharing": [float((depths >= depth).sum() / len(items)) for depth in range(1, codes.shape[1] + 1)],
+        "by_chance": [count * float((size * (size - 1)).sum() / (rows * (rows - 1))) for size in sizes],
     }
 
 
-def telling_categories(categories: Sequence[Collection[str]]) -> sparse.csr_array:
-    """Return which item carries which category, those that nearly all items carry left out.
-
-    Args:
-        categories: Names of each item's categories; a name counts once.
+def report_index(folder: DataFolder, *, seed: int = 0) -> dict[str, Any]:
+    """Examine the index of a data set, and write ``<D>.index-report.json``; ``seed`` draws the items with neighbours.
 
     Returns:
-        int64 [items, categories] of 0 and 1, sparse.
+        ``items``, ``levels`` and ``codes`` per level; :func:`level_balance` of each level as ``balance``;
+        :func:`collisions`, :func:`distortion` and :func:`neighbour_sharing` (as ``neighbours``) under their names;
+        ``settings`` of the build. The last three are None for an imported index.
+
+    Raises:
+        InputError: When the index is missing or malformed, or was not made from ``<D>.codebooks.npz``.
     """
-    names = pa.array(list(chain.from_iterable(categories)), pa.string()).dictionary_encode()
-    ends = np.cumsum([0, *map(len, categories)])
-    ones = np.ones(len(names), np.int64)
-    columns = names.indices.to_numpy()
-    carried = sparse.csr_array((ones, columns, ends), shape=(len(categories), len(names.dictionary)))
-    carried.sum_duplicates()
-    carried.data[:] = 1
-    items_of = np.bincount(carried.indices, minlength=carried.shape[1])
-    return carried[:, np.flatnonzero(items_of < UBIQUITOUS * len(categories))]
+    index = ItemIndex.load(folder.index)
+    saved = load_saved(folder, index) if codebooks_file(folder).is_file() else None
+    codes = index_codes(index, index.base_levels) if saved is None else saved.codes
+    size = int(codes.max()) + 1 if saved is None else saved.codebooks.shape[1]
+    report = {
+        "items": len(index),
+        "levels": codes.shape[1],
+        "codes": size,
+        "balance": [level_balance(level, size) for level in codes.T],
+        "collisions": collisions(codes),
+        "distortion": saved and distortion(saved.vectors, codes, saved.codebooks),
+        "neighbours": neighbour_sharing(saved.vectors, codes, seed=seed) if saved and len(index) > 1 else None,
+        "settings": saved and saved.settings,
+    }
+    write_json(folder.root / f"{folder.name}.index-report.json", report, indent=1)
+    return report
 
 
-def prefix_purity(prefixes: np.ndarray, carried: sparse.csr_array) -> float:
-    """Return the share of items that carry the category that is most common among the items of their prefix.
-
-    Items without any category do not count. One prefix for all gives the floor: the share of the most common category.
-
-    Args:
-        prefixes: int [items], the number of each item's prefix: a row of :func:`prefix_numbers`.
-        carried: [items, categories], see :func:`telling_categories`.
-
-    Returns:
-        A share from 0 to 1; 0 when no item has a category.
-    """
-    items = len(prefixes)
-    if not carried.nnz:
-        return 0.0
-    members = sparse.csr_array((np.ones(items, np.int64), prefixes, np.arange(items + 1)))
-    pure = (members.T @ carried).max(axis=1).sum()
-    return float(pure / (np.diff(carried.indptr) > 0).sum())
+def report_table(name: str, report: dict[str, Any]) -> Table:
+    """Return a row per level of ``report_index``; "–" stands for figures that need vectors."""
+    near, meet = report["neighbours"] or {}, report["collisions"]
+    caption = (
+        f"{report['items']:,} items; {meet['items']:,} collide on {meet['groups']:,} paths, {meet['largest']} at most"
+    )
+    table = Table(title=f"Item index of {name}", title_justify="left", box=SIMPLE_HEAD, caption=caption)
+    count = near.get("neighbours", NEIGHBOURS)
+    headings = "level", "codes used", "items per code", "entropy", "variance left"
+    for heading in (*headings, f"shared by {count} nearest", f"by {count} at random"):
+        table.add_column(heading, justify="right")
+    shares = [report["distortion"], near.get("sharing"), near.get("by_chance")]
+    for level, balance in enumerate(report["balance"]):
+        table.add_row(
+            chr(ord("a") + level),
+            f"{balance['used']:,} of {report['codes']:,}",
+            f"{balance['min']:,} to {balance['max']:,}",
+            f"{balance['entropy']:.3f}",
+            *("–" if values is None else f"{values[level]:.3g}" for values in shares),
+        )
+    return table

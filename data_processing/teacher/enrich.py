@@ -123,8 +123,7 @@ class Enricher:
         Raises:
             InputError: When no request can be answered. The answers are kept, and written where there is no file yet.
         """
-        complete, found = False, {}
-        faults, without = Counter[str](), Counter[str]()
+        complete, found, faults, without = False, {}, Counter[str](), Counter[str]()
         try:
             asyncio.run(self._ask_all(console))
             complete = True

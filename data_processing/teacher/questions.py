@@ -182,8 +182,8 @@ class Questions:
         if self.what == "users":
             if self.path.is_file() and USER_TEXTS not in read_json(self.path):
                 raise InputError(f"{self.path}: holds something else; move it away")
-            if users := [(user, len(items) - 1) for user, items in self._training.items() if len(items) > 1]:
-                return users
+            if last := [(user, len(items) - 1) for user, items in self._training.items() if len(items) > 1]:
+                return last
             raise InputError(f"{self.folder.inter}: no user has two interactions for training; bring longer histories")
         names, targets = list(self._training), TrainingTargets(map(len, self._training.values()))
         if not len(targets):

@@ -1,8 +1,7 @@
-"""What the commands of ``gream`` share: options, the console, and how results are printed."""
+"""Options, console and printing that all commands of ``gream`` share."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,26 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from gream_verl.core.errors import InputError
-from gream_verl.pipeline.quickstart import DEFAULT_RUN
 
 console = Console()
 
-DEFAULT_DATA = Path("runs") / DEFAULT_RUN / "data"
-DataOption = Annotated[Path, typer.Option("--data", help="Folder of the data set's files.")]
-DatasetOption = Annotated[str, typer.Option("--dataset", help="Name of the data set, D in file names.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as runs/Beauty.")]
-RunDatasetOption = Annotated[
-    str | None, typer.Option("--dataset", help="Name of the data set, where RUN holds several.")
-]
+DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Name of the data set, where RUN holds several.")]
 HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
-
-
-class Mode(StrEnum):
-    """Ways to recommend."""
-
-    direct = "direct"
-    reasoning = "reasoning"
 
 
 def print_dict(title: str, values: dict[str, Any]) -> None:

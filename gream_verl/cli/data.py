@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gream_verl.cli.common import (
+    DatasetOption,
     HistoryOption,
     RunArgument,
-    RunDatasetOption,
     SeedOption,
     console,
     pairs,
@@ -142,7 +142,7 @@ def _read_source(
 
 
 @data_app.command()
-def stats(run: RunArgument, dataset: RunDatasetOption = None) -> None:
+def stats(run: RunArgument, dataset: DatasetOption = None) -> None:
     """Print the numbers by which data sets are compared: users, items, interactions, sparsity, lengths."""
     from data_processing.interactions import statistics
 
@@ -159,7 +159,7 @@ def rl(
     ] = "reasoning",
     history: HistoryOption = 20,
     seed: SeedOption = 0,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
 ) -> None:
     """Write the prompts of SRPO, of its validation and of the evaluation: D-rl, D-val and D-test.parquet."""
     from data_processing.rl import write_prompts

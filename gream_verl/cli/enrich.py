@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from gream_verl.cli.common import HistoryOption, RunArgument, RunDatasetOption, SeedOption, console, print_dict
+from gream_verl.cli.common import DatasetOption, HistoryOption, RunArgument, SeedOption, console, print_dict
 from gream_verl.cli.data import data_app
 
 
@@ -30,7 +30,7 @@ def enrich(
         typer.Option(help="Form of an answer in a request; none: by the prompt alone. Default: json_schema."),
     ] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at once. Default: 32.")] = None,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Ask about a seeded sample of so many. Default: all.")
     ] = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Group
 
-from gream_verl.cli.common import RunArgument, RunDatasetOption, SeedOption, console
+from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console
 from gream_verl.core.errors import InputError
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
@@ -29,7 +29,7 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file with any of the options, see docs/evaluation.md.")
     ] = None,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     mode: Annotated[Mode | None, typer.Option(help="One mode only. Default: both.")] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the results, NAME-MODE.json. Default: the checkpoint's folder.")
@@ -92,7 +92,7 @@ def compare(
 
 
 @evaluate_app.command()
-def report(run: RunArgument, dataset: RunDatasetOption = None, seed: SeedOption = 0) -> None:
+def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0) -> None:
     """Write RUN/report.html and RUN/metrics.json, and print the results."""
     from gream_verl.evaluation.report import write_report
 
@@ -108,7 +108,7 @@ def inspect(
         Path | None,
         typer.Option(help="A <step>.jsonl of verl, or its folder: the last step. Default: RUN/srpo/validation."),
     ] = None,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of the worst, and of the best.")] = 5,
 ) -> None:
     """Show rollouts with their rewards, titles instead of semantic IDs: the worst first, then the best."""
@@ -116,6 +116,6 @@ def inspect(
     from gream_verl.evaluation.inspection import read_rollouts, rollout_table
 
     folder = RunFolder.open(run, dataset)
-    titles = {item: known.title for item, known in folder.data.read_items().items()}
     index = ItemIndex.load(folder.data.index)
-    console.print(rollout_table(read_rollouts(rollouts or folder.srpo / "validation"), limit, index, titles))
+    found = read_rollouts(rollouts or folder.srpo / "validation")
+    console.print(rollout_table(found, limit, index, folder.data.titles()))

@@ -73,6 +73,7 @@ def quickstart(
     from gream_verl.pipeline.runner import run_steps
 
     run_steps(run, quickstart_steps(Quickstart(run, source, reviews, metadata, base, template, seed)), console)
+    console.print(f"Report: {run / 'report.html'}", style="bold green", soft_wrap=True)
 
 
 @app.command()

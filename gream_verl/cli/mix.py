@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from data_processing.sft.rules import Wording
-from gream_verl.cli.common import HistoryOption, RunArgument, RunDatasetOption, SeedOption, console, pairs
+from gream_verl.cli.common import DatasetOption, HistoryOption, RunArgument, SeedOption, console, pairs
 from gream_verl.cli.data import data_app
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
@@ -31,7 +31,7 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Count the rows, a
 @data_app.command()
 def tasks(
     run: RunArgument,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     rows: RowsOption = None,
     total: TotalOption = None,
     history: HistoryOption = 20,
@@ -60,7 +60,7 @@ def tasks(
 @data_app.command()
 def mix(
     run: RunArgument,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     rows: RowsOption = None,
     total: TotalOption = None,
     history: HistoryOption = 20,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gream_verl.cli.common import RunArgument, RunDatasetOption, SeedOption, console, print_dict
+from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console, print_dict
 from gream_verl.core.run_folder import RunFolder
 
 model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
@@ -19,7 +19,7 @@ def tiny(
     run: RunArgument,
     hidden_size: Annotated[int, typer.Option(min=8, help="Width of the model.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 3,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Make RUN/model: a tiny untrained Qwen3, its tokenizer trained on the SFT rows, semantic IDs included."""
@@ -40,7 +40,7 @@ def extend(
         bool, typer.Option("--grow", help="The base knows an earlier state of the index: add the missing tokens.")
     ] = False,
     overwrite: OverwriteOption = False,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Make RUN/model: a pretrained model and the semantic-ID tokens of the index.
@@ -63,7 +63,7 @@ def adapter(
     alpha: Annotated[int, typer.Option(min=1, help="The update is scaled by alpha / rank.")] = 128,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="Share of the inputs of an update to drop.")] = 0.0,
     overwrite: OverwriteOption = False,
-    dataset: RunDatasetOption = None,
+    dataset: DatasetOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Make RUN/adapter: untrained LoRA on every linear layer, rows of semantic-ID tokens in full.

@@ -17,9 +17,7 @@ from gream_verl.core.run_folder import RunFolder
 from gream_verl.pipeline.runner import Step, stamp_file
 
 QuickstartSource = Literal["movielens", "amazon2014", "amazon2018", "amazon2023"]
-DEFAULT_DATASET, DEFAULT_RUN = "ml-100k", "quickstart"
-TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
-"""SFT rows of each task that the tiny model sees, once."""
+DEFAULT_DATASET = "ml-100k"
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,11 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
     root, data, profile = run.root, run.data, PRETRAINED if options.base else TINY
     config, (sft, srpo) = config_file(profile.config), _overrides(options, profile, run)
     seed = f"--seed {options.seed}" if options.seed else ""
-    evaluate, chains, stamp = f"gream evaluate {root}", f"{profile.evaluation} {seed}", stamp_file(root, "srpo")
+    evaluate, chains, stamp = (
+        f"gream evaluate {root}",
+        f"{profile.evaluation} --overwrite {seed}",
+        stamp_file(root, "srpo"),
+    )
     amazon = {"--reviews": options.reviews, "--metadata": options.metadata}
     raw = [path for path in amazon.values() if path]
     given = " ".join(f"{option} {quote(str(path))}" for option, path in amazon.items() if path)

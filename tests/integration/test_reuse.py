@@ -45,7 +45,7 @@ actor_rollout_ref:
     fsdp_config: {use_torch_compile: false, model_dtype: fp32, mixed_precision: {param_dtype: fp32, reduce_dtype: fp32}}
   rollout:
     name: hf
-    tensor_model_parallel_size: 2    # one replica for both ranks
+    tensor_model_parallel_size: 1
     n: 4
     temperature: 0.7
     dtype: float32

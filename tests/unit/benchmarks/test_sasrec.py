@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 from benchmark_files import load_benchmark
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_data import make_data
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.split import UserSplit, by_time, leave_one_out
 from gream_verl.evaluation.prompts import Prompt
+from gream_verl.evaluation.results import read_folder
 
 sasrec = load_benchmark("baselines/sasrec.py")
 Row = sasrec.Row
@@ -151,3 +154,41 @@ def test_parameters_are_yaml_values() -> None:
 def test_a_parameter_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected NAME=VALUE"):
         sasrec.read_parameters([text])
+
+
+WORKER = """
+import json, sys
+import numpy as np
+job = json.load(open(sys.argv[-1]))
+rows = open(job["data"] + "/gream/gream.test.inter").read().splitlines()[1:]
+dropped = np.load(job["dropped"])
+parts = np.split(dropped["items"], np.cumsum(dropped["lengths"])[:-1])
+k = max(job["cutoffs"])
+items = np.array([[item for item in range(100) if item not in part][:k] for part in parts])
+users = np.array([int(row.split("\\t")[0]) for row in rows])
+np.savez(job["lists"], users=users, items=items, scores=-items.astype(np.float32))
+training = {"epochs": 3, "best_epoch": 2, "valid_score": 0.5, "stopped_by": "epochs", "seconds": 1.0}
+about = {"parameters": job["parameters"], "trained_parameters": 1, "device": "cpu", "threads": 1}
+print(json.dumps({"training": training, "metrics": {}, "versions": {}, **about}))
+"""
+
+
+def test_the_script_writes_a_result_that_the_tables_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data(tmp_path)
+    (tmp_path / "worker.py").write_text(WORKER)
+    python = python_that(tmp_path, f'exec {sys.executable} {tmp_path / "worker.py"} "$@"')
+    arguments = [str(tmp_path), "--limit", "5", "--set", "hidden_size=8", "--python", str(python)]
+    sasrec.main(arguments)
+    evaluation = read_folder(tmp_path / "evaluation")["sasrec"]
+    sequences = data.read_inter()
+    known = sorted({item for sequence in sequences.values() for item in sequence})
+    for row in evaluation.rows:
+        past = sequences[row["user"]][:-1]
+        assert row["target"] == sequences[row["user"]][-1]
+        assert row["recommended"] == [item for item in known if item not in past][:30]
+    assert (len(evaluation.rows), evaluation.settings["parameters"]["hidden_size"]) == (5, 8)
+    assert evaluation.is_baseline
+    assert evaluation.intervals
+    assert "3 epochs, the best 2; stopped by epochs." in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds another result"):
+        sasrec.main([*arguments, "--limit", "4"])

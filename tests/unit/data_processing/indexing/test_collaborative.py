@@ -34,14 +34,14 @@ def slow_positive_pmi(counts: np.ndarray) -> np.ndarray:
 
 
 @given(SEQUENCES, st.integers(1, 5))
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_cooccurrence_equals_two_plain_loops(sequences: list[list[int]], window: int) -> None:
     expected = slow_cooccurrence(sequences, ITEMS, window)
     np.testing.assert_allclose(cooccurrence(sequences, ITEMS, window).toarray(), expected, atol=1e-12)
 
 
 @given(SEQUENCES)
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_positive_pmi_equals_its_definition(sequences: list[list[int]]) -> None:
     counts = cooccurrence(sequences, ITEMS)
     expected = slow_positive_pmi(counts.toarray()) if counts.nnz else np.zeros((ITEMS, ITEMS))
@@ -49,7 +49,7 @@ def test_positive_pmi_equals_its_definition(sequences: list[list[int]]) -> None:
 
 
 @given(SEQUENCES)
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_rows_have_length_one_or_are_zero(sequences: list[list[int]]) -> None:
     vectors = collaborative_vectors(sequences, ITEMS, dimensions=5)
     assert vectors.shape == (ITEMS, 5)
@@ -77,8 +77,8 @@ def test_items_of_one_taste_are_closer_than_items_of_two() -> None:
 
 
 @pytest.mark.parametrize("users", [1, 100])
-@pytest.mark.parametrize("items", [200, 800])
-def test_the_same_sequences_give_the_same_bytes(users: int, items: int) -> None:
+def test_the_same_sequences_give_the_same_bytes(users: int) -> None:
+    items = 200
     random = np.random.default_rng(1)
     sequences = [list(random.integers(0, items, 25)) for _ in range(users)]
     first, again = collaborative_vectors(sequences, items), collaborative_vectors(sequences, items)

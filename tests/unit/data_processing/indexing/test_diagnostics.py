@@ -1,89 +1,59 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from rich.console import Console
 
 from data_processing.indexing import diagnostics
 from data_processing.indexing.diagnostics import (
-    UBIQUITOUS,
     collisions,
-    diagnose,
     distortion,
     level_balance,
+    neighbour_sharing,
     prefix_numbers,
-    prefix_purity,
-    telling_categories,
+    report_index,
+    report_table,
 )
-
-ITEMS = st.integers(1, 20).flatmap(
-    lambda items: st.tuples(
-        st.lists(st.tuples(*[st.integers(0, 3)] * 3), min_size=items, max_size=items),
-        st.lists(st.lists(st.sampled_from("abcdeé"), max_size=4), min_size=items, max_size=items),
-    )
-)
-"""Codes and categories of up to 20 items."""
+from data_processing.indexing.saved_index import SavedIndex, codebooks_file
+from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.errors import InputError
+from gream_verl.core.semantic_ids import ItemIndex
 
 
-def slow_purity(prefixes: np.ndarray, categories: Sequence[Collection[str]]) -> float:
-    """The definition in plain Python."""
-    carried = Counter(category for names in categories for category in set(names))
-    ubiquitous = {category for category, items in carried.items() if items >= UBIQUITOUS * len(categories)}
-    groups: dict[tuple[int, ...], list[set[str]]] = {}
-    for prefix, names in zip(prefixes.tolist(), categories, strict=True):
-        if telling := set(names) - ubiquitous:
-            groups.setdefault(tuple(prefix), []).append(telling)
-    pure = sum(max(Counter(name for names in group for name in names).values()) for group in groups.values())
-    return pure / max(sum(map(len, groups.values())), 1)
+def shared_depth(left: np.ndarray, right: np.ndarray) -> int:
+    return next((depth for depth, (a, b) in enumerate(zip(left, right, strict=True)) if a != b), len(left))
 
 
 def test_balance_is_one_when_even_and_lower_when_not() -> None:
-    even, uneven = level_balance(np.array([0, 1, 2, 3]), 4), level_balance(np.array([0, 0, 0, 1]), 4)
-    assert even == {"min": 1, "mean": 1.0, "max": 1, "used": 4, "entropy": 1.0, "perplexity": pytest.approx(4.0)}
-    assert (uneven["min"], uneven["mean"], uneven["max"], uneven["used"]) == (0, 1.0, 3, 2)
-    entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
-    assert uneven["entropy"] == pytest.approx(entropy / np.log(4))
-    assert uneven["perplexity"] == pytest.approx(np.exp(entropy))
-
-
-def test_one_code_alone_is_even() -> None:
+    assert level_balance(np.array([0, 1, 2, 3]), 4) == {"used": 4, "min": 1, "max": 1, "entropy": 1.0}
+    uneven = level_balance(np.array([0, 0, 0, 1]), 4)
+    assert (uneven["used"], uneven["min"], uneven["max"]) == (2, 0, 3)
+    assert uneven["entropy"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4))
     assert level_balance(np.zeros(3, int), 1)["entropy"] == 1.0
 
 
-def test_distortion_is_the_share_of_variance_left_and_ends_at_zero_when_codes_say_all() -> None:
-    vectors = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-    codebooks = np.array([[[1.0, 0.0], [-1.0, 0.0]], [[0.0, 1.0], [0.0, -1.0]]])
-    shares, errors = distortion(vectors, codes, codebooks)
-    assert shares == pytest.approx([0.5, 0.0])
-    assert errors == pytest.approx([1.0, 0.0])
-
-
-def test_distortion_in_blocks_is_that_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distortion_is_the_share_of_variance_left() -> None:
     random = np.random.default_rng(0)
-    vectors = (random.normal(size=(50, 3)) + 100).astype(np.float32)
-    codes, codebooks = random.integers(0, 4, (50, 2)), random.normal(size=(2, 4, 3))
+    vectors = (random.normal(size=(50, 3)) + 9).astype(np.float32)
+    codes, codebooks = random.integers(0, 4, (50, 2)), random.normal(size=(2, 4, 3)).astype(np.float32)
     kept = vectors.copy()
-    whole = distortion(vectors, codes, codebooks)
-    left = vectors - codebooks[0][codes[:, 0]] - codebooks[1][codes[:, 1]]
-    assert whole[0][1] == pytest.approx((left**2).sum() / ((vectors - vectors.mean(axis=0)) ** 2).sum(), rel=1e-4)
-    assert whole[1][1] == pytest.approx((left**2).sum() / 50)
-    monkeypatch.setattr(diagnostics, "BLOCK", 7)
-    assert distortion(vectors, codes, codebooks) == (pytest.approx(whole[0]), pytest.approx(whole[1]))
+    left = vectors - codebooks[0][codes[:, 0]]
+    variance = ((vectors - vectors.mean(axis=0)) ** 2).sum()
+    expected = [(left**2).sum() / variance, ((left - codebooks[1][codes[:, 1]]) ** 2).sum() / variance]
+    assert distortion(vectors, codes, codebooks) == pytest.approx(expected, rel=1e-4)
     assert np.array_equal(vectors, kept)
-
-
-def test_vectors_that_are_all_alike_leave_nothing() -> None:
-    assert distortion(np.ones((3, 2)), np.zeros((3, 1), int), np.ones((1, 1, 2))) == ([0.0], [0.0])
+    alike = np.ones((3, 2), np.float32)
+    assert distortion(alike, np.zeros((3, 1), int), np.ones((1, 1, 2), np.float32)) == [0.0]
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 10**9)] * 3), min_size=1, max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_prefixes_are_numbered_without_gaps_in_the_order_of_their_codes(paths: list[tuple[int, ...]]) -> None:
     numbers = prefix_numbers(np.array(paths))
     for depth, found in enumerate(numbers):
@@ -92,76 +62,93 @@ def test_prefixes_are_numbered_without_gaps_in_the_order_of_their_codes(paths: l
 
 
 def test_collisions_count_every_item_that_shares_its_path() -> None:
-    assert collisions(np.array([0, 0, 0, 1, 2, 3, 3])) == {
-        "items": 5, "rate": pytest.approx(5 / 7), "groups": 2, "largest": 3
-    }  # fmt: skip
-    assert collisions(np.array([1, 0])) == {"items": 0, "rate": 0.0, "groups": 0, "largest": 1}
+    assert collisions(np.array([[0], [0], [0], [1], [2], [3], [3]])) == {"items": 5, "groups": 2, "largest": 3}
+    assert collisions(np.array([[1], [0]])) == {"items": 0, "groups": 0, "largest": 1}
 
 
-@given(ITEMS)
-@settings(max_examples=200, deadline=None)
-def test_purity_is_that_of_the_plain_definition_at_every_depth(
-    data: tuple[list[tuple[int, ...]], list[list[str]]],
-) -> None:
-    codes, categories = np.array(data[0]), data[1]
-    carried = telling_categories(categories)
-    for depth, prefixes in enumerate(prefix_numbers(codes)):
-        assert prefix_purity(prefixes, carried) == pytest.approx(slow_purity(codes[:, :depth], categories))
+@pytest.mark.parametrize("seed", range(3))
+def test_neighbours_share_what_a_full_search_says(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "NEIGHBOURS", 4)
+    random = np.random.default_rng(seed)
+    vectors, codes = random.normal(size=(30, 5)).astype(np.float32), random.integers(0, 2, (30, 3))
+    depths = []
+    for item, vector in enumerate(vectors):
+        order = np.argsort(((vectors - vector) ** 2).sum(axis=1))
+        depths.append([shared_depth(codes[item], codes[other]) for other in order if other != item][:4])
+    found = neighbour_sharing(vectors, codes)
+    assert (found["sample"], found["neighbours"]) == (30, 4)
+    assert found["sharing"] == pytest.approx([(np.array(depths) >= depth).sum() / 30 for depth in (1, 2, 3)])
 
 
-def test_purity_is_the_share_of_items_with_their_prefix_s_most_common_category() -> None:
-    carried = telling_categories(
-        [["Action", "Crime"], ["Action"], ["Comedy"], ["Comedy"], ["Drama"], ["Comedy", "Drama"]]
-    )
-    assert prefix_purity(np.array([0, 0, 0, 1, 1, 1]), carried) == pytest.approx(4 / 6)
-    assert prefix_purity(np.zeros(6, int), carried) == pytest.approx(3 / 6)
+@given(hnp.arrays(np.int64, st.tuples(st.integers(2, 10), st.integers(1, 4)), elements=st.integers(0, 2)))
+@settings(max_examples=25, deadline=None)
+def test_chance_is_what_all_pairs_share_and_equals_are_not_their_own_neighbours(codes: np.ndarray) -> None:
+    # All vectors are alike, and everybody is a neighbour of everybody else.
+    found = neighbour_sharing(np.ones((len(codes), 4), np.float32), codes)
+    assert found["neighbours"] == len(codes) - 1
+    assert found["sharing"] == pytest.approx(found["by_chance"])
 
 
-def test_purity_ignores_categories_that_all_items_carry_and_items_without_any() -> None:
-    carried = telling_categories([["Beauty", "Hair"], ["Beauty", "Skin"], ["Beauty"], ["Beauty", "Hair", "Hair"]])
-    assert carried.toarray().tolist() == [[1, 0], [0, 1], [0, 0], [1, 0]]
-    assert prefix_purity(np.zeros(4, int), carried) == pytest.approx(2 / 3)
-    assert prefix_purity(np.array([0]), telling_categories([[]])) == 0.0
-
-
-def test_the_diagnosis_is_plain_json_and_names_every_level() -> None:
+def test_the_draw_hangs_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "SAMPLE", 20)
     random = np.random.default_rng(0)
-    codes, codebooks = random.integers(0, 4, (10, 3)), random.normal(size=(3, 4, 2))
-    given = (random.normal(size=(10, 2)), codes, codebooks, [["A"], ["B"]] * 5)
-    found = diagnose(*given)
-    assert found == json.loads(json.dumps(found)) == diagnose(*given)
-    assert (found["items"], found["levels"], found["codes"], found["purity_items"]) == (10, 3, 4, 10)
-    assert [len(found[name]) for name in ("balance", "distortion", "mean_squared_error")] == [3, 3, 3]
-    assert [len(found[name]) for name in ("prefixes", "items_a_prefix", "purity", "purity_random")] == [4, 4, 4, 4]
-    assert found["prefixes"][3] == len({tuple(path) for path in codes.tolist()})
-    assert found["items_a_prefix"][:2] == [10.0, 10 / found["prefixes"][1]]
+    given = random.normal(size=(60, 5)).astype(np.float32), random.integers(0, 3, (60, 2))
+    first, again, other = (neighbour_sharing(*given, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first["sharing"] != other["sharing"]
 
 
-def test_prefixes_that_follow_categories_are_purer_than_random_ones_of_the_same_sizes() -> None:
-    categories = [[str(item // 20)] for item in range(200)]
-    telling, blind = (
-        diagnose(None, codes[:, None], None, categories)
-        for codes in (np.arange(200) // 20, np.random.default_rng(5).permutation(200) // 20)
-    )
-    assert telling["purity"] == [0.1, 1.0]
-    assert telling["purity_random"][0] == 0.1
-    assert telling["purity_random"][1] == pytest.approx(blind["purity"][1], abs=0.03)
-    assert blind["purity_random"][1] == pytest.approx(blind["purity"][1], abs=0.03)
-    assert blind["purity"][1] < 0.3
+@pytest.fixture
+def folder(tmp_path: Path) -> DataFolder:
+    """An index of 80 items on 64 paths: 32 items share theirs with one other."""
+    data, random, numbers = DataFolder(tmp_path, "D"), np.random.default_rng(0), np.arange(80) % 64
+    codes = np.stack([numbers % 4, numbers // 4 % 4, numbers // 16], axis=1).astype(np.int32)
+    codebooks = random.normal(size=(3, 4, 6)).astype(np.float32) / 2.0 ** np.arange(3, dtype="f4")[:, None, None]
+    vectors = sum(codebooks[level][codes[:, level]] for level in range(3)) + random.normal(size=(80, 6)) / 10
+    paths = [(*path, item // 64) if item % 64 < 16 else path for item, path in enumerate(codes.tolist())]
+    items = [str(item) for item in range(80)]
+    mean, scale = np.zeros(6, np.float32), np.array(1.0)
+    SavedIndex(items, vectors.astype("f4"), codes, codebooks, mean, scale, {"built": 80}).save(data)
+    ItemIndex.from_codes(items, paths).save(data.index)
+    return data
 
 
-def test_what_hangs_on_vectors_codebooks_or_categories_is_none_without_them() -> None:
-    codes = np.array([[0, 1], [0, 6], [2, 1]])
-    found = diagnose(None, codes, None, [[]] * 3)
-    assert [found[name] for name in ("distortion", "mean_squared_error", "purity", "purity_random")] == [None] * 4
-    assert (found["codes"], found["purity_items"]) == (7, 0)
-    assert found["balance"][0]["used"] == 2
+def text_of(report: dict[str, object]) -> str:
+    console = Console(width=80, record=True, quiet=False)
+    with console.capture() as captured:
+        console.print(report_table("D", report))
+    return captured.get()
 
 
-@pytest.mark.parametrize(
-    ("vectors", "levels", "labelled", "message"),
-    [(4, 2, 5, "5 items need as many vectors"), (5, 2, 4, "5 items need as many cat"), (5, 3, 5, "2 levels need as")],
-)
-def test_shapes_that_do_not_fit_are_refused(vectors: int, levels: int, labelled: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        diagnose(np.zeros((vectors, 3)), np.zeros((5, 2), int), np.zeros((levels, 4, 3)), [[]] * labelled)
+def test_the_report_holds_all_figures_as_json_and_as_a_table(folder: DataFolder) -> None:
+    report = report_index(folder)
+    assert json.loads((folder.root / "D.index-report.json").read_text()) == report
+    assert (report["items"], report["levels"], report["codes"]) == (80, 3, 4)
+    assert report["collisions"] == {"items": 32, "groups": 16, "largest": 2}
+    assert report["distortion"] == sorted(report["distortion"], reverse=True)
+    assert report["neighbours"]["sharing"][0] > 2 * report["neighbours"]["by_chance"][0]
+    text = text_of(report)
+    assert "4 of 4" in text
+    assert "80 items; 32 collide on 16 paths, 2 at most" in text
+    assert f"{report['distortion'][2]:.3g}" in text
+
+
+def test_an_imported_index_has_no_figures_that_need_vectors(folder: DataFolder) -> None:
+    whole = report_index(folder)
+    codebooks_file(folder).unlink()
+    report = report_index(folder)
+    assert [report[name] for name in ("distortion", "neighbours", "settings")] == [None] * 3
+    assert [report[name] for name in ("collisions", "balance")] == [whole[name] for name in ("collisions", "balance")]
+    assert "–" in text_of(report)
+
+
+def test_an_index_of_another_build_is_refused(folder: DataFolder) -> None:
+    ItemIndex.from_codes(["0", "1"], [(0, 0, 0), (0, 0, 1)]).save(folder.index)
+    with pytest.raises(InputError, match=r"not the index that D\.codebooks\.npz was made with"):
+        report_index(folder)
+
+
+def test_the_smallest_index_has_a_report(tmp_path: Path) -> None:
+    data = DataFolder(tmp_path, "D")
+    ItemIndex({"x": ("<|a_1|>",)}).save(data.index)
+    assert report_index(data)["balance"] == [{"used": 1, "min": 1, "max": 1, "entropy": 1.0}]

@@ -25,10 +25,16 @@ from data_processing.sft.tasks import ITEM_TASKS, REASONING, TASKS, SftRow
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
-from gream_verl.core.split import split_file
 
 ROWS = dict.fromkeys(TASKS, 40)
 EVERYTHING = dict.fromkeys(TASKS, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the picture in two tests only: it takes longer than all the rest."""
+    if not request.node.name.startswith(("test_the_files", "test_the_seed")):
+        monkeypatch.setattr(mix, "draw_curriculum", lambda *_: None)
 
 
 def words(rows: Sequence[SftRow]) -> list[int]:
@@ -103,7 +109,7 @@ def test_the_files_are_those_that_llama_factory_reads(tmp_path: Path) -> None:
 def test_the_seed_gives_the_bytes_in_chunks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_data(tmp_path)
     files = []
-    for seed in (0, 0, 1):
+    for seed in (0, 0, 1):  # the picture, too
         write_mix(folder, MixOptions(ROWS, seed, limit=LengthLimit(words, 40)))
         files.append(contents(folder))
     assert files[0] == files[1] != files[2]
@@ -229,7 +235,7 @@ def test_a_temporal_split_decides_what_training_sees(tmp_path: Path) -> None:
         user: [len(sequence) - 4, len(sequence) - 3, len(sequence) - 1] if len(sequence) > 5 else [0, None, None]
         for user, sequence in folder.read_inter().items()
     }
-    write_json(split_file(folder.inter), {"users": splits})
+    write_json(folder.split, {"users": splits})
     counts = write_mix(folder, MixOptions({"seqrec": 1.0}))["seqrec"]
     assert counts["made"] == sum(max((training or 0) - 1, 0) for training, _, _ in splits.values())
     assert counts["held out"] == sum(None not in split for split in splits.values())

@@ -45,7 +45,7 @@ def test_a_completion_is_read(choice: dict[str, Any], text: str, finish: str | N
 
 
 @given(text=TEXTS)
-@settings(max_examples=50)
+@settings(max_examples=20)
 def test_any_text_comes_back_as_it_was_given(text: str) -> None:
     with closing(AnswerStore(":memory:")) as store:
         store.put(request(0), answer(text))

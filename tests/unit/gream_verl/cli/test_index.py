@@ -1,25 +1,30 @@
-"""The commands of ``gream index`` one after the other, with the real embedding model."""
+"""The commands of ``gream index`` one after the other."""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from index_data import fake_embeddings
+from typer.testing import CliRunner
 
-from gream_verl.cli.main import main as cli
+from data_processing.indexing import growth, residual_index
+from data_processing.indexing.embed import EmbeddingSettings, default_model
+from gream_verl.cli.index import index_app
+from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import ItemIndex
 
 KINDS = ("shampoo", "perfume", "lipstick", "brush")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["gream", "index", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    printed = capsys.readouterr()
-    return int(caught.value.code or 0), printed.out + printed.err
+def run(*arguments: object) -> str:
+    done = CliRunner(env={"COLUMNS": "100"}).invoke(index_app, [*map(str, arguments)])
+    if done.exception:
+        raise done.exception
+    return done.output
 
 
 def write_data(folder: Path, items: int) -> None:
@@ -28,56 +33,99 @@ def write_data(folder: Path, items: int) -> None:
         for item in range(items)
     }
     users = {f"u{user}": [str((user * 7 + step * 4) % items) for step in range(9)] for user in range(20)}
-    (folder / "toy.item.json").write_text(json.dumps(titles))
-    (folder / "toy.inter.json").write_text(json.dumps(users))
+    (folder / "data").mkdir(exist_ok=True)
+    (folder / "data/toy.item.json").write_text(json.dumps(titles))
+    (folder / "data/toy.inter.json").write_text(json.dumps(users))
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[EmbeddingSettings]:
+    """Replace the model; return the settings it was called with."""
+    calls: list[EmbeddingSettings] = []
+
+    def cached(folder: object, items: list, settings: EmbeddingSettings) -> np.ndarray:
+        calls.append(settings)
+        return fake_embeddings(items, settings)
+
+    monkeypatch.setattr(residual_index, "cached_embeddings", cached)
+    monkeypatch.setattr(growth, "embed_items", fake_embeddings)
+    return calls
 
 
 def test_an_index_is_built_extended_examined_and_read_by_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, embedded: list[EmbeddingSettings]
 ) -> None:
-    where = ["--data", str(tmp_path), "--dataset", "toy"]
+    index = tmp_path / "data/toy.index.json"
     write_data(tmp_path, 40)
-    status, out = run(monkeypatch, capsys, "build", *where, "--levels", "2", "--codes", "8", "--unique")
-    assert status == 0
-    assert "Collisions" in out
-    index = tmp_path / "toy.index.json"
+    (tmp_path / "without.txt").write_text("38\n\n39\n")
+    out = run("build", tmp_path, "--levels", 2, "--codes", 8, "--unique", "--without", tmp_path / "without.txt")
+    assert "38 items; 0 collide" in out
+    assert embedded == [EmbeddingSettings()]
     built = index.read_text()
 
     write_data(tmp_path, 43)
-    status, out = run(monkeypatch, capsys, "add", *where)
-    assert status == 0
-    assert "new" in out
-    assert "distortion_ratio" in out.replace(" ", "_")
+    out = run("add", tmp_path)
+    assert "distortion_ratio" in out
+    assert "43 items" in out
     assert index.read_text().startswith(built.rstrip().removesuffix("}"))
-    assert len(ItemIndex.load(index)) == 43
+    assert json.loads((tmp_path / "data/toy.index-report.json").read_text())["items"] == 43
+    assert "by 10" in re.sub(r"\s+", " ", run("report", tmp_path))
+    assert "43" in run("check", tmp_path)
 
-    status, out = run(monkeypatch, capsys, "remove", "41", *where)
-    assert (status, "1 item retired" in out) == (0, True)
-    assert "41" not in ItemIndex.load(index).sids
-    assert ItemIndex.load(index).text("41")
-    status, out = run(monkeypatch, capsys, "remove", "41", "--undo", *where)
-    assert (status, "1 item brought back" in out) == (0, True)
-
-    status, out = run(monkeypatch, capsys, "report", *where)
-    assert status == 0
-    page = (tmp_path / "toy.index-report.html").read_text()
-    assert "shampoo number" in page
-    assert json.loads((tmp_path / "toy.index-report.json").read_text())["items"] == 43
-
-    letter = {item: [token.replace("|", "") for token in sid] for item, sid in ItemIndex.load(index).sids.items()}
-    (tmp_path / "letter.json").write_text(
-        json.dumps({item: [f"{t[:3]}{int(t[3:-1]) - 1}>" for t in sid] for item, sid in letter.items()})
-    )
     kept = dict(ItemIndex.load(index).sids)
-    assert run(monkeypatch, capsys, "check", str(tmp_path / "letter.json"))[0] == 0
-    assert run(monkeypatch, capsys, "import", str(tmp_path / "letter.json"), *where)[0] == 0
+    letter = {item: [re.sub(r"\|", "", token) for token in sid] for item, sid in kept.items()}
+    counted_from_0 = {
+        item: [re.sub(r"\d+", lambda code: str(int(code[0]) - 1), t) for t in sid] for item, sid in letter.items()
+    }
+    (tmp_path / "letter.json").write_text(json.dumps(counted_from_0))
+    assert "LETTER" in run("check", tmp_path / "letter.json")
+    run("import", tmp_path, tmp_path / "letter.json")
     assert ItemIndex.load(index).sids == kept
+    with pytest.raises(InputError, match=r"codebooks\.npz: no such file"):
+        run("add", tmp_path)
 
 
-def test_an_item_that_is_not_there_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ItemIndex({"shampoo": ("<|a_1|>",), "soap": ("<|a_2|>",)}).save(tmp_path / "toy.index.json")
-    status, out = run(monkeypatch, capsys, "remove", "shampo", "--data", str(tmp_path), "--dataset", "toy")
-    assert status == 1
-    assert "no item 'shampo'; check the id" in " ".join(out.split())
+def test_collisions_of_an_imported_index_are_resolved_where_asked(tmp_path: Path) -> None:
+    write_data(tmp_path, 4)
+    (tmp_path / "data/toy.inter.json").write_text('{"u": ["0"]}')
+    file, index = tmp_path / "tiger.json", tmp_path / "data/toy.index.json"
+    file.write_text(json.dumps({"3": [1, 0], "0": [0, 1], "1": [0, 1], "2": [1, 1]}))
+    for command in (["check", file], ["import", tmp_path, file]):
+        with pytest.raises(InputError, match="--resolve"):
+            run(*command)
+    assert not index.exists()
+    assert "items that share a SID" in run("import", tmp_path, file, "--resolve")
+    assert list(ItemIndex.load(index).sids) == ["0", "1", "2", "3"]
+    assert ItemIndex.load(index).text("1") == "<|a_1|><|b_2|><|c_2|>"
+    write_data(tmp_path, 5)
+    with pytest.raises(InputError, match="no SID for 1 of the 5 items"):
+        run("check", tmp_path)
+
+
+def test_every_option_of_the_embedding_reaches_it(tmp_path: Path, embedded: list[EmbeddingSettings]) -> None:
+    write_data(tmp_path, 40)
+    options = "--model X --pooling mean --field title --field brand --combine averaged --max-tokens 32 --batch-size 2"
+    options += " --description-characters 150 --no-normalize --device cpu --device cpu"
+    run("build", tmp_path, *options.split())
+    assert embedded == [
+        EmbeddingSettings("X", "mean", ("title", "brand"), "averaged", 32, 150, False, 2, ("cpu", "cpu"))
+    ]
+    with pytest.raises(InputError, match="--field titel: choose from title, categories, description, brand"):
+        run("build", tmp_path, "--field", "titel")
+    with pytest.raises(InputError, match="holds no item id"):
+        (tmp_path / "empty.txt").write_text("\n")
+        run("build", tmp_path, "--without", tmp_path / "empty.txt")
+
+
+def test_a_default_build_with_the_real_model_gives_the_same_bytes_twice(tmp_path: Path) -> None:
+    try:
+        default_model()
+    except InputError as missing:
+        pytest.skip(str(missing))
+    write_data(tmp_path, 40)
+    run("build", tmp_path)
+    first = (tmp_path / "data/toy.index.json").read_bytes()
+    for file in (tmp_path / "data").glob("*.text-emb-*"):
+        file.unlink()
+    run("build", tmp_path)
+    assert (tmp_path / "data/toy.index.json").read_bytes() == first

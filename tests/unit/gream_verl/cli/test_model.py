@@ -6,7 +6,7 @@ from small_data import make_data
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from data_processing.sft.mix import write_mix
+from data_processing.sft.mix import MixOptions, write_mix
 from gream_verl.cli.model import model_app
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
@@ -39,7 +39,7 @@ def test_a_tiny_model_learns_its_words_from_the_mix(run):
     data = make_data(run / "data", users=40)
     with pytest.raises(InputError, match="gream data mix"):
         model("tiny", run)
-    write_mix(data, rows={"seqrec": 20}, seed=0)
+    write_mix(data, MixOptions({"seqrec": 20}))
     printed = model("tiny", run, "--hidden-size", 16, "--layers", 1)
     assert "parameters" in printed
     assert read_json(run / "model" / "config.json")["num_hidden_layers"] == 1

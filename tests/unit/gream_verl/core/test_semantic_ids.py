@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -145,21 +144,3 @@ def test_a_missing_or_torn_index_says_how_to_make_it(tmp_path):
 def test_an_item_that_is_not_in_the_index_is_named():
     with pytest.raises(InputError, match="'ghost' is not in the index"):
         ItemIndex.from_codes(["x"], [[0]]).text("ghost")
-
-
-def test_retired_sids_can_be_read_but_belong_to_no_item_that_is_recommended(tmp_path: Path) -> None:
-    ItemIndex({"x": ("<|a_1|>",), "y": ("<|a_2|>",)}).save(tmp_path / "D.index.json")
-    (tmp_path / "D.retired.json").write_text('{"z": ["<|a_3|>"], "x": ["<|a_1|>"]}')
-    index = ItemIndex.load(tmp_path / "D.index.json")
-    assert list(index.sids) == ["x", "y"]
-    assert index.retired == {"z": ("<|a_3|>",)}
-    assert index.text("z") == "<|a_3|>"
-    assert index.tokens == ["<|a_1|>", "<|a_2|>", "<|a_3|>"]
-    assert "z" not in index.items.values()
-
-
-def test_a_retired_sid_cannot_be_given_to_another_item(tmp_path: Path) -> None:
-    ItemIndex({"x": ("<|a_1|>",), "y": ("<|a_2|>",)}).save(tmp_path / "D.index.json")
-    (tmp_path / "D.retired.json").write_text('{"z": ["<|a_2|>"]}')
-    with pytest.raises(InputError, match="items 'y' and 'z' share the SID"):
-        ItemIndex.load(tmp_path / "D.index.json")

@@ -25,7 +25,7 @@ def test_the_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -
         ("beamz: 5", "evaluation.yaml.beamz: .*known keys are modes, split, .*beams"),
         ("temperature: 0", "evaluation.yaml.temperature: "),
         ("modes: [thinking]", "evaluation.yaml.modes.0: "),
-        ("[1, 2]", "expected options"),
+        ("[1, 2]", "expected one option per line"),
         ("beams: [", "not valid YAML"),
         ("engine: server", "needs an endpoint"),
         ("endpoint: http://x/v1", "no other engine takes one"),
