@@ -42,21 +42,15 @@ class HalvedBatches(Generic[Extra, Result]):
         results: dict[int, Result] = {}
         while len(results) < len(items):
             rows = order[len(results) : len(results) + self.size]
-            done = self._attempt([items[row] for row in rows])
-            if done is None:  # the error, which holds the memory, is gone only outside the except block
-                torch.cuda.empty_cache()
-            else:
-                results.update(zip(rows, done, strict=True))
+            try:
+                results.update(zip(rows, self.work([items[row] for row in rows]), strict=True))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS):
+                    raise
+                if len(rows) == 1:
+                    raise InputError(f"no memory for one sequence with {self.kept}; use fewer") from error
+                self.size = len(rows) // 2
+                logger.warning("out of memory: batches of %d from now on, %s as before", self.size, self.kept)
+            torch.cuda.empty_cache()  # here, because the error, which holds the memory, is gone
         return [results[row] for row in range(len(items))]
-
-    def _attempt(self, batch: Batch[Extra]) -> Sequence[Result] | None:
-        try:
-            return self.work(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS):
-                raise
-            if len(batch) == 1:
-                raise InputError(f"no memory for one sequence with {self.kept}; use fewer") from error
-            self.size = len(batch) // 2
-            logger.warning("out of memory: batches of %d from now on, %s as before", self.size, self.kept)
-            return None

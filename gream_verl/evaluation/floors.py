@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from rich.progress import track
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
@@ -61,20 +61,14 @@ def recommend(
         order: [candidates]; of two items with equal scores the one that is first here wins.
         k: Length of the lists.
     """
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
     lists: list[list[int]] = []
     for user, gone in enumerate(dropped):
-        taken = np.zeros(len(order), dtype=bool)
-        taken[[item for item in gone if item < len(order)]] = True
         stored = slice(*scores.indptr[user : user + 2])
-        scored, values = scores.indices[stored], scores.data[stored]
-        free = ~taken[scored]
-        best = scored[free][np.lexsort((rank[scored[free]], -values[free]))[:k]]
-        # Items without a score follow, in the given order.
-        taken[scored] = True
-        rest = order[: k + len(gone) + len(scored)]
-        lists.append(np.append(best, rest[~taken[rest]][: k - len(best)]).tolist())
+        values = np.zeros(len(order))
+        values[scores.indices[stored]] = scores.data[stored]
+        values[[item for item in gone if item < len(order)]] = -1.0
+        best = order[np.argsort(-values[order], kind="stable")[:k]]
+        lists.append(best[values[best] >= 0].tolist())
     return lists
 
 
@@ -99,13 +93,10 @@ def evaluate_floors(
     """
     sequences = read_interactions(inter_file)
     candidates = sorted(items)
-    others = {item for sequence in sequences.values() for item in sequence}.difference(candidates)
+    others = set(chain(*sequences.values(), *(prompt.history for prompt in prompts))).difference(candidates)
     number_of = {item: number for number, item in enumerate([*candidates, *sorted(others)])}
     train = [[number_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
-    try:
-        histories = [[number_of[item] for item in prompt.history] for prompt in prompts]
-    except KeyError as error:
-        raise InputError(f"a prompt has item {error}, which is not in {inter_file}; make both together") from None
+    histories = [[number_of[item] for item in prompt.history] for prompt in prompts]
 
     many = len(candidates)
     popularity = np.bincount(_flatten(train)[0], minlength=len(number_of))[:many]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,11 +80,8 @@ def bootstrap_mean(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     users = int(counts.sum())
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for part in _parts(resamples, len(distinct)):
-        drawn = generator.multinomial(users, counts / users, size=part.stop - part.start)
-        means[part] = drawn @ distinct / users
-    low, high = np.quantile(means, [0.025, 0.975])
+    drawn = generator.multinomial(users, counts / users, size=resamples)
+    low, high = np.quantile(drawn @ distinct / users, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -104,10 +101,8 @@ def paired_test(left: ArrayLike, right: ArrayLike, *, resamples: int = 10_000, s
     generator = np.random.default_rng(seed)
     # Sums in another order are equal but for rounding, so the bound is a little lower.
     observed = abs(difference.sum()) - 1e-9 * (distinct @ counts)
-    extreme = 0
-    for part in _parts(resamples, len(distinct)):
-        heads = generator.binomial(counts, 0.5, size=(part.stop - part.start, len(distinct)))
-        extreme += int((np.abs((2 * heads - counts) @ distinct) >= observed).sum())
+    heads = generator.binomial(counts, 0.5, size=(resamples, len(distinct)))
+    extreme = int((np.abs((2 * heads - counts) @ distinct) >= observed).sum())
     return (extreme + 1) / (resamples + 1)
 
 
@@ -117,9 +112,3 @@ def paired_difference(left: ArrayLike, right: ArrayLike, *, seed: int = 0) -> di
     low, high = bootstrap_mean(difference, seed=seed)
     p = paired_test(left, right, seed=seed)
     return {"difference": float(difference.mean()), "low": low, "high": high, "p": p}
-
-
-def _parts(resamples: int, values: int, entries: int = 1_000_000) -> Iterator[slice]:
-    """Cut the resamples into parts of at most ``entries`` numbers, so that memory is bounded."""
-    size = max(1, entries // values)
-    return (slice(start, min(start + size, resamples)) for start in range(0, resamples, size))

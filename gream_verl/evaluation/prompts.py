@@ -69,7 +69,7 @@ def read_prompts(
     Returns:
         The prompts, and the number of rows of this mode in the file.
     """
-    table, modes = _read_table(path, "prompt", "reward_model")
+    table, modes = _read_table(path)
     is_untyped = not set(MODES) & set(modes)
     chosen = [number for number, found in enumerate(modes) if found == mode or is_untyped]
     if not chosen:
@@ -85,7 +85,7 @@ def read_prompts(
 
 
 def modes_of(path: str | os.PathLike[str]) -> tuple[Mode, ...]:
-    """Return the modes that the rows of a parquet file are for; both where the rows name none."""
+    """Return the modes of the rows of a parquet file; both where the rows name none."""
     _, found = _read_table(path)
     return tuple(mode for mode in MODES if mode in found) or MODES
 
@@ -163,14 +163,13 @@ def refuse_to_lose(path: Path, prompts: list[Prompt], protocol: dict[str, Any]) 
         raise InputError(f"{path}: holds another result ({'; '.join(reasons)}); choose a --name or add --overwrite")
 
 
-def _read_table(path: str | os.PathLike[str], *columns: str) -> tuple[pl.DataFrame, list[Any]]:
-    """Read some columns of a parquet file, ``extra_info`` where it has one, and ``extra_info.type`` of every row."""
-    path = require_file(path, REMEDY)
+def _read_table(path: str | os.PathLike[str]) -> tuple[pl.DataFrame, list[Any]]:
+    """Read a parquet file, and ``extra_info.type`` of every row, None without one."""
     try:
-        info = pl.read_parquet_schema(path).get("extra_info")
-        table = pl.read_parquet(path, columns=[*columns, *(["extra_info"] if info is not None else [])])
+        table = pl.read_parquet(require_file(path, REMEDY))
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not a file of test prompts ({error}); {REMEDY}") from error
+    info = table.schema.get("extra_info")
     has_type = isinstance(info, pl.Struct) and "type" in info.to_schema()
     return table, table["extra_info"].struct.field("type").to_list() if has_type else [None] * table.height
 
@@ -192,7 +191,9 @@ def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, st
     # The authors wrap the target: it is the last <answer>, or the whole text without one.
     sid = parse_sid(truth.rpartition("<answer>")[2].partition("</answer>")[0].strip())
     if sid is None:
-        raise InputError(f"{row_label}: reward_model.ground_truth is {truth!r}; expected a SID such as '<|a_1|><|b_7|>'")
+        raise InputError(
+            f"{row_label}: reward_model.ground_truth is {truth!r}; expected a SID such as '<|a_1|><|b_7|>'"
+        )
     item, history, user = info.get("item"), info.get("history"), info.get("user")
     past = map(item_of, find_sids(_last_question(turns))) if history is None else map(str, history)
     return Prompt(
@@ -212,7 +213,9 @@ def _last_question(turns: Sequence[Mapping[str, str]]) -> str:
 def _has_sid(target: str, index: ItemIndex, row_label: str, options: EvaluationOptions) -> bool:
     """Return True when a target has a semantic ID; refuse one without unless such users are to be left out."""
     if target not in index.sids and not options.skip_missing:
-        raise InputError(f"{row_label}: the target {target!r} is not in {index.source}; add it, or set skip_missing: true")
+        raise InputError(
+            f"{row_label}: the target {target!r} is not in {index.source}; add it, or set skip_missing: true"
+        )
     return target in index.sids
 
 

@@ -19,6 +19,7 @@ from gream_verl.evaluation.prompts import Prompt
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+OVER = {"vocabulary": "over the whole vocabulary", "items": "over the tokens that lead to items"}
 Users = Sequence[tuple[Prompt, Sequence[int]]]  # with the token ids of their prompts
 
 
@@ -64,8 +65,9 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
 class ItemRanker:
     """Rank the items of an index by the log-probability of their SIDs after a prompt.
 
-    Out of memory, it halves the batch and keeps the beams. The tokens of ``prefix``, with which all prompts begin, are
-    computed once.
+    ``rank`` takes the token ids of each prompt and the items that must not be recommended. It returns the items of each
+    with their scores, best first. Out of memory, it halves the batch and keeps the beams. The tokens of ``prefix``,
+    with which all prompts begin, are computed once.
     """
 
     def __init__(
@@ -81,17 +83,9 @@ class ItemRanker:
         if options.score == "items":
             check_output_layer(model, self.tree)
         self.items = list(index.sids)
-        self.batches = HalvedBatches(self._rank_batch, options.batch_size, f"{options.beams} beams")
+        self.rank = HalvedBatches(self._rank_batch, options.batch_size, f"{options.beams} beams")
         self._row_of = {item: row for row, item in enumerate(self.items)}
         self._prefix = Prefix(model, prefix)
-
-    def rank(self, prompts: Batch[Iterable[str]]) -> list[dict[str, float]]:
-        """Return for every prompt its items with their scores, best first.
-
-        Args:
-            prompts: Token ids of each prompt, including the prefix, and the items that must not be recommended.
-        """
-        return self.batches(prompts)
 
     def _rank_batch(self, batch: Batch[Iterable[str]]) -> list[dict[str, float]]:
         length = self._prefix.length

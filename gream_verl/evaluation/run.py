@@ -33,9 +33,6 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
         checkpoint: A Hugging Face folder or verl's folder of checkpoints. None: ``RUN/srpo`` if it holds a checkpoint,
             else ``RUN/sft``.
         options: All options.
-
-    Returns:
-        Tables of the results and of their protocol, for the terminal.
     """
     checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
     folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)

@@ -34,20 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled response: its token ids, including the end-of-sequence token when it reached its end.
+    """A sampled response."""
 
-    ``logprobs`` has the log-probability of each token given those before it, or is empty when a server sends none.
-    """
-
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
+    tokens: Sequence[int]  # with the end-of-sequence token when it reached its end
+    logprobs: Sequence[float]  # of each token given those before it; empty when a server sends none
 
 
 class HuggingFaceSampler:
-    """Sample with a Hugging Face model: slower on many prompts, but nothing to start and little memory.
+    """Sample with a Hugging Face model, in batches that are halved when memory runs out.
 
-    Out of memory, it halves the batch size of the options. The automaton allows only real items; None leaves answers
-    free.
+    The automaton allows only real items; None leaves answers free.
     """
 
     def __init__(
@@ -149,12 +145,6 @@ class VllmSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM, SamplingParams
 
-        constraint: dict[str, Any] = {}
-        if constrained_to is not None:
-            constraint = {
-                "logits_processors": ["gream_verl.decoding.vllm_processor:ConstrainedAnswer"],
-                "additional_config": {"gream": {"index_file": constrained_to.source, "mode": "reasoning"}},
-            }
         length = longest_prompt + options.max_tokens
         self.engine = LLM(
             model=os.fspath(folder),
@@ -168,7 +158,8 @@ class VllmSampler:
             max_num_seqs=options.batch_size,
             gpu_memory_utilization=memory,
             enforce_eager=cpu,
-            **constraint,
+            logits_processors=["gream_verl.decoding.vllm_processor:ConstrainedAnswer"] if constrained_to else None,
+            additional_config={"gream": {"index_file": constrained_to.source}} if constrained_to else {},
         )
         self.parameters = partial(
             SamplingParams,

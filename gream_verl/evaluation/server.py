@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 
 class ServerSampler:
-    """Sample with the server at ``options.endpoint``.
-
-    Raises:
-        InputError: When the server cannot be reached, lacks the model, or fails for good.
-    """
+    """Sample with the server at ``options.endpoint``."""
 
     def __init__(self, options: EvaluationOptions, tokenizer: PreTrainedTokenizerBase) -> None:
         self.options, self.tokenizer = options, tokenizer
@@ -48,14 +44,14 @@ class ServerSampler:
 
     async def _sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         chains = range(self.options.chains)
-        jobs = [(place, chain) for place in range(len(sequences)) for chain in chains]
+        jobs = [(row, chain) for row in range(len(sequences)) for chain in chains]
         async with self.server.client() as client:
 
             async def respond(job: tuple[int, int]) -> Response:
                 return await self._respond(client, sequences[job[0]], seeds[job[0]] + job[1])
 
             found = {job: response async for job, response in as_done(jobs, respond, self.options.concurrency)}
-        return [[found[place, chain] for chain in chains] for place in range(len(sequences))]
+        return [[found[row, chain] for chain in chains] for row in range(len(sequences))]
 
     async def _respond(self, client: openai.AsyncOpenAI, sequence: Sequence[int], seed: int) -> Response:
         """Return one chain after a prompt, and refuse one that the server cut short."""
@@ -66,10 +62,8 @@ class ServerSampler:
         response = Response(tokens or self.tokenizer.encode(choice.text, add_special_tokens=False), logprobs or [])
         length = usage.completion_tokens if usage else self.options.max_tokens
         if choice.finish_reason == "length" and length < self.options.max_tokens:
-            raise InputError(
-                f"{self.endpoint}: the server ended a response after {length} of {self.options.max_tokens} tokens; "
-                "start it with a longer context, and vLLM with --generation-config vllm"
-            )
+            cut = f"the server ended a response after {length} of {self.options.max_tokens} tokens"
+            raise InputError(f"{self.endpoint}: {cut}; start it with a longer context and --generation-config vllm")
         if usage and usage.prompt_tokens != len(sequence):
             warnings.warn(f"{self.endpoint}: counts other tokens in a prompt; check its tokenizer", stacklevel=2)
         return response
@@ -90,16 +84,9 @@ class ServerSampler:
         else:
             prompt = self.tokenizer.decode(sequence, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             extra |= {"repeat_penalty": 1.0}  # llama.cpp's name for it
-        neutral = {
-            "top_k": -1,
-            "min_p": 0,
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
-            "repetition_penalty": 1,
-            "n": 1,
-        }
+        neutral = {"top_k": -1, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
         sampling = self.options.model_dump(include={"temperature", "top_p", "max_tokens"})
-        body = {**neutral, **sampling, "seed": seed, **extra}
+        body = {**neutral, **sampling, "n": 1, "seed": seed, **extra}
         try:
             completion = await client.completions.create(model=self.model, prompt=prompt, extra_body=body)
         except openai.APIError as error:
@@ -122,12 +109,12 @@ class ServerSampler:
             wanted = next(iter(models))
         if wanted is None or (models and wanted not in models):
             names = ", ".join(sorted(models)) or "none"
-            raise InputError(f"{self.endpoint}: no model {wanted!r} there but {names}; name one with --served-model")
+            raise InputError(f"{self.endpoint}: no model {wanted!r} there but {names}; set served_model to one")
         return wanted, models.get(wanted) == "vllm"
 
     def _input_error(self, error: Exception) -> InputError:
-        """Return the error of a request that failed for good; finished users stay in the progress file."""
+        """Return the error of a request that failed for good."""
         found = self.server.error(error) if isinstance(error, openai.APIError) else FailedError(repr(error))
         if isinstance(found, InputError):
             return found
-        return InputError(f"{self.endpoint}: {found}; correct that and call again, which goes on with finished users")
+        return InputError(f"{self.endpoint}: {found}; call again, which goes on with finished users")

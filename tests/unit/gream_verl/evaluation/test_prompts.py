@@ -186,7 +186,7 @@ def _twice(path: Path, index: ItemIndex) -> None:
     [
         (lambda path, index: None, "no such file"),
         (_text, "not a file of test prompts"),
-        (_other_columns, "not a file of test prompts"),
+        (_other_columns, "expected prompt"),
         (_without_index, "is no item of the index; give the index"),
         (_direct_only, "no row of type 'reasoning'"),
         (_twice, "user 'u' has 2 rows"),

@@ -74,7 +74,7 @@ def test_any_server_gives_what_the_model_gives_here(taught: Path, server: Comple
     everything |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "frequency_penalty": 0}
     for request in server.requests:
         assert request.items() >= everything.items()
-    with pytest.raises(InputError, match="no log-probabilities to rank by; use --ranking beam"):
+    with pytest.raises(InputError, match="no log-probabilities to rank by; set ranking: beam"):
         served(taught, server, ranking="reference", beams=30)
 
 
@@ -131,7 +131,7 @@ def test_the_only_model_is_taken_and_others_must_be_named(taught: Path, server: 
 
     assert model_of() == "tiny"
     server.models = ["tiny", "large"]
-    with pytest.raises(InputError, match="large, tiny; name one with --served-model"):
+    with pytest.raises(InputError, match="large, tiny; set served_model to one"):
         model_of()
     with pytest.raises(InputError, match="no model 'small'"):
         model_of("small")
