@@ -30,12 +30,9 @@ Differences = Mapping[str, Mapping[str, Mapping[str, float]]]  # result to metri
 def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
     """Read the results to compare, by label, baselines first.
 
-    Args:
-        arguments: Runs (their ``evaluation``), folders of results, or single files, each as PATH or ``NAME=PATH``.
-
-    Returns:
-        Label to evaluation. A label is NAME of a file, else ``<run or NAME>/<file>``, and ``<file>`` alone for a
-        single argument and for a baseline. A baseline that several runs have, with the same lists, appears once.
+    The arguments are runs (their ``evaluation``), folders of results, or single files, each as PATH or ``NAME=PATH``. A
+    label is NAME of a file, else ``<run or NAME>/<file>``, and ``<file>`` alone for a single argument and for a
+    baseline. A baseline that several runs have, with the same lists, appears once.
     """
     results: dict[str, Evaluation] = {}
     for argument in arguments:
@@ -79,12 +76,9 @@ def paired_differences(results: Mapping[str, Evaluation], baseline: Evaluation, 
 
 
 def results_table(results: Mapping[str, Evaluation], differences: Differences | None = None, other: str = "") -> Group:
-    """Return results as a table of at most 80 columns, with the meaning of its columns below.
+    """Return results by name as a table of at most 80 columns, with the meaning of its columns below.
 
-    Args:
-        results: Name to evaluation.
-        differences: Differences of some of the results from ``other``, for the cells.
-        other: Name of the recommender that the differences are from, for the text below.
+    The cells hold the ``differences`` of results from the one named ``other``.
     """
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
     table.add_column("", overflow="fold")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,28 +33,25 @@ class _Worker:
 
     def __call__(self, users: Users) -> list[dict[str, Any]]:
         """Return the rows of some users."""
+        sids, levels = self.index.sids, self.index.base_levels
         rankings = self.ranker.rank([(ids, prompt.history if self.drop_history else ()) for prompt, ids in users])
-        return [self._row(prompt, ranking) for (prompt, _), ranking in zip(users, rankings, strict=True)]
-
-    def _row(self, prompt: Prompt, ranking: Mapping[str, float]) -> dict[str, Any]:
-        sids, truth = self.index.sids, self.index.sids[prompt.target]
-        return {
-            "user": prompt.user,
-            "target": prompt.target,
-            "history_length": len(prompt.history),
-            "recommended": list(ranking),
-            "scores": [round(score, 5) for score in ranking.values()],
-            "rsvr": match_score(sids[next(iter(ranking))], truth, self.index.base_levels) if ranking else 0.0,
-        }
+        return [
+            {
+                "user": prompt.user,
+                "target": prompt.target,
+                "history_length": len(prompt.history),
+                "recommended": list(ranking),
+                "scores": [round(score, 5) for score in ranking.values()],
+                "rsvr": match_score(sids[next(iter(ranking))], sids[prompt.target], levels) if ranking else 0.0,
+            }
+            for (prompt, _), ranking in zip(users, rankings, strict=True)
+        ]
 
 
 def evaluate_direct(
     model_folder: Path, prompts: Sequence[Prompt], index: ItemIndex, options: EvaluationOptions
 ) -> Evaluation:
-    """Rank all items for every test user by the log-probability of their SIDs.
-
-    Metrics are those of ``ranking_metrics``, and ``rsvr``, the mean RSVR of the first item.
-    """
+    """Rank all items for every user by the log-probability of their SIDs; ``rsvr`` is that of the first item."""
     begin = time.perf_counter()
     tokenizer = load_tokenizer(model_folder)
     config = load_decoding_config(model_folder, tokenizer)

@@ -20,12 +20,10 @@ from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import FLOORS, Evaluation
 
-WINDOW = 10  # positions between two items that count as near
-RECENT = 20  # items of a history that scores depend on
 USERS_AT_ONCE = 256
 
 
-def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WINDOW) -> sp.csr_array:
+def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = 10) -> sp.csr_array:
     """Count the items near each other, float64 [items, items]: d positions apart, at most ``window``, add 1/d."""
     flat, user = _flatten(train)
     one_way = sp.csr_array((items, items), dtype=np.float64)
@@ -36,9 +34,7 @@ def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WI
     return sp.csr_array(one_way + one_way.T)
 
 
-def cooccurrence_scores(
-    counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = RECENT
-) -> sp.csr_array:
+def cooccurrence_scores(counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = 20) -> sp.csr_array:
     """Score items by their counts [items, candidates] with the last items of each history, float64 [users, candidates].
 
     The item k positions back weighs 1/k, up to ``recent``.
@@ -53,13 +49,9 @@ def cooccurrence_scores(
 def recommend(
     scores: sp.csr_array, dropped: Sequence[Sequence[int]], order: NDArray[np.int64], k: int
 ) -> list[list[int]]:
-    """Return the k best items of each user, fewer where fewer are left.
+    """Return the k best items of each user by ``scores`` [users, candidates], fewer where fewer are left.
 
-    Args:
-        scores: [users, candidates], stored entries above 0.
-        dropped: Items that are never recommended to each user; those that are no candidates are ignored.
-        order: [candidates]; of two items with equal scores the one that is first here wins.
-        k: Length of the lists.
+    ``dropped`` items are not recommended to their user. Of equal scores the first in ``order`` [candidates] wins.
     """
     lists: list[list[int]] = []
     for user, gone in enumerate(dropped):
@@ -81,15 +73,10 @@ def evaluate_floors(
     k: int = 30,
     seed: int = 0,
 ) -> dict[str, Evaluation]:
-    """Evaluate ``popularity`` and ``co-occurrence`` on the users of some prompts.
+    """Evaluate ``popularity`` and ``co-occurrence`` on the users of some prompts; ``k`` is the length of the lists.
 
-    Args:
-        inter_file: ``<D>.inter.json``.
-        prompts: The users; of either mode, only items matter.
-        items: Items that may be recommended, those of the index. Others count in training and in histories.
-        protocol: Protocol of the prompts, of which ``drop_history`` matters.
-        k: Length of the recommended lists.
-        seed: Seed of the order among items of equal score and popularity.
+    Only ``items``, those of the index, are recommended; others count in training and in histories. The ``protocol``
+    decides on dropping the history, the ``seed`` on the order among items of equal score and popularity.
     """
     sequences = read_interactions(inter_file)
     candidates = sorted(items)

@@ -20,10 +20,7 @@ def user_metric(metric: str, ranks: ArrayLike) -> NDArray[np.float64]:
     """Compute ``recall@k``, ``ndcg@k``, ``precision@k`` or ``mrr@k`` per user, as RecBole's evaluator defines them.
 
     With a single relevant item the ideal gain is 1, so NDCG is ``1 / log2(rank + 1)``, and Recall@k is the hit rate.
-
-    Args:
-        metric: Name of the metric.
-        ranks: [users]; rank of each user's target, from 1; 0 when it was not recommended.
+    ``ranks`` [users] of the targets count from 1; 0 is a target that was not recommended. Returns float64 [users].
 
     >>> user_metric("ndcg@5", [1, 3, 0, 7]).tolist()
     [1.0, 0.5, 0.0, 0.0]
@@ -58,12 +55,8 @@ def coverage(recommended: Iterable[Sequence[str]], catalogue: Collection[str], k
 def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.float64]:
     """Return the chance that one of k samples, drawn without replacement, is correct; float64 [prompts].
 
-    The unbiased estimator ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374), as a product that does not overflow.
-
-    Args:
-        samples: [prompts]; n, samples per prompt.
-        correct: [prompts]; c, correct samples per prompt.
-        k: Samples to draw, at most the smallest n.
+    The unbiased estimator ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374), as a product that does not overflow. Each
+    prompt has n ``samples`` [prompts], at least k, of which c are ``correct`` [prompts].
 
     >>> pass_at_k([4, 4, 4], [0, 1, 4], k=2).tolist()
     [0.0, 0.5, 1.0]

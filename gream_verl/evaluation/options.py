@@ -61,12 +61,7 @@ class EvaluationOptions(BaseModel):
 
 
 def read_options(file: Path | None, line: Mapping[str, Any]) -> EvaluationOptions:
-    """Read the options of an evaluation and check that they fit together.
-
-    Args:
-        file: YAML file with any of the options, or None.
-        line: Options of the command line; None leaves that of the file.
-    """
+    """Read the options of an evaluation from a file and the command line, and check that they fit together."""
     options = file_options(EvaluationOptions, file, line, "gream evaluate")
     longest = max(options.cutoffs, default=0)
     if (options.engine == "server") != (options.endpoint is not None):

@@ -54,20 +54,14 @@ class Prompt:
 def read_prompts(
     path: str | os.PathLike[str], mode: Mode, options: EvaluationOptions = DEFAULTS, index: ItemIndex | None = None
 ) -> tuple[list[Prompt], int]:
-    """Read the prompts of one mode from a parquet file with verl's columns.
+    """Read the prompts of one mode from a parquet file with verl's columns, and count its rows of this mode.
 
     The mode of a row is ``extra_info.type``; where no row has a mode, all are taken. The authors' rows name neither
     user nor items: the user is then the number of the row, from 0, the target the ground truth, a SID alone or in
     ``<answer>``, and the history the SIDs in the last user turn.
 
-    Args:
-        path: ``<D>-test.parquet``, ``<D>-val.parquet``, or another such file.
-        mode: Rows to read.
-        options: ``limit``, ``seed`` and ``skip_missing``; the same sample of users in both modes.
-        index: The items, needed where rows do not name theirs. Targets are checked against it.
-
-    Returns:
-        The prompts, and the number of rows of this mode in the file.
+    ``options`` give ``limit``, ``seed`` and ``skip_missing``. The ``index`` is needed where rows do not name their
+    items; targets are checked against it.
     """
     table, modes = _read_table(path)
     is_untyped = not set(MODES) & set(modes)
@@ -85,7 +79,7 @@ def read_prompts(
 
 
 def modes_of(path: str | os.PathLike[str]) -> tuple[Mode, ...]:
-    """Return the modes of the rows of a parquet file; both where the rows name none."""
+    """Return the modes of the rows of a parquet file, both where they name none."""
     _, found = _read_table(path)
     return tuple(mode for mode in MODES if mode in found) or MODES
 

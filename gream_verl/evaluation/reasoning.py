@@ -35,7 +35,7 @@ from gream_verl.evaluation.progress import ProgressFile
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.evaluation.sampling import HuggingFaceSampler, Response, VllmSampler
+from gream_verl.evaluation.sampling import PROCESSOR, HuggingFaceSampler, Response, VllmSampler
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 
@@ -48,12 +48,7 @@ MERGED = {"mean": "mean over chains", "max": "best chain"}
 
 
 def evaluate_reasoning(
-    model_folder: Path,
-    prompts: Sequence[Prompt],
-    index: ItemIndex,
-    options: EvaluationOptions,
-    *,
-    progress_file: Path | None = None,
+    model_folder: Path, prompts: Sequence[Prompt], index: ItemIndex, options: EvaluationOptions, progress_file: Path
 ) -> Evaluation:
     """Sample chains of thought for every user, score their answers, and rank real items.
 
@@ -72,7 +67,7 @@ def evaluate_reasoning(
     config = load_decoding_config(model_folder, tokenizer)
     users = list(zip(prompts, encode(prompts, index, tokenizer, config, room), strict=True))
     decisive = options.model_dump(include=DECISIVE)
-    header = {**decisive, **_inputs(model_folder, users, index, tokenizer.eos_token_id)} if progress_file else {}
+    header = {**decisive, **_inputs(model_folder, users, index, tokenizer.eos_token_id)}
     with closing(ProgressFile(progress_file, header, overwrite=options.overwrite)) as done:
         kept = sum(prompt.user in done.rows for prompt in prompts)
         if kept:
@@ -142,8 +137,7 @@ class _Recommender:
             self.sampler = HuggingFaceSampler(model, options, eos, automaton)
         else:
             memory = 0.9 if model is None else 0.6  # the model of the beam search needs the rest
-            constrained_to = index if options.constrained else None
-            self.sampler = VllmSampler(folder, options, eos, longest_prompt, memory, constrained_to)
+            self.sampler = VllmSampler(folder, options, eos, longest_prompt, memory, index)
 
     def __call__(self, piece: Users) -> list[dict[str, Any]]:
         """Return the rows of some users."""
@@ -171,7 +165,7 @@ class _Recommender:
         sid = strict_answer(read, "reasoning")
         item = None if sid is None else self.index.items.get(sid)
         if sid is not None and item is None and self.options.constrained:
-            raise InputError(f"{self.options.endpoint}: does not constrain answers; start vLLM with ConstrainedAnswer")
+            raise InputError(f"{self.options.endpoint}: does not constrain answers; start vLLM with {PROCESSOR}")
         return {
             "text": self.tokenizer.decode(ids, skip_special_tokens=False),
             "rsvr": reward.score,

@@ -34,18 +34,14 @@ REMEDY = "run `gream evaluate` again"
 class Evaluation:
     """One recommender on one set of users.
 
-    Attributes:
-        metrics: Means over users.
-        settings: Everything that decides the result, and the machine.
-        rows: One mapping per user, with at least ``user``, ``target`` (an item) and, where items were ranked,
-            ``recommended`` (items, best first).
-        intervals: Metric to both ends of its 95% bootstrap interval; see :func:`measure`.
+    ``rows`` has one mapping per user, with at least ``user``, ``target`` (an item) and, where items were ranked,
+    ``recommended`` (items, best first).
     """
 
-    metrics: Mapping[str, float]
-    settings: Mapping[str, Any]
+    metrics: Mapping[str, float]  # means over users
+    settings: Mapping[str, Any]  # everything that decides the result, and the machine
     rows: Sequence[Mapping[str, Any]]
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95%, bootstrap; see measure
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
@@ -137,25 +133,14 @@ def training_counts(inter_file: str | os.PathLike[str], items: Collection[str]) 
 
 
 def measure(
-    evaluation: Evaluation,
-    items: Collection[str],
-    counts: Counter[str],
-    *,
-    cutoffs: Sequence[int] = (),
-    seed: int = 0,
+    evaluation: Evaluation, items: Collection[str], counts: Counter[str], *, cutoffs: Sequence[int] = (), seed: int = 0
 ) -> Evaluation:
     """Add metrics at more cutoffs, metrics that need the data set, and intervals; drop what the lists do not reach.
 
     ``novelty@10`` is the mean of -log2 p of the recommended items with p = (count + 1) / (interactions + items) (Zhou
     et al., "Solving the apparent diversity-accuracy dilemma of recommender systems", 2010). Every row gets
-    ``target_popularity``, the count of the target.
-
-    Args:
-        evaluation: Result of ``evaluate_direct`` and its like.
-        items: Items that may be recommended, those of the index.
-        counts: From ``training_counts``.
-        cutoffs: More lengths of lists.
-        seed: Seed of the bootstrap.
+    ``target_popularity``, the count of the target. The ``items`` are those of the index, the ``counts`` from
+    ``training_counts``, the ``seed`` is that of the bootstrap.
     """
     metrics = dict(evaluation.metrics)
     if evaluation.depth:

@@ -23,16 +23,11 @@ from gream_verl.model.loading import resolve_model
 
 
 def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOptions) -> Group:
-    """Evaluate a checkpoint in the modes asked for, and the floors, and save the results.
+    """Evaluate a checkpoint in the modes asked for, and the floors; save the results and return tables of them.
 
     The files are ``NAME-<mode>.json`` and ``<floor>.json`` in ``RUN/evaluation``; on the validation split
-    ``NAME-val-<mode>.json`` and ``<floor>-val.json``.
-
-    Args:
-        run: The run, with the data of the users.
-        checkpoint: A Hugging Face folder or verl's folder of checkpoints. None: ``RUN/srpo`` if it holds a checkpoint,
-            else ``RUN/sft``.
-        options: All options.
+    ``NAME-val-<mode>.json`` and ``<floor>-val.json``. The checkpoint is a Hugging Face folder or verl's folder of
+    checkpoints; None takes ``RUN/srpo`` if it holds a checkpoint, else ``RUN/sft``.
     """
     checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
     folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)
@@ -63,7 +58,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
         if mode == "direct":
             evaluation = evaluate_direct(folder, prompts, index, options)
         else:
-            evaluation = evaluate_reasoning(folder, prompts, index, options, progress_file=progress)
+            evaluation = evaluate_reasoning(folder, prompts, index, options, progress)
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
         save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
         progress.unlink(missing_ok=True)  # the results hold all of it

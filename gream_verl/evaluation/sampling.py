@@ -1,10 +1,7 @@
 """Sampling of chains of thought, by vLLM or by a plain loop over a Hugging Face model (a server: ``server.py``).
 
-No ``generation_config.json`` decides a result, and every prompt has its own seed: a chain does not depend on the other
-prompts of its batch.
-
-Log-probabilities are the model's own: at temperature 1, over the whole vocabulary, before top-p and before the
-constraint on answers, however the tokens were drawn.
+No ``generation_config.json`` decides a result, and each prompt has its own seed, whatever its batch. Log-probabilities
+are the model's own: at temperature 1, over the whole vocabulary, before top-p and the constraint on answers.
 """
 
 from __future__ import annotations
@@ -30,6 +27,8 @@ from gream_verl.evaluation.options import EvaluationOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PROCESSOR = "gream_verl.decoding.vllm_processor:ConstrainedAnswer"
 
 
 @dataclass(frozen=True)
@@ -124,19 +123,10 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
 
 
 class VllmSampler:
-    """Sample with vLLM's offline engine inside this process.
-
-    ``memory`` is the engine's share of an accelerator's; ``constrained_to`` must be an index with a file.
-    """
+    """Sample with vLLM's offline engine inside this process; ``memory`` is its share of an accelerator's."""
 
     def __init__(
-        self,
-        folder: Path,
-        options: EvaluationOptions,
-        eos: int,
-        longest_prompt: int,
-        memory: float,
-        constrained_to: ItemIndex | None = None,
+        self, folder: Path, options: EvaluationOptions, eos: int, longest_prompt: int, memory: float, index: ItemIndex
     ) -> None:
         cpu = not torch.cuda.is_available()
         if cpu:
@@ -158,15 +148,13 @@ class VllmSampler:
             max_num_seqs=options.batch_size,
             gpu_memory_utilization=memory,
             enforce_eager=cpu,
-            logits_processors=["gream_verl.decoding.vllm_processor:ConstrainedAnswer"] if constrained_to else None,
-            additional_config={"gream": {"index_file": constrained_to.source}} if constrained_to else {},
+            logits_processors=[PROCESSOR] if options.constrained else None,
+            additional_config={"gream": {"index_file": index.source}} if options.constrained else {},
         )
         self.parameters = partial(
             SamplingParams,
             n=options.chains,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            max_tokens=options.max_tokens,
+            **options.model_dump(include={"temperature", "top_p", "max_tokens"}),
             # Otherwise vLLM adds the end-of-sequence tokens of generation_config.json, even with
             # generation_config="vllm" (vllm/sampling_params.py:660).
             ignore_eos=True,

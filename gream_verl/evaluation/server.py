@@ -1,11 +1,8 @@
-r"""Sampling of chains of thought by a server that speaks the OpenAI API.
+"""Sampling of chains of thought by a server that speaks the OpenAI API.
 
 A vLLM server (it says so in ``/v1/models``) gets and sends token ids. Any other server gets and sends text, without
-log-probabilities. Each chain is a request with its own seed. To constrain answers, start vLLM with the processor:
-
-    vllm serve MODEL --generation-config vllm \
-        --logits-processors gream_verl.decoding.vllm_processor:ConstrainedAnswer \
-        --additional-config '{"gream": {"index_file": "data/beauty.index.json", "mode": "off"}}'
+log-probabilities. Each chain is a request with its own seed. vLLM's options for constrained answers are in
+docs/evaluation.md.
 """
 
 from __future__ import annotations

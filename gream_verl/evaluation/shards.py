@@ -26,15 +26,12 @@ def in_shards(
     ``RAY_ADDRESS`` names a running cluster; without it, Ray starts on this machine. A killed worker is started again
     and its piece is done again. Each worker, perhaps on another machine, calls ``make_worker`` once for its function.
     """
-    if shards > 1:
-        yield from _with_ray(make_worker, pieces, min(shards, len(pieces)))
-    else:
+    if shards == 1:
         yield from map(make_worker(), pieces)
-
-
-def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[Any], shards: int) -> Iterator[Any]:
+        return
     import torch
 
+    shards = min(shards, len(pieces))
     local = "RAY_ADDRESS" not in os.environ
     if local and not torch.cuda.is_available():
         set_defaults()

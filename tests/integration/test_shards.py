@@ -90,8 +90,8 @@ def test_the_number_of_shards_changes_no_row(tmp_path: Path) -> None:
     direct, reasoning = (read_prompts(file, mode)[0] for mode in ("direct", "reasoning"))
     progress = tmp_path / "progress.jsonl"
     assert evaluate_direct(model, direct, index, sharded).rows == evaluate_direct(model, direct, index, alone).rows
-    expected = evaluate_reasoning(model, reasoning, index, alone).rows
-    assert evaluate_reasoning(model, reasoning, index, sharded, progress_file=progress).rows == expected
+    expected = evaluate_reasoning(model, reasoning, index, alone, tmp_path / "alone.jsonl").rows
+    assert evaluate_reasoning(model, reasoning, index, sharded, progress).rows == expected
     assert progress.read_bytes().count(b"\n") == 8
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def evaluate(folder: Path, progress: Path | None = None, **options: Any) -> Eval
     sampled = {"chains": CHAINS, "max_tokens": 8, "temperature": 0.9, "top_p": 0.95, "batch_size": 2, "engine": "hf"}
     index = ItemIndex.load(folder / "tiny.index.json")
     chosen = EvaluationOptions(**(sampled | options))
-    return evaluate_reasoning(folder / "model", prompts, index, chosen, progress_file=progress)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = progress or Path(temporary) / "progress.jsonl"
+        return evaluate_reasoning(folder / "model", prompts, index, chosen, file)
 
 
 def served(folder: Path, server: CompletionServer, progress: Path | None = None, **options: Any) -> Evaluation:
