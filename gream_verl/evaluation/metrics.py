@@ -56,7 +56,7 @@ def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.floa
     """Return the chance that one of k samples, drawn without replacement, is correct; float64 [prompts].
 
     The unbiased estimator ``1 - C(n - c, k) / C(n, k)`` (arXiv 2107.03374), as a product that does not overflow. Each
-    prompt has n ``samples`` [prompts], at least k, of which c are ``correct`` [prompts].
+    prompt has n ``samples`` [prompts], at least k, and c ``correct`` ones [prompts].
 
     >>> pass_at_k([4, 4, 4], [0, 1, 4], k=2).tolist()
     [0.0, 0.5, 1.0]

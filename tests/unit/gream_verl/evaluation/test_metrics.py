@@ -51,7 +51,7 @@ def test_pass_at_k_does_not_overflow_on_many_samples() -> None:
 
 
 def test_the_bootstrap_interval_is_near_that_of_the_normal_distribution_and_repeats() -> None:
-    values = np.random.default_rng(1).normal(3.0, 2.0, 1000)
+    values = np.random.default_rng(1).normal(3.0, 2.0, 300)
     low, high = bootstrap_mean(values, seed=5)
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
@@ -97,11 +97,11 @@ def test_the_paired_test_approaches_the_count_of_all_signs(users: list[tuple[int
 def test_without_a_difference_p_values_are_uniform_and_with_one_they_are_small() -> None:
     generator = np.random.default_rng(7)
     null = []
-    for seed in range(200):
-        users, noise = generator.normal(size=200), generator.normal(size=(2, 200))
+    for seed in range(100):
+        users, noise = generator.normal(size=60), generator.normal(size=(2, 60))
         null.append(paired_test(users + noise[0], users + noise[1], resamples=400, seed=seed))
     for level in (0.05, 0.25, 0.5, 0.75):
-        deviation = math.sqrt(level * (1 - level) / 200)
+        deviation = math.sqrt(level * (1 - level) / 100)
         assert abs(np.mean(np.array(null) <= level) - level) < 3.5 * deviation
     users, noise = generator.normal(size=200), generator.normal(size=(2, 200))
     assert paired_test(users + 1 + noise[0], users + noise[1], resamples=999) == 1 / 1000

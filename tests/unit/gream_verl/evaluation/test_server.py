@@ -45,7 +45,7 @@ def server(running: CompletionServer) -> CompletionServer:
 
 def evaluate(folder: Path, progress: Path | None = None, **options: Any) -> Evaluation:
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
-    sampled = {"chains": CHAINS, "max_tokens": 8, "temperature": 0.9, "top_p": 0.95, "batch_size": 2, "engine": "hf"}
+    sampled = {"chains": CHAINS, "max_tokens": 4, "temperature": 0.9, "top_p": 0.95, "batch_size": 2, "engine": "hf"}
     index = ItemIndex.load(folder / "tiny.index.json")
     chosen = EvaluationOptions(**(sampled | options))
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,7 +73,7 @@ def test_any_server_gives_what_the_model_gives_here(taught: Path, server: Comple
         assert row["scores"] == pytest.approx(other["scores"], abs=1e-3)
     assert len({request["seed"] for request in server.requests}) == len(server.requests) == len(found.rows) * CHAINS
     assert {request["prompt"].count("<|im_start|>") for request in server.requests} == {2}
-    everything = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 8, "presence_penalty": 0.0, "model": "tiny"}
+    everything = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 4, "presence_penalty": 0.0, "model": "tiny"}
     everything |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "frequency_penalty": 0}
     for request in server.requests:
         assert request.items() >= everything.items()
@@ -160,7 +160,7 @@ def test_a_response_cut_short_by_the_server_is_refused(taught: Path, server: Com
         answer["usage"]["completion_tokens"] = 1
 
     server.change = cut
-    with pytest.raises(InputError, match=r"after 1 of 8 tokens; .*--generation-config vllm"):
+    with pytest.raises(InputError, match=r"after 1 of 4 tokens; .*--generation-config vllm"):
         served(taught, server)
 
 
