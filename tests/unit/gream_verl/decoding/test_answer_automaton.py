@@ -45,7 +45,7 @@ def words(tokens: set[int]) -> set[str]:
 
 
 @given(st.lists(st.integers(0, VOCABULARY - 1), max_size=30))
-@settings(max_examples=60)
+@settings(max_examples=25, deadline=None)
 def test_free_text_is_followed_character_by_character(tokens):
     text, state = "", np.array([FREE])
     for token in tokens:

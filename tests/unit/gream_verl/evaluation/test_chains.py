@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from assets import make_index, make_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.token_text import TokenText
@@ -12,11 +12,13 @@ from gream_verl.evaluation.chains import merge_rankings, tokens_up_to_answer, up
 INDEX = make_index()
 TOKENIZER = make_tokenizer(["likes Heat hence <answer>"], INDEX)
 READER = TokenText(TOKENIZER)
+few = settings(max_examples=25, deadline=None)
 RANKINGS = st.lists(
     st.dictionaries(st.sampled_from("abcdef"), st.floats(-20, 0, allow_subnormal=False)), min_size=1, max_size=6
 )
 
 
+@few
 @given(RANKINGS)
 def test_the_mean_is_of_probabilities_and_a_chain_that_did_not_find_an_item_adds_nothing(
     rankings: list[dict[str, float]],
@@ -28,6 +30,7 @@ def test_the_mean_is_of_probabilities_and_a_chain_that_did_not_find_an_item_adds
     assert list(merged.values()) == sorted(merged.values(), reverse=True)
 
 
+@few
 @given(RANKINGS, st.integers(0, 4))
 def test_the_maximum_keeps_the_best_of_duplicates_and_lists_are_cut(rankings: list[dict[str, float]], k: int) -> None:
     best: dict[str, float] = {}
@@ -55,6 +58,7 @@ def test_a_chain_is_kept_up_to_its_answer_and_closed_when_it_has_none(response: 
     assert up_to_answer(response) == (kept, reached)
 
 
+@few
 @given(
     st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</ans", "<", "answer", ">", "a", "b>"]), max_size=9)
 )

@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def read(path: Path | None, header: dict[str, Any] = HEADER, **options: bool) -> list[dict[str, Any]]:
+def read(path: Path, header: dict[str, Any] = HEADER, **options: bool) -> list[dict[str, Any]]:
     with closing(ProgressFile(path, header, **options)) as done:
         return list(done.rows.values())
 
@@ -30,7 +30,6 @@ def read(path: Path | None, header: dict[str, Any] = HEADER, **options: bool) ->
 def test_finished_users_are_found_again_each_once(path: Path) -> None:
     assert read(path) == ROWS[:3]
     assert path.read_bytes().count(b"\n") == 1 + 3
-    assert read(None) == []
 
 
 def test_a_file_cut_anywhere_is_gone_on_with_from_its_last_whole_line(path: Path) -> None:
