@@ -37,17 +37,10 @@ CHUNK = 50_000
 TITLE_WORDS = 8
 LONGEST_CATEGORY = 60
 
-_BEFORE_2023 = {
-    "user": "reviewerID",
-    "item": "asin",
-    "timestamp": "unixReviewTime",
-    "text": "reviewText",
-    "votes": "vote",
-    "categories": "category",
-}
+_BEFORE_2023 = {"user": "reviewerID", "item": "asin", "timestamp": "unixReviewTime", "text": "reviewText"}
 NAMES = {
-    2014: _BEFORE_2023 | {"votes": "helpful", "categories": "categories"},
-    2018: _BEFORE_2023,
+    2014: _BEFORE_2023 | {"votes": "helpful"},
+    2018: _BEFORE_2023 | {"votes": "vote", "categories": "category"},
     2023: {"user": "user_id", "item": "parent_asin", "summary": "title", "votes": "helpful_vote", "brand": "store"},
 }
 """Names of fields in each release; other fields have the same name everywhere."""

@@ -36,10 +36,9 @@ def read_table(
     """Read a table of interactions and one of items.
 
     Args:
-        interactions: One interaction per row, with ``user``, ``item`` and ``timestamp`` (a number, or a date in
-            ISO 8601).
-        items: One item per row, with ``item``, ``title`` and optionally ``description``, ``brand`` and ``categories``
-            (a list, or text separated by ``|``).
+        interactions: One row per interaction: ``user``, ``item``, ``timestamp`` (a number, or a date in ISO 8601).
+        items: One row per item: ``item``, ``title`` and optionally ``description``, ``brand`` and ``categories`` (a
+            list, or text separated by ``|``).
         columns: Name of the column of each of these, where it is another.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
     """

@@ -52,14 +52,11 @@ class SourceTables:
 
 @dataclass
 class RowChecks:
-    """Counts of the rows of one file and of those that had to be skipped.
+    """Counts of the rows of one file and of those that had to be skipped, by reason.
 
     Attributes:
-        source: The file, for messages.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
-        rows: Rows read.
         repeated: Rows of an item that an earlier row has.
-        skipped: Skipped rows by reason.
         rejects: The first skipped rows.
     """
 
@@ -91,13 +88,7 @@ class RowChecks:
 
 @dataclass(frozen=True)
 class RawTable:
-    """A table as it lies on disk.
-
-    Attributes:
-        rows: Its rows, read when they are collected, with a column :data:`REST`.
-        checks: Counts of its rows and of bad rows.
-        first_row: Number of the first row in the file.
-    """
+    """A table on disk, with a column :data:`REST`; ``first_row`` is the number of its first row in the file."""
 
     rows: pl.LazyFrame
     checks: RowChecks
