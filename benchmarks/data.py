@@ -1,6 +1,6 @@
-"""Raw data to training text: ours against plain Python.
+"""Ingest of raw data: ours against plain Python.
 
-Ingest: reviews and metadata are read, texts of items cleaned, repeats dropped, the 5-core taken, every user's items put
+Reviews and metadata are read, texts of items cleaned, repeats dropped, the 5-core taken, every user's items put
 in order and split by leave-one-out. The plain side does it as research code does: `gzip.open`, `json.loads` per line,
 dictionaries of lists, loops until the core stands. The reviews are made up, in the format of Amazon 2018, with dirty
 lines and about as many users and items as real dumps of that size. Every pass runs in its own process. The run fails
@@ -214,7 +214,7 @@ def ingest(reviews: int, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run every section, or one step of one in its own process."""
+    """Run the benchmark, or one step of it in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reviews", type=int, default=5_000_000)
     parser.add_argument("--step", choices=["make", *STEPS], help=argparse.SUPPRESS)
@@ -231,8 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(result))
     else:
         ingest(options.reviews, Console())
-        tasks = Path(__file__).with_name("data_tasks.py")
-        subprocess.run([sys.executable, tasks, "--interactions", str(options.reviews)], check=True)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,6 @@ def inspect(
     from gream_verl.evaluation.inspection import read_rollouts, rollout_table
 
     folder = RunFolder.open(run, dataset)
-    titles = {item: known.title for item, known in folder.data.read_items().items()}
     index = ItemIndex.load(folder.data.index)
-    console.print(rollout_table(read_rollouts(rollouts or folder.srpo / "validation"), limit, index, titles))
+    found = read_rollouts(rollouts or folder.srpo / "validation")
+    console.print(rollout_table(found, limit, index, folder.data.titles()))

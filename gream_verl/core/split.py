@@ -67,12 +67,6 @@ def by_time(times: Sequence[int], validation_from: int, test_from: int) -> UserS
     return UserSplit(training, validation, tested if 0 < tested < len(times) else None)
 
 
-def split_file(interactions: str | os.PathLike[str]) -> Path:
-    """Return the path of ``<D>.split.json`` next to ``<D>.inter.json``."""
-    path = Path(interactions)
-    return path.with_name(path.name.removesuffix(INTERACTIONS) + SPLIT)
-
-
 def read_interactions(path: str | os.PathLike[str], remedy: str = REMEDY) -> dict[str, list[str]]:
     """Read ``<D>.inter.json``: the items of every user, in time order.
 
@@ -91,7 +85,7 @@ def read_interactions(path: str | os.PathLike[str], remedy: str = REMEDY) -> dic
 
 
 def read_splits(interactions: str | os.PathLike[str], sequences: Mapping[str, Sequence[Any]]) -> dict[str, UserSplit]:
-    """Return the split of every user: that of ``<D>.split.json``, or leave-one-out without such a file.
+    """Return the split of every user: that of ``<D>.split.json`` next to ``<D>.inter.json``, else leave-one-out.
 
     Args:
         interactions: ``<D>.inter.json``.
@@ -100,7 +94,7 @@ def read_splits(interactions: str | os.PathLike[str], sequences: Mapping[str, Se
     Raises:
         InputError: When the split is malformed, or of other interactions.
     """
-    path = split_file(interactions)
+    path = Path(str(interactions).removesuffix(INTERACTIONS) + SPLIT)
     if not path.is_file():
         return {user: leave_one_out(len(sequence)) for user, sequence in sequences.items()}
     raw = read_json(path)

@@ -142,7 +142,7 @@ def _examples(run: RunFolder, results: Mapping[str, Evaluation], index: ItemInde
     shown = [one for one in results.values() if all({"chains", "recommended"} <= row.keys() for row in one.rows)]
     if not shown:
         return []
-    titles = {item: item for item in index.sids} | {item: one.title for item, one in run.data.read_items().items()}
+    titles = {item: item for item in index.sids} | run.data.titles()
     sequences = read_interactions(run.data.inter)
 
     def history(row: Mapping[str, Any]) -> list[str]:

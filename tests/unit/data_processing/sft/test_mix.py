@@ -25,7 +25,6 @@ from data_processing.sft.tasks import ITEM_TASKS, REASONING, TASKS, SftRow
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
-from gream_verl.core.split import split_file
 
 ROWS = dict.fromkeys(TASKS, 40)
 EVERYTHING = dict.fromkeys(TASKS, 1.0)
@@ -236,7 +235,7 @@ def test_a_temporal_split_decides_what_training_sees(tmp_path: Path) -> None:
         user: [len(sequence) - 4, len(sequence) - 3, len(sequence) - 1] if len(sequence) > 5 else [0, None, None]
         for user, sequence in folder.read_inter().items()
     }
-    write_json(split_file(folder.inter), {"users": splits})
+    write_json(folder.split, {"users": splits})
     counts = write_mix(folder, MixOptions({"seqrec": 1.0}))["seqrec"]
     assert counts["made"] == sum(max((training or 0) - 1, 0) for training, _, _ in splits.values())
     assert counts["held out"] == sum(None not in split for split in splits.values())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
-from gream_verl.core.split import by_time, leave_one_out, read_splits, split_file, training_parts
+from gream_verl.core.split import by_time, leave_one_out, read_splits, training_parts
 
 SEQUENCES = {"0": ["a", "b", "c", "d", "e"], "1": ["a", "b"]}
 
@@ -48,10 +48,9 @@ def test_without_a_file_the_last_two_are_held_out(tmp_path: Path) -> None:
     assert training_parts(tmp_path / "x.inter.json", SEQUENCES) == {"0": ["a", "b", "c"], "1": []}
 
 
-def test_a_file_beside_the_interactions_says_otherwise(tmp_path: Path) -> None:
+def test_a_file_next_to_the_interactions_says_otherwise(tmp_path: Path) -> None:
     path = tmp_path / "x.inter.json"
-    assert split_file(path) == tmp_path / "x.split.json"
-    write_json(split_file(path), {"users": {"0": [1, None, 3], "1": [2, None, None]}})
+    write_json(tmp_path / "x.split.json", {"users": {"0": [1, None, 3], "1": [2, None, None]}})
     assert training_parts(path, SEQUENCES) == {"0": ["a"], "1": ["a", "b"]}
     assert read_splits(path, SEQUENCES)["0"] == (1, None, 3)
 
@@ -74,6 +73,6 @@ def test_a_file_beside_the_interactions_says_otherwise(tmp_path: Path) -> None:
 )
 def test_a_split_of_something_else_is_refused(tmp_path: Path, users: object, said: str) -> None:
     path = tmp_path / "x.inter.json"
-    write_json(split_file(path), {"users": users})
+    write_json(tmp_path / "x.split.json", {"users": users})
     with pytest.raises(InputError, match=re.escape(said)):
         read_splits(path, SEQUENCES)
