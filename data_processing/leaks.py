@@ -85,7 +85,8 @@ def normal_words(text: str) -> str:
 
 def _without(words: str, titles: Iterable[str]) -> str:
     for title in titles:
-        words = words.replace(f" {title} ", " | ")
+        while f" {title} " in words:  # once more for a title that follows itself: the two share a space
+            words = words.replace(f" {title} ", " | ")
     return words
 
 

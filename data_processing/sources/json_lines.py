@@ -16,7 +16,6 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
 CHECK_EVERY = 10_000
-GZIP_MAGIC = b"\x1f\x8b"
 LONGEST_LINE = 1 << 26
 
 
@@ -62,7 +61,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file; gzip is unpacked in a second thread."""
     require_file(path, "give the path of a file of JSON lines, such as reviews.json.gz")
     with path.open("rb") as raw:
-        packed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        packed = raw.read(2) == b"\x1f\x8b"  # the magic number of gzip
     with cast(IO[bytes], igzip_threaded.open(path, "rb", threads=1) if packed else path.open("rb")) as file:
         try:
             while line := file.readline(LONGEST_LINE):

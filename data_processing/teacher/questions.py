@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,10 +131,10 @@ class Questions:
         self.templates = read_prompts(prompts)
         self._items = folder.read_items(enriched=what != "items")
         self._training = {} if what == "items" else folder.read_training(self._items)
-        self._reviews: dict[str, list[str]] = defaultdict(list)
+        self._reviews: dict[str, list[str]] = {}
         if what == "items" and folder.reviews.is_file():  # holds none of a held-out interaction
-            for item, text in pl.read_parquet(folder.reviews, columns=["item", "text"]).iter_rows():
-                self._reviews[item].append(text)
+            reviews = pl.read_parquet(folder.reviews, columns=["item", "text"])
+            self._reviews = dict(reviews.group_by("item", maintain_order=True).agg("text").iter_rows())
         if not (every := self._every_subject()):
             raise InputError(f"{folder.inter}: no user has enough interactions for training; bring longer histories")
         drawn = np.random.default_rng(seed).permutation(len(every))[:limit]

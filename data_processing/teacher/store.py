@@ -16,6 +16,7 @@ from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
 from gream_verl.core.errors import InputError
 
 COLUMNS = "key TEXT PRIMARY KEY, subject TEXT, model TEXT, text TEXT, finish TEXT, prompt INTEGER, completion INTEGER"
+TOKENS = "ifnull(sum(prompt), 0), ifnull(sum(completion), 0)"
 Text = Annotated[str, BeforeValidator(lambda text: text or "")]  # null when the model only thought, or refused
 
 
@@ -50,8 +51,8 @@ class AnswerStore:
 
     def tokens(self) -> tuple[int, int]:
         """Return the tokens of all prompts and of all answers."""
-        prompts, answers = self._file.execute("SELECT total(prompt), total(completion) FROM answers").fetchone()
-        return int(prompts), int(answers)
+        sums: tuple[int, int] = self._file.execute(f"SELECT {TOKENS} FROM answers").fetchone()
+        return sums
 
     def get(self, request: dict[str, Any]) -> Answer | None:
         """Return the answer to a request, None when it has none."""

@@ -59,7 +59,9 @@ def test_deduplication_keeps_the_earliest_and_the_order(rows: Rows) -> None:
 
 
 @settings(max_examples=25)
-@given(st.lists(st.tuples(st.sampled_from(["9", "10", "010", "x"]), st.sampled_from("ab"), st.integers(-(2**60), 2**60))))
+@given(
+    st.lists(st.tuples(st.sampled_from(["9", "10", "010", "x"]), st.sampled_from("ab"), st.integers(-(2**60), 2**60)))
+)
 def test_ordered_is_by_user_then_time_then_row(rows: Rows) -> None:
     users = sort_ids({row[0] for row in rows})
     assert ordered(frame(rows)).rows() == sorted(rows, key=lambda row: (users.index(row[0]), row[2]))

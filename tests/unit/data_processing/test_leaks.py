@@ -123,6 +123,7 @@ def test_a_title_of_two_words_is_found_in_any_text(before: str, title: str, afte
         ("Wants Harry Potter and the Goblet of Fire.", "Harry Potter and the Goblet of Fire", ["Harry Potter"], True),
         ("Liked Alien 3.", "Alien", ["Alien 3"], False),
         ("Liked Harry Potter.", "Harry Potter 2", ["Harry Potter"], False),
+        ("Liked Alien 3, Alien 3.", "Alien", ["Alien 3"], False),
         ("Next comes Great Lash Very Long Washable Mascara By Maybelline", "Great Lash Very Long Washable Mascara By "
          "Maybelline, Very Black 201, .43 oz", [], True),
         ("Likes the heat of summer.", "Heat", [], False),
