@@ -130,17 +130,15 @@ def token_problems(
             f"{len(wrong)} of {len(tokens)} SID tokens, such as {wrong[0]}, are not one ordinary token of "
             f"{keys['model_name_or_path']}; extend the base with `gream model extend` and this data set's index"
         )
-    kind, adapters = keys.get("finetuning_type", "lora"), keys.get("adapter_name_or_path")
-    if kind != "full":
-        trained: Any = []
-        if kind == "lora" and adapters:
-            given = read_json(Path(adapters, "adapter_config.json")).get("trainable_token_indices") or []
-            trained = itertools.chain(*given.values()) if isinstance(given, dict) else given
-        if not set(trained).issuperset(itertools.chain(*encoded)):
-            yield (
-                f"`finetuning_type: {kind}` leaves embedding rows of SID tokens untrained; name an adapter of "
-                "`gream model adapter` as `adapter_name_or_path`, or train `full`"
-            )
+    kind = keys.get("finetuning_type", "lora")
+    adapter = keys.get("adapter_name_or_path") if kind == "lora" else None
+    rows_by_module = adapter and read_json(Path(adapter, "adapter_config.json")).get("trainable_token_indices")
+    trained = set(itertools.chain(*(rows_by_module or {}).values()))
+    if kind != "full" and not trained.issuperset(itertools.chain(*encoded)):
+        yield (
+            f"`finetuning_type: {kind}` leaves embedding rows of SID tokens untrained; name an adapter of "
+            "`gream model adapter` as `adapter_name_or_path`"
+        )
 
 
 def template_problems(

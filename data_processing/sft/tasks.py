@@ -190,8 +190,7 @@ def title_and_description(item: Item) -> str:
 
 def telling_text(item: Item) -> str:
     """Return the description where it can stand for the item, else title and description."""
-    telling = len(item.description.split()) >= TELLING_WORDS
-    return description(item) if telling else title_and_description(item)
+    return description(item) if len(item.description.split()) >= TELLING_WORDS else title_and_description(item)
 
 
 def features(item: Item) -> str:
