@@ -71,8 +71,8 @@ class DataFolder:
     """``{item: {title, description, brand, categories}}``."""
     index = _File(".index.json")
     """``{item: [token, ...]}``: the semantic IDs."""
-    embeddings = _File(".emb.npy")
-    """float32 ``[items, dimension]``, rows in the order of :attr:`item`."""
+    codebooks = _File(".codebooks.npz")
+    """Vectors, codes, codebooks and settings of the build of :attr:`index`."""
     report = _File(".report.json")
     """Counts of the source, counts of dropped rows by reason, and statistics of the rest."""
     rejects = _File(".rejects.jsonl")
