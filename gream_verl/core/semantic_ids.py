@@ -85,11 +85,8 @@ class ItemIndex:
     """The SID of every item.
 
     Attributes:
-        sids: Item id to its SID. Items keep the order of the file.
+        sids: Item id to its SID, in the order of the file; well formed, and none a prefix of another.
         source: The file of the index, for messages.
-
-    Raises:
-        InputError: When SIDs are malformed, shared, or prefixes of one another.
     """
 
     sids: Mapping[str, SemanticId]
@@ -120,11 +117,7 @@ class ItemIndex:
         return len(self.sids)
 
     def text(self, item: str) -> str:
-        """Return the SID of ``item`` as text.
-
-        Raises:
-            InputError: When the item is not in the index.
-        """
+        """Return the SID of ``item`` as text."""
         try:
             return "".join(self.sids[item])
         except KeyError:
@@ -165,9 +158,8 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
     if codes is None:
         item, sid = next((item, sid) for item, sid in sids.items() if not _is_well_formed(sid))
         raise InputError(
-            f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one "
-            "token per level, in order, such as ['<|a_1|>', '<|b_7|>']; tokens such as <a_0> are read by "
-            "`gream index import`"
+            f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one token "
+            "per level, such as ['<|a_1|>', '<|b_7|>']; read other tokens with `gream index import`"
         )
     # In lexicographic order, equal SIDs are neighbours, and a SID comes right after its prefix.
     order = np.lexsort(codes.T[::-1])
@@ -178,7 +170,7 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
         count = int((np.append(shared, False) | np.insert(shared, 0, False)).sum())
         raise InputError(
             f"{source}: items {one!r} and {other!r} share the SID {''.join(sids[one])} ({count:,} items share theirs); "
-            "resolve collisions with one more token each, as `gream index import --resolve` does"
+            "give each one more token with `gream index import --resolve`"
         )
     lengths = (codes > 0).sum(axis=1)
     base_levels = lengths.min()
