@@ -156,7 +156,7 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
     """Check that SIDs are well formed, no two alike and none a prefix of another."""
     codes = _codes(sids)
     if codes is None:
-        item, sid = next((item, sid) for item, sid in sids.items() if not _is_well_formed(sid))
+        item, sid = next((item, sid) for item, sid in sids.items() if parse_sid("".join(map(str, sid))) != tuple(sid))
         raise InputError(
             f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one token "
             "per level, such as ['<|a_1|>', '<|b_7|>']; read other tokens with `gream index import`"
@@ -187,35 +187,32 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
 
 
 def _codes(sids: Mapping[str, SemanticId]) -> np.ndarray | None:
-    """Return the codes of all SIDs, int32 [items, levels], 0 after the end; None when a SID is malformed.
-
-    Each distinct token is parsed once: millions of SIDs hold some thousand tokens.
-    """
+    """Return the codes of all SIDs, int32 [items, levels], 0 after the end; None when a SID is malformed."""
+    # 1. All tokens in one list.
     tokens = list(chain.from_iterable(sids.values()))
     lengths = np.fromiter(map(len, sids.values()), np.int64, len(sids))
     if not lengths.all() or not all(issubclass(kind, str) for kind in set(map(type, tokens))):
         return None
+    # 2. Each distinct token is parsed once: millions of SIDs hold some thousand tokens.
     number = {token: position for position, token in enumerate(dict.fromkeys(tokens))}
     parsed = list(map(parse_token, number))
     if None in parsed:
         return None
     table = np.array(parsed, np.int32)
     level, code = table[np.fromiter(map(number.__getitem__, tokens), np.int64, len(tokens))].T
+    # 3. The level of a token must be its position in its SID.
     position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if (level != position).any():
         return None
+    # 4. One row per SID.
     codes = np.zeros((len(sids), lengths.max()), np.int32)
     codes[np.repeat(np.arange(len(sids)), lengths), position] = code
     return codes
 
 
-def _is_well_formed(sid: Sequence[object]) -> bool:
-    return all(isinstance(token, str) for token in sid) and parse_sid("".join(map(str, sid))) == tuple(sid)
-
-
 def _first_pair(sids: Mapping[str, SemanticId], order: np.ndarray, pairs: np.ndarray) -> tuple[str, str]:
     """Return the items of a pair of neighbours in ``order``: the pair whose second item comes first in the file."""
     found = np.flatnonzero(pairs)
-    place = found[np.argmin(order[found + 1])]
+    first = found[np.argmin(order[found + 1])]
     items = list(sids)
-    return items[order[place]], items[order[place + 1]]
+    return items[order[first]], items[order[first + 1]]

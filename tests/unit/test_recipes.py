@@ -162,9 +162,7 @@ def test_verl_accepts_the_recipe(names, no_model_on_disk):
     ("base", "typo"),
     [
         ("gream_srpo", "actor_rollout_ref.actor.klloss_coef"),
-        ("gream_srpo", "actor_rollout_ref.rollout.val_kwargs.temprature"),
         ("gream_srpo", "data.max_respose_length"),
-        ("gream_srpo_megatron", "actor_rollout_ref.actor.megatron.tensor_parallel_size"),
         ("gream_srpo_megatron", "actor_rollout_ref.actor.fsdp_config"),
         ("gream_srpo_async", "trainer.v1.separate_async.sync_step"),
     ],
