@@ -41,17 +41,17 @@ def evaluate(
         Path | None, typer.Option(help="Parquet file of prompts, ours or the authors'. Default: those of RUN.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate a seeded sample of this many users.")] = None,
-    chains: Annotated[int | None, typer.Option(help="Chains of thought per user.  [default: 1]")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens.  [default: 256]")] = None,
-    beams: Annotated[int | None, typer.Option(help="Beams, and length of the lists.  [default: 30]")] = None,
+    chains: Annotated[int | None, typer.Option(help="Chains of thought per user. Default: 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens. Default: 256.")] = None,
+    beams: Annotated[int | None, typer.Option(help="Beams, and length of the lists. Default: 30.")] = None,
     endpoint: Annotated[
         str | None, typer.Option(help="Sample chains by an OpenAI-compatible server, http://127.0.0.1:8000/v1.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. Default: 0.")] = None,
 ) -> None:
-    """Rank all items for every held-out interaction: Recall, NDCG, MRR, share of valid items, mean RSVR.
+    """Rank all items for every held-out interaction.
 
-    The authors' files and checkpoints work unchanged. Popularity and co-occurrence stand next to every result.
+    It reports Recall, NDCG, MRR, the share of valid items and the mean RSVR. The authors' files and checkpoints work unchanged. Popularity and co-occurrence stand next to every result.
     """
     from gream_verl.evaluation.options import read_options
     from gream_verl.evaluation.run import evaluate_run
@@ -76,9 +76,9 @@ def compare(
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Compare results over the same users: one table with intervals and p-values.
+    """Compare results over the same users.
 
-    Results of other users or of another protocol are shown, with a warning, and not tested.
+    The table has intervals and p-values. Results of other users or of another protocol are shown, with a warning, and not tested.
     """
     from gream_verl.evaluation import compare as comparing
 
@@ -93,7 +93,7 @@ def compare(
 
 @evaluate_app.command()
 def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0) -> None:
-    """Write RUN/report.html and RUN/metrics.json, and print the results."""
+    """Write RUN/report.html and RUN/metrics.json."""
     from gream_verl.evaluation.report import write_report
 
     folder = RunFolder.open(run, dataset)
@@ -111,7 +111,10 @@ def inspect(
     dataset: DatasetOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of the worst, and of the best.")] = 5,
 ) -> None:
-    """Show rollouts with their rewards, titles instead of semantic IDs: the worst first, then the best."""
+    """Show the worst and the best rollouts and their rewards.
+
+    Titles stand for semantic IDs.
+    """
     from gream_verl.core.semantic_ids import ItemIndex
     from gream_verl.evaluation.inspection import read_rollouts, rollout_table
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
-from data_processing.indexing.embed import DEFAULT_SETTINGS, Combine, EmbeddingSettings, Field, Pooling
+from data_processing.indexing.embed import EmbeddingSettings
 from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console, print_dict
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
+from gream_verl.core.options import file_options
 from gream_verl.core.run_folder import RunFolder
 
-index_app = typer.Typer(help="The item index: the semantic ID of every item.", no_args_is_help=True)
+index_app = typer.Typer(help="Build and extend the index of semantic IDs.", no_args_is_help=True)
 
 WithoutOption = Annotated[
     Path | None, typer.Option("--without", help="File of item ids to leave out, one per line.", metavar="FILE")
@@ -26,7 +27,6 @@ WithoutOption = Annotated[
 @index_app.command()
 def build(
     run: RunArgument,
-    dataset: DatasetOption = None,
     levels: Annotated[int | None, typer.Option(min=1, help="Levels of a SID. Default: by catalogue size.")] = None,
     codes: Annotated[int | None, typer.Option(min=2, help="Codes per level. Default: by catalogue size.")] = None,
     unique: Annotated[
@@ -39,45 +39,22 @@ def build(
     model: Annotated[
         str | None, typer.Option(help="Embedding model, a name or folder. Default: MiniLM, without network.")
     ] = None,
-    pooling: Annotated[
-        Pooling, typer.Option(help="One vector of many tokens: as the model does it, mean, or last token.")
-    ] = "model",
-    field: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(get_args(Field))}; repeat it. Default: the first three.")
-    ] = None,
-    combine: Annotated[
-        Combine, typer.Option(help="Fields as one text, or the mean of a vector for each field.")
-    ] = "joined",
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest text in tokens; the rest is cut off.")] = 64,
-    description_characters: Annotated[int, typer.Option(min=0, help="Characters of a description to read.")] = 200,
-    normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Scale vectors to length 1.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts embedded at once.")] = 64,
-    device: Annotated[
-        list[str] | None, typer.Option(help="Device that embeds in a process of its own, such as cuda:0; repeat it.")
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="YAML with settings of the embedding, see docs/index.md. --model wins."),
     ] = None,
     seed: SeedOption = 0,
+    dataset: DatasetOption = None,
 ) -> None:
-    """Embed the items and give each a semantic ID by residual balanced k-means: D.index.json.
+    """Give each item a semantic ID: D.index.json.
 
-    Replaces the index of RUN: models trained on it do not know the new one. `gream index add` extends it.
+    The items are embedded and clustered by residual balanced k-means. An earlier index of RUN is replaced: models trained
+    on it do not know the new one. `gream index add` extends it.
     """
     _use_one_thread()
     from data_processing.indexing.residual_index import IndexSettings, build_index
 
-    fields = tuple(dict.fromkeys(field or DEFAULT_SETTINGS.fields))
-    if not set(fields) <= set(get_args(Field)):
-        raise InputError(f"--field {', '.join(fields)}: choose from {', '.join(get_args(Field))}")
-    embedding = EmbeddingSettings(
-        model=model,
-        pooling=pooling,
-        fields=cast(tuple[Field, ...], fields),
-        combine=combine,
-        max_tokens=max_tokens,
-        description_characters=description_characters,
-        normalize=normalize,
-        batch_size=batch_size,
-        devices=tuple(device or ()),
-    )
+    embedding = file_options(EmbeddingSettings, config, {"model": model}, "gream index build")
     settings = IndexSettings(levels, codes, seed, collaborative_weight, unique, embedding)
     folder = RunFolder.open(run, dataset).data
     build_index(folder, settings, _read_ids(without))
@@ -86,16 +63,19 @@ def build(
 
 @index_app.command()
 def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0) -> None:
-    """Examine the index: use of codes, collisions, variance left, neighbours. Writes D.index-report.json."""
+    """Measure the index: D.index-report.json.
+
+    Use of codes, collisions, variance left, neighbours.
+    """
     _use_one_thread()
     _report(RunFolder.open(run, dataset).data, seed)
 
 
 @index_app.command()
 def add(run: RunArgument, dataset: DatasetOption = None, without: WithoutOption = None) -> None:
-    """Give new items of D.item.json a semantic ID; the others stay as they are, byte for byte.
+    """Give new items of D.item.json a semantic ID.
 
-    The codebooks are frozen and no token is added: a trained model can read and write the new ones. The table shows the
+    The others stay as they are, byte for byte. The codebooks are frozen and no token is added: a trained model can read and write the new ones. The table shows the
     distance of the new items from those that the index was built for.
     """
     _use_one_thread()
@@ -117,7 +97,10 @@ def check(
     ],
     dataset: DatasetOption = None,
 ) -> None:
-    """Check an index: form, levels, codes, collisions. That of a run must have all items of its data set."""
+    """Check an index: form, levels, codes, collisions.
+
+    That of a run must have all items of its data set.
+    """
     from data_processing.indexing.import_index import read_other_index
 
     folder = RunFolder.open(place, dataset).data if place.is_dir() else None
@@ -137,9 +120,9 @@ def import_index(
         bool, typer.Option("--resolve", help="Give items that share a SID one token more, all of them.")
     ] = False,
 ) -> None:
-    """Write an index of another project in our form, for the items of RUN: D.index.json.
+    """Write an index of another project as D.index.json.
 
-    Models trained on an earlier index do not know it. `gream index add` needs an index that `gream index build` made.
+    It must have the items of RUN. Models trained on an earlier index do not know it. `gream index add` needs an index that `gream index build` made.
     """
     from data_processing.indexing.import_index import read_other_index
     from data_processing.indexing.saved_index import codebooks_file

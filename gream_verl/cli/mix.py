@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
 
 from data_processing.sft.rules import Wording
-from gream_verl.cli.common import DatasetOption, HistoryOption, RunArgument, SeedOption, console, pairs
+from gream_verl.cli.common import (
+    DatasetOption,
+    DryRunOption,
+    HistoryOption,
+    RunArgument,
+    SeedOption,
+    console,
+    pairs,
+    print_tasks,
+)
 from gream_verl.cli.data import data_app
+from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from data_processing.sft.lengths import LengthLimit
+    from data_processing.sft.mix import MixOptions
+
 RowsOption = Annotated[
     list[str] | None,
-    typer.Option(help="Rows of a task: TASK=COUNT, or TASK=40% of those that exist; a weight with --total. Repeat it."),
+    typer.Option(
+        metavar="TASK=COUNT",
+        help="Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it.",
+    ),
 ]
 TotalOption = Annotated[int | None, typer.Option(min=1, help="Rows of all tasks together, shared by weight.")]
 BlockOption = Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch per device.")]
@@ -25,13 +40,11 @@ TokenizerOption = Annotated[
     str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
 ]
 LongestOption = Annotated[int, typer.Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Count the rows, and write nothing.")]
 
 
 @data_app.command()
 def tasks(
     run: RunArgument,
-    dataset: DatasetOption = None,
     rows: RowsOption = None,
     total: TotalOption = None,
     history: HistoryOption = 20,
@@ -40,16 +53,17 @@ def tasks(
     longest: LongestOption = 2048,
     dry_run: DryRunOption = False,
     seed: SeedOption = 0,
+    dataset: DatasetOption = None,
 ) -> None:
-    """Write the alignment tasks alone, without chains of thought: D-align.parquet. Default: every row that exists.
+    """Write the alignment tasks alone: D-align.parquet.
 
-    Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
-    historyreconstruction.
+    Default: every row that exists. Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain,
+    itemfeatureobtain, historyreconstruction.
     """
     from data_processing.sft.mix import MixOptions
     from data_processing.sft.tasks import REASONING, TASKS
 
-    counts = _row_counts(rows) if rows else {task: 1.0 for task in TASKS if task != REASONING}
+    counts = _row_counts(rows) or {task: 1.0 for task in TASKS if task != REASONING}
     if REASONING in counts:
         raise InputError("--rows reasoning: chains of thought are no alignment task; `gream data mix` has both")
     options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest))
@@ -60,7 +74,6 @@ def tasks(
 @data_app.command()
 def mix(
     run: RunArgument,
-    dataset: DatasetOption = None,
     rows: RowsOption = None,
     total: TotalOption = None,
     history: HistoryOption = 20,
@@ -73,50 +86,44 @@ def mix(
     longest: LongestOption = 2048,
     dry_run: DryRunOption = False,
     seed: SeedOption = 0,
+    dataset: DatasetOption = None,
 ) -> None:
-    """Write the SFT mix, D-mix.parquet: alignment tasks and chains of thought (task reasoning), by the curriculum.
+    """Write the SFT rows by the curriculum: D-mix.parquet.
 
-    Default: a mix for the tiny model. D-mix.png shows the share of chains, D-mix-eval-TASK.parquet are held-out rows.
+    They are alignment tasks and chains of thought (task reasoning). Default: a mix for the tiny model. D-mix.png shows
+    the share of chains. D-mix-eval-TASK.parquet are held-out rows.
     """
     from data_processing.sft.mix import TINY_MIX, MixOptions
 
-    counts: dict[str, int | float] = _row_counts(rows) if rows else {**TINY_MIX}
+    counts = _row_counts(rows) or dict(TINY_MIX)
     options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
     folder = RunFolder.open(run, dataset).data
     _write(folder, options, folder.mix_of(name), dry_run)
 
 
-def _write(folder: Any, options: Any, output: Path, dry_run: bool) -> None:
+def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool) -> None:
     from data_processing.sft.mix import write_mix
 
     report = write_mix(folder, options, output, dry_run=dry_run)
-    tables = [("SFT rows" + (", not written" if dry_run else ""), ["asked", "exist", "made", "held out", "leaks"])]
+    title = "SFT rows" + (", not written" if dry_run else "")
+    print_tasks(title, report, ["asked", "exist", "made", "held out", "leaks"])
     if options.limit:
-        tables.append(("Tokens of a row", ["longest", "shortened", "left out"]))
-    for title, columns in tables:
-        table = Table("task", *(Column(name, justify="right") for name in columns), title=title, box=SIMPLE_HEAD)
-        for task, values in report.items():
-            table.add_row(task, *(f"{values[column]:,}" for column in columns))
-        console.print(table)
+        print_tasks("Tokens of a row", report, ["longest", "shortened", "left out"])
     if not dry_run:
         console.print(f"{output}, its picture {output.stem}.png", highlight=False, soft_wrap=True)
 
 
-def _length_limit(tokenizer: str | None, longest: int) -> Any:
-    """Return a limit that counts the tokens of a whole conversation as the trainer does; None without a tokenizer."""
+def _length_limit(tokenizer: str | None, longest: int) -> LengthLimit | None:
+    """Return a limit that counts the tokens of a whole conversation as the trainer does."""
     if tokenizer is None:
         return None
-    from transformers import AutoTokenizer
-
     from data_processing.sft.lengths import LengthLimit, token_counter
+    from gream_verl.model.loading import load_tokenizer
 
-    try:
-        return LengthLimit(token_counter(AutoTokenizer.from_pretrained(tokenizer)), longest)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({error})") from error
+    return LengthLimit(token_counter(load_tokenizer(tokenizer)), longest)
 
 
-def _row_counts(rows: list[str]) -> dict[str, int | float]:
+def _row_counts(rows: list[str] | None) -> dict[str, int | float]:
     """Read ``TASK=COUNT``, ``TASK=SHARE%`` and ``TASK=WEIGHT``."""
     counts: dict[str, int | float] = {}
     for task, value in pairs(rows, "--rows").items():
@@ -124,7 +131,5 @@ def _row_counts(rows: list[str]) -> dict[str, int | float]:
         try:
             counts[task] = float(number) / 100 if value != number else int(value) if value.isdigit() else float(value)
         except ValueError:
-            raise InputError(
-                f"--rows {task}={value}: expected TASK=COUNT or TASK=SHARE%, such as seqrec=10000 or seqrec=40%"
-            ) from None
+            raise InputError(f"--rows {task}={value}: expected a number or a share, such as seqrec=40%") from None
     return counts

@@ -10,7 +10,7 @@ import typer
 from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console, print_dict
 from gream_verl.core.run_folder import RunFolder
 
-model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
+model_app = typer.Typer(help="Make models that know the semantic IDs.", no_args_is_help=True)
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
 
 
@@ -22,7 +22,10 @@ def tiny(
     dataset: DatasetOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Make RUN/model: a tiny untrained Qwen3, its tokenizer trained on the SFT rows, semantic IDs included."""
+    """Make RUN/model: a tiny untrained Qwen3, for tests.
+
+    Its tokenizer is trained on the SFT rows and has the semantic IDs.
+    """
     from gream_verl.core.semantic_ids import ItemIndex
     from gream_verl.model.tiny_model import make_tiny_model, read_sft_texts
 
@@ -43,7 +46,7 @@ def extend(
     dataset: DatasetOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Make RUN/model: a pretrained model and the semantic-ID tokens of the index.
+    """Make RUN/model: a pretrained model with semantic-ID tokens.
 
     RUN/model/semantic_ids.json records the change.
     """
@@ -51,8 +54,7 @@ def extend(
 
     folder = RunFolder.open(run, dataset)
     done = extend_checkpoint(base, folder.data.index, folder.model, seed=seed, grow=grow, overwrite=overwrite)
-    names = ("base", "added", "first_id", "last_id", "rows_before", "rows_after", "multiple", "tied")
-    print_dict(str(folder.model), {name: done[name] for name in names})
+    print_dict(str(folder.model), done)
 
 
 @model_app.command()
@@ -66,9 +68,9 @@ def adapter(
     dataset: DatasetOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Make RUN/adapter: untrained LoRA on every linear layer, rows of semantic-ID tokens in full.
+    """Make RUN/adapter: LoRA for a model with semantic IDs.
 
-    LLaMA-Factory trains it with finetuning_type: lora and adapter_name_or_path: RUN/adapter.
+    It is untrained: low-rank updates of every linear layer, rows of semantic-ID tokens in full. LLaMA-Factory trains it with finetuning_type: lora and adapter_name_or_path: RUN/adapter.
     """
     from gream_verl.model.lora import write_adapter
 
@@ -86,7 +88,7 @@ def merge(
     adapter: Annotated[Path | None, typer.Option(help="Trained adapter. Default: RUN/sft-lora.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make RUN/sft: a trained adapter merged into its model, an ordinary checkpoint."""
+    """Make RUN/sft: a trained adapter merged into its model."""
     from gream_verl.model.lora import merge_adapter
 
     merge_adapter(adapter or run / "sft-lora", run / "sft", overwrite=overwrite)

@@ -8,12 +8,15 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
-Options = TypeVar("Options", bound=BaseModel)
+Options = TypeVar("Options")
+"""A pydantic model or a dataclass."""
+
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | None) -> Options:
@@ -23,10 +26,10 @@ def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | 
         InputError: When a key is missing, unknown or has a wrong value; the message names it.
     """
     try:
-        return model.model_validate(_plain(given or {}))
+        return TypeAdapter(model).validate_python(_plain(given or {}))
     except ValidationError as error:
         # A key that is unknown is often the reason why another one is missing.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        first = min(error.errors(), key=lambda one: one["type"] not in UNKNOWN_KEY)
         known = _known_keys(model, first["loc"][:-1])
         raise InputError(
             f"{'.'.join([node, *map(str, first['loc'])])}: {first['msg']}; known keys are {', '.join(known)}"
@@ -55,13 +58,14 @@ def file_options(model: type[Options], file: Path | None, line: Mapping[str, Any
     return checked_options(model, str(file or command), {**kept, **given})
 
 
-def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _known_keys(model: type[Any], path: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the innermost model on the way to ``path``."""
     for part in path:
-        annotation = model.model_fields[str(part)].annotation if part in model.model_fields else None
+        fields = getattr(model, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else None
         inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         model = next((kind for kind in inner if issubclass(kind, BaseModel)), model)
-    return list(model.model_fields)
+    return list(getattr(model, "model_fields", None) or model.__dataclass_fields__)
 
 
 def _plain(value: Any) -> Any:
