@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from rich.progress import track
@@ -45,6 +45,8 @@ class EmbeddingSettings:
         batch_size: Texts computed at once; changes results by rounding only.
         devices: Devices that share the work, one process each, such as ``cuda:0``; empty for this process alone.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     model: str | None = None
     pooling: Pooling = "model"

@@ -6,35 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from typer import Argument, Option
 
 from gream_verl.core.errors import InputError
 
 console = Console()
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as runs/Beauty.")]
-DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Name of the data set, where RUN holds several.")]
-HistoryOption = Annotated[int, typer.Option("--history", min=1, help="Longest history in a prompt, in items.")]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Count, and write nothing.")]
-InteractionsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--interactions",
-        help="Amazon: reviews (JSON lines) or ratings (.csv). RecBole: .inter. Layout: D.inter.json. "
-        "Table: .parquet, .csv or .tsv.",
-    ),
-]
-ItemsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--items", help="Amazon: metadata. RecBole: .item. Layout: D.item.json. Table: .parquet, .csv or .tsv."
-    ),
-]
+Run = Annotated[Path, Argument(metavar="RUN", help="Folder of the run, such as runs/Beauty.")]
+Config = Annotated[Path | None, Option("--config", "-c", help="YAML with more settings, see docs/. Options win.")]
+Dataset = Annotated[str | None, Option("--dataset", help="Name of the data set, where RUN holds several.")]
+History = Annotated[int, Option("--history", min=1, help="Longest history in a prompt, in items.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of everything random: same seed, same bytes.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Count, and write nothing.")]
 
 
 def print_dict(title: str, values: Mapping[str, Any]) -> None:

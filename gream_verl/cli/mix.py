@@ -1,116 +1,62 @@
-"""`gream data tasks|mix`: the SFT rows."""
+"""`gream data mix`: the SFT rows."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from data_processing.sft.rules import Wording
-from gream_verl.cli.common import (
-    DatasetOption,
-    DryRunOption,
-    HistoryOption,
-    RunArgument,
-    SeedOption,
-    console,
-    pairs,
-    print_tasks,
-)
+from gream_verl.cli.common import Dataset, DryRun, History, Run, Seed, console, pairs, print_tasks
 from gream_verl.cli.data import data_app
-from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from data_processing.sft.lengths import LengthLimit
-    from data_processing.sft.mix import MixOptions
 
-RowsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TASK=COUNT",
-        help="Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it.",
-    ),
-]
-TotalOption = Annotated[int | None, typer.Option(min=1, help="Rows of all tasks together, shared by weight.")]
-BlockOption = Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch per device.")]
-TokenizerOption = Annotated[
-    str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
-]
-LongestOption = Annotated[int, typer.Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
-
-
-@data_app.command()
-def tasks(
-    run: RunArgument,
-    rows: RowsOption = None,
-    total: TotalOption = None,
-    history: HistoryOption = 20,
-    block: BlockOption = 16,
-    tokenizer: TokenizerOption = None,
-    longest: LongestOption = 2048,
-    dry_run: DryRunOption = False,
-    seed: SeedOption = 0,
-    dataset: DatasetOption = None,
-) -> None:
-    """Write the alignment tasks alone: D-align.parquet.
-
-    Default: every row that exists. Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain,
-    itemfeatureobtain, historyreconstruction.
-    """
-    from data_processing.sft.mix import MixOptions
-    from data_processing.sft.tasks import REASONING, TASKS
-
-    counts = _row_counts(rows) or {task: 1.0 for task in TASKS if task != REASONING}
-    if REASONING in counts:
-        raise InputError("--rows reasoning: chains of thought are no alignment task; `gream data mix` has both")
-    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest))
-    folder = RunFolder.open(run, dataset).data
-    _write(folder, options, folder.align, dry_run)
+ROWS = "Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it. Default: a small mix."
 
 
 @data_app.command()
 def mix(
-    run: RunArgument,
-    rows: RowsOption = None,
-    total: TotalOption = None,
-    history: HistoryOption = 20,
-    block: BlockOption = 16,
-    name: Annotated[str, typer.Option(help="Write D-NAME.parquet: another mix next to D-mix.parquet.")] = "mix",
-    chains: Annotated[
-        Wording, typer.Option(help="Chains of thought by rule: notes are short, sentences suit a pretrained model.")
-    ] = "notes",
-    tokenizer: TokenizerOption = None,
-    longest: LongestOption = 2048,
-    dry_run: DryRunOption = False,
-    seed: SeedOption = 0,
-    dataset: DatasetOption = None,
+    run: Run,
+    rows: Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)] = None,
+    total: Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")] = None,
+    history: History = 20,
+    block: Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")] = 16,
+    name: Annotated[str, Option(help="Name of the mix: D-NAME.parquet. With align, no chains of thought.")] = "mix",
+    chains: Annotated[Wording, Option(help="Wording of chains by rule: short notes, or sentences.")] = "notes",
+    tokenizer: Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")] = None,
+    longest: Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")] = 2048,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
     """Write the SFT rows by the curriculum: D-mix.parquet.
 
-    They are alignment tasks and chains of thought (task reasoning). Default: a mix for the tiny model. D-mix.png shows
-    the share of chains. D-mix-eval-TASK.parquet are held-out rows.
+    Alignment tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
+    historyreconstruction. Chains of thought: reasoning. D-mix.png shows the share of chains. Held-out rows are in
+    D-mix-eval-TASK.parquet. `--name align` writes D-align.parquet: all rows of the alignment tasks.
     """
-    from data_processing.sft.mix import TINY_MIX, MixOptions
+    from data_processing.sft.mix import TINY_MIX, MixOptions, write_mix
+    from data_processing.sft.tasks import REASONING, TASKS
 
-    counts = _row_counts(rows) or dict(TINY_MIX)
+    align = name == "align"
+    default = {task: 1.0 for task in TASKS if task != REASONING} if align else TINY_MIX
+    counts = _row_counts(rows) or dict(default)
+    if align and REASONING in counts:
+        raise InputError("--rows reasoning: chains of thought are no alignment task; choose another --name")
     options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
     folder = RunFolder.open(run, dataset).data
-    _write(folder, options, folder.mix_of(name), dry_run)
-
-
-def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool) -> None:
-    from data_processing.sft.mix import write_mix
-
+    output = folder.align if align else folder.mix_of(name)
     report = write_mix(folder, options, output, dry_run=dry_run)
-    title = "SFT rows" + (", not written" if dry_run else "")
-    print_tasks(title, report, ["asked", "exist", "made", "held out", "leaks"])
-    if options.limit:
+    print_tasks("SFT rows", report, ["asked", "exist", "made", "held out", "leaks"])
+    if tokenizer:
         print_tasks("Tokens of a row", report, ["longest", "shortened", "left out"])
-    if not dry_run:
-        console.print(f"{output}, its picture {output.stem}.png", highlight=False, soft_wrap=True)
+    console.print(
+        "Not written" if dry_run else f"{output}, its picture {output.stem}.png", soft_wrap=True, markup=False
+    )
 
 
 def _length_limit(tokenizer: str | None, longest: int) -> LengthLimit | None:

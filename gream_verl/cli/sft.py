@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Typer
 
 from gream_verl.cli.common import console, print_tasks
 from gream_verl.core.errors import InputError
 
-sft_app = typer.Typer(help="Check SFT by LLaMA-Factory before it starts.", no_args_is_help=True)
+sft_app = Typer(help="Check SFT by LLaMA-Factory before it starts.", no_args_is_help=True)
+Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help="As after the config in the training.")]
 
 
 @sft_app.callback()
@@ -20,10 +21,8 @@ def sft() -> None:
 
 @sft_app.command()
 def check(
-    config: Annotated[Path, typer.Argument(help="The config of the training, one of sft_configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As after the config in the training.")
-    ] = None,
+    config: Annotated[Path, Argument(help="The config of the training, one of sft_configs/.")],
+    overrides: Overrides = None,
 ) -> None:
     """Look for faults that silently ruin a training.
 
