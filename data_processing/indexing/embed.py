@@ -187,7 +187,7 @@ def load_encoder(settings: EmbeddingSettings) -> SentenceTransformer:
             raise InputError(f"{path}: has no tokenizer that knows a word; check its tokenizer files")
     if settings.pooling != "model" or not has_pooling:
         if not isinstance(transformer, Transformer):
-            raise InputError(f"{path}: {type(transformer).__name__} is no transformer; use --pooling model")
+            raise InputError(f"{path}: {type(transformer).__name__} is no transformer; choose pooling: model")
         transformer.modality_config.pop("message", None)  # else texts are put into a chat template, if there is one
         transformer.tokenizer.padding_side = "right"  # positions count from the first token, as without padding
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if settings.pooling == "last" else "mean")

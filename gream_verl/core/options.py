@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -61,11 +62,11 @@ def file_options(model: type[Options], file: Path | None, line: Mapping[str, Any
 def _known_keys(model: type[Any], path: tuple[int | str, ...]) -> list[str]:
     """Return the keys of the innermost model on the way to ``path``."""
     for part in path:
-        fields = getattr(model, "model_fields", {})
-        annotation = fields[part].annotation if part in fields else None
+        known = getattr(model, "model_fields", {})
+        annotation = known[part].annotation if part in known else None
         inner = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
         model = next((kind for kind in inner if issubclass(kind, BaseModel)), model)
-    return list(getattr(model, "model_fields", None) or model.__dataclass_fields__)
+    return [field.name for field in fields(model)] if is_dataclass(model) else list(model.model_fields)
 
 
 def _plain(value: Any) -> Any:

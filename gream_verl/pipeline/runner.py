@@ -116,11 +116,12 @@ def _execute(step: Step, log: Path, console: Console) -> None:
         )
         try:
             while process.poll() is None:
-                time.sleep(0.2)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
                 if status is not None:
                     status.update(f"{log}: {''.join(log_lines(log)[-1:])}"[: max(20, console.width - 8)])
         finally:
-            stop_tree(process)
+            _stop(process)
     missing = ", ".join(str(path) for path in step.makes if not path.exists())
     if process.returncode == 0 and not missing:
         return
@@ -137,7 +138,7 @@ def log_lines(log: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def stop_tree(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and everything below it: politely first, so that a training can clean up."""
     import psutil
 
