@@ -36,7 +36,7 @@ def read_user_texts(
     raw = read_json(folder.user_texts) if folder.user_texts.is_file() else {}
     if not isinstance(raw, dict) or USER_TEXTS not in raw:  # a data set may have another file of that name
         return {}, {}
-    remedy = "write it again with `gream data enrich users`, or remove it"
+    remedy = "write it again with `gream data enrich RUN users`, or remove it"
     try:
         texts = raw[USER_TEXTS], raw.get(SEARCHES, {}).get("train", {})
         preferences, queries = ({user: _texts(value) for user, value in part.items()} for part in texts)
@@ -65,7 +65,7 @@ def read_chains(
     """
     if not folder.chains.is_file():
         return {}
-    remedy = "write it again with `gream data enrich chains`"
+    remedy = "write it again with `gream data enrich RUN chains`"
     chains = {}
     try:
         file = pq.ParquetFile(folder.chains)

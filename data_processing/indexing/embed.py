@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from rich.progress import track
@@ -44,6 +44,8 @@ class EmbeddingSettings:
         batch_size: Texts computed at once; changes results by rounding only.
         devices: Devices that share the work, one process each, such as ``cuda:0``; empty for this process alone.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     model: str | None = None
     pooling: Pooling = "model"
@@ -167,7 +169,7 @@ def load_encoder(settings: EmbeddingSettings) -> SentenceTransformer:
     transformer = encoder[0]
     if not isinstance(transformer, Transformer):
         if settings.pooling != "model":
-            raise InputError(f"{path}: {type(transformer).__name__} is no transformer; use --pooling model")
+            raise InputError(f"{path}: {type(transformer).__name__} is no transformer; choose pooling: model")
         return encoder.to(dtype)
     tokens = transformer.tokenizer("The film of 1995").input_ids
     if set(tokens) <= set(transformer.tokenizer.all_special_ids):  # made up where its files are missing

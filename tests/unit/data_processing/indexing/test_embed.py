@@ -222,7 +222,7 @@ def test_a_model_without_transformer_has_a_pooling_of_its_own_alone(tiny: str, t
     words = StaticEmbedding(AutoTokenizer.from_pretrained(tiny).backend_tokenizer, embedding_dim=8)
     SentenceTransformer(modules=[words.half()]).save(str(tmp_path))
     assert embed_items(UNEQUAL, EmbeddingSettings(model=str(tmp_path))).shape == (5, 8)
-    with pytest.raises(InputError, match="StaticEmbedding is no transformer; use --pooling model"):
+    with pytest.raises(InputError, match="StaticEmbedding is no transformer; choose pooling: model"):
         load_encoder(EmbeddingSettings(model=str(tmp_path), pooling="mean"))
 
 
