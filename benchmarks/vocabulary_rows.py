@@ -54,7 +54,7 @@ def text_rows(model: Any, tokenizer: Any, index: ItemIndex, texts: dict[str, str
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in [embedding] if head is embedding else [embedding, head]:
         told: dict[str, list[torch.Tensor]] = {}
-        for item, tokens in index.readable.items():
+        for item, tokens in index.sids.items():
             if ids := tokenizer(texts.get(item, ""), add_special_tokens=False)["input_ids"]:
                 row = weight.data[ids].float().mean(0)
                 for token in tokens:

@@ -201,7 +201,7 @@ def _choose(
 
 def _leaks(window: Window, corpus: Corpus) -> bool:
     """Return whether the chain of a window names its target before the answer."""
-    title, sids = corpus.items[window.target].title, corpus.index.readable
+    title, sids = corpus.items[window.target].title, corpus.index.sids
     titles, shown = [corpus.teacher.titles[item] for item in window.history], {sids[item] for item in window.history}
     leak = find_leak(window["chain"], title=title, sid=sids[window.target], history_titles=titles, history_sids=shown)
     return leak is not None

@@ -188,7 +188,7 @@ class DataFolder:
     def read_index(self, items: Iterable[str]) -> ItemIndex:
         """Read :attr:`index`; raise InputError when an item of ``items`` has no SID."""
         index = ItemIndex.load(self.index)
-        if missing := [item for item in items if item not in index.readable]:
+        if missing := [item for item in items if item not in index.sids]:
             raise InputError(
                 f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} items lack one); build the index again "
                 f"for this {self.item.name}"

@@ -11,10 +11,9 @@ import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
 from pydantic_core import from_json
@@ -88,7 +87,6 @@ class ItemIndex:
     Attributes:
         sids: Item id to its SID. Items keep the order of the file.
         source: The file of the index, for messages.
-        retired: SIDs of items that are recommended no more; histories that hold them can still be written.
 
     Raises:
         InputError: When SIDs are malformed, shared, or prefixes of one another.
@@ -96,22 +94,16 @@ class ItemIndex:
 
     sids: Mapping[str, SemanticId]
     source: str = "item index"
-    retired: Mapping[str, SemanticId] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.sids:
             raise InputError(f"{self.source}: the index is empty; build it with `gream index build`")
-        _validate(self.readable, f"{self.source} with its retired SIDs" if self.retired else self.source)
+        _validate(self.sids, self.source)
 
     @cached_property
     def base_levels(self) -> int:
         """Number of levels of every item; an item in a collision has one more token."""
-        return min(len(sid) for sid in self.readable.values())
-
-    @cached_property
-    def readable(self) -> Mapping[str, SemanticId]:
-        """The SIDs of all items that a history may hold: :attr:`sids` and :attr:`retired`."""
-        return {**self.sids, **self.retired} if self.retired else self.sids
+        return min(len(sid) for sid in self.sids.values())
 
     @cached_property
     def items(self) -> dict[SemanticId, str]:
@@ -121,7 +113,7 @@ class ItemIndex:
     @cached_property
     def tokens(self) -> list[str]:
         """Every SID token in use, by level, then by code."""
-        used = {token for sid in self.readable.values() for token in sid}
+        used = {token for sid in self.sids.values() for token in sid}
         return sorted(used, key=lambda token: parse_token(token) or (0, 0))
 
     def __len__(self) -> int:
@@ -134,7 +126,7 @@ class ItemIndex:
             InputError: When the item is not in the index.
         """
         try:
-            return "".join(self.readable[item])
+            return "".join(self.sids[item])
         except KeyError:
             raise InputError(f"{self.source}: item {item!r} is not in the index; build the index again") from None
 
@@ -144,10 +136,16 @@ class ItemIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ItemIndex:
-        """Read and check ``<D>.index.json``, ``{item: [token, ...]}``, and ``<D>.retired.json`` where there is one."""
-        sids, file = read_sids(path), retired_file(path)
-        retired = read_sids(file, "repair it: it keeps retired SIDs from other items") if file.is_file() else {}
-        return cls(sids, str(path), {item: sid for item, sid in retired.items() if item not in sids})
+        """Read and check ``<D>.index.json``, ``{item: [token, ...]}``."""
+        remedy = "build it with `gream index build`"
+        file = require_file(path, remedy)
+        try:  # this parser keeps each token in memory once, however many items have it
+            raw = from_json(file.read_text(encoding="utf-8-sig"), cache_strings="all")
+        except ValueError as error:
+            raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
+        if not isinstance(raw, dict) or not all(isinstance(sid, list) for sid in raw.values()):
+            raise InputError(f'{path}: expected {{item: ["<|a_1|>", ...]}}; {remedy}')
+        return cls({item: tuple(sid) for item, sid in raw.items()}, str(path))
 
     @classmethod
     def from_codes(cls, items: Sequence[str], codes: Iterable[Sequence[int]]) -> ItemIndex:
@@ -159,28 +157,6 @@ class ItemIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``<D>.index.json`` atomically."""
         write_json(path, {item: list(sid) for item, sid in self.sids.items()})
-
-
-def retired_file(index: str | os.PathLike[str]) -> Path:
-    """Return the path of ``<D>.retired.json``, the retired SIDs of an index, next to ``<D>.index.json``."""
-    index = Path(index)
-    return index.with_name(f"{index.name.removesuffix('.json').removesuffix('.index')}.retired.json")
-
-
-def read_sids(path: str | os.PathLike[str], remedy: str = "build it with `gream index build`") -> dict[str, SemanticId]:
-    """Read ``{item: [token, ...]}``, its SIDs unchecked.
-
-    Raises:
-        InputError: When the file is missing, or holds something else.
-    """
-    file = require_file(path, remedy)
-    try:  # this parser keeps each token in memory once, however many items have it
-        raw = from_json(file.read_text(encoding="utf-8-sig"), cache_strings="all")
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from error
-    if not isinstance(raw, dict) or not all(isinstance(sid, list) for sid in raw.values()):
-        raise InputError(f'{path}: expected {{item: ["<|a_1|>", ...]}}; {remedy}')
-    return {item: tuple(sid) for item, sid in raw.items()}
 
 
 def _validate(sids: Mapping[str, SemanticId], source: str) -> None:

@@ -154,7 +154,7 @@ def extend_model(
     for offset, module in enumerate([embedding] if tied else [embedding, head]):
         draw_rows(module.weight.data, trained, base, seed + offset, rows)
     return {
-        "levels": max(len(sid) for sid in index.readable.values()),
+        "levels": max(len(sid) for sid in index.sids.values()),
         "sid_tokens": len(index.tokens),
         "added": len(added),
         "reasoning_tokens": [token for token in added if token in REASONING_TOKENS],
