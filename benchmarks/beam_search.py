@@ -1,7 +1,7 @@
 """Constrained beam search: ours against Hugging Face ``generate`` with a prefix function, in one run.
 
 All get the same model, prompts and catalogue; the run fails when items or scores differ. The prefix function is a
-dictionary look-up, as cheap as one can be. Below them is what a user of vLLM's own beam search gets, which knows no
+dictionary look-up, as cheap as one can be. The last line is vLLM's own beam search, which knows no
 catalogue: seconds, and how many of its answers are items.
 
     python benchmarks/beam_search.py                     # a tiny random model: a minute
@@ -64,10 +64,10 @@ Ranking = list[list[tuple[int, float]]]
 
 @dataclass
 class World:
-    """What both sides are given.
+    """The input of both sides.
 
     Attributes:
-        name: For people.
+        name: Shown in the heading.
         folder: The model as a folder, for vLLM.
         model: The model.
         prompts: Token ids of every prompt.

@@ -1,4 +1,4 @@
-"""What constrained rollouts cost: tokens a second of a vLLM engine with and without the logits processor, in one run.
+"""Cost of constrained rollouts: tokens per second of a vLLM engine with and without the logits processor, in one run.
 
 One engine has the processor and answers the same prompts with and without the constraint in turn: the cost is a median
 of ratios. Another engine has no processor. A small Qwen3 is first taught to reason and answer with items of a
@@ -29,7 +29,7 @@ WORDS = "likes old new quiet loud films songs because the last ones were and so"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all configurations and print tokens a second, and the cost of the processor."""
+    """Run all configurations and print tokens per second, and the cost of the processor."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=12_000)
     parser.add_argument("--requests", type=int, default=64, help="requests at the same time")
@@ -117,7 +117,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Return tokens a second of every round of one engine, by what its requests ask for."""
+    """Return tokens per second of every round of one engine, by the mode of its requests."""
     import torch
 
     from gream_verl.core.cpu_environment import set_defaults

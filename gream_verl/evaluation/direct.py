@@ -79,7 +79,6 @@ def evaluate_direct(
         **options.model_dump(include={"beams", "drop_history", "batch_size", "shards"}),
         "score": SCORES[options.score],
         "users": len(prompts),
-        "prompt tokens computed once": len(prefix),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "seconds": round(time.perf_counter() - begin, 2),
     }

@@ -257,9 +257,11 @@ def _inputs(folder: Path, users: Users, index: ItemIndex, eos: int) -> dict[str,
     """Return digests of the model, the items and the prompts, and the device, which decide rows like the options."""
     prompts = [[prompt.user, prompt.target, prompt.history, list(sequence)] for prompt, sequence in users]
     asked = json.dumps([list(index.sids.items()), prompts, eos])
-    weights = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
+    files = (
+        file for ending in ("*.safetensors", "*.bin", "config.json", "tokenizer.json") for file in folder.glob(ending)
+    )
     return {
-        "files": {path.name: fingerprint(path) for path in weights if path.is_file()},
+        "files": {file.name: fingerprint(file) for file in files},
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }

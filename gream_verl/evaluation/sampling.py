@@ -1,7 +1,7 @@
 """Sampling of chains of thought, by vLLM or by a plain loop over a Hugging Face model (a server: ``server.py``).
 
-Every setting is passed explicitly, so that no ``generation_config.json`` decides a result, and every prompt has its own
-seed, so that a chain does not depend on the other prompts of its batch.
+No ``generation_config.json`` decides a result, and every prompt has its own seed: a chain does not depend on the other
+prompts of its batch.
 
 Log-probabilities are the model's own: at temperature 1, over the whole vocabulary, before top-p and before the
 constraint on answers, however the tokens were drawn.
@@ -66,8 +66,7 @@ class HuggingFaceSampler:
     @torch.inference_mode()
     def _sample_batch(self, batch: Batch[int]) -> list[Response]:
         """Return a response to every prompt of a batch of (token ids, seed)."""
-        most = self.options.max_tokens
-        device = self.model.device
+        most, device = self.options.max_tokens, self.model.device
         ids, mask = (tensor.to(device) for tensor in pad_left([sequence for sequence, _ in batch]))
         uniforms = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(seed)) for _, seed in batch])
         uniforms = uniforms.to(device)
@@ -129,7 +128,10 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
 
 
 class VllmSampler:
-    """Sample with vLLM's offline engine inside this process; ``constrained_to`` must be an index with a file."""
+    """Sample with vLLM's offline engine inside this process.
+
+    ``memory`` is the engine's share of an accelerator's; ``constrained_to`` must be an index with a file.
+    """
 
     def __init__(
         self,
@@ -164,17 +166,16 @@ class VllmSampler:
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(8192, length),
             max_num_seqs=options.batch_size,
-            gpu_memory_utilization=memory,  # a share
+            gpu_memory_utilization=memory,
             enforce_eager=cpu,
-            disable_log_stats=True,
-            seed=0,  # unused: every request has its own
             **constraint,
         )
         self.parameters = partial(
             SamplingParams,
-            **neutral_sampling(options),
             n=options.chains,
-            min_tokens=0,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_tokens=options.max_tokens,
             # Otherwise vLLM adds the end-of-sequence tokens of generation_config.json, even with
             # generation_config="vllm" (vllm/sampling_params.py:660).
             ignore_eos=True,
@@ -195,17 +196,3 @@ class VllmSampler:
             return Response(list(tokens), [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)])
 
         return [[response(chain.token_ids, chain.logprobs) for chain in output.outputs] for output in outputs]
-
-
-def neutral_sampling(options: EvaluationOptions) -> dict[str, Any]:
-    """Return vLLM's sampling parameters with every filter and penalty off that is not an option."""
-    return {
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "max_tokens": options.max_tokens,
-        "top_k": -1,
-        "min_p": 0.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
-    }

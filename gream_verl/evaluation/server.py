@@ -20,7 +20,7 @@ import openai
 from gream_verl.core.errors import InputError
 from gream_verl.core.openai_client import FailedError, Server, as_done
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.sampling import Response, neutral_sampling
+from gream_verl.evaluation.sampling import Response
 
 if TYPE_CHECKING:
     from openai.types import Completion
@@ -90,7 +90,16 @@ class ServerSampler:
         else:
             prompt = self.tokenizer.decode(sequence, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             extra |= {"repeat_penalty": 1.0}  # llama.cpp's name for it
-        body = {**neutral_sampling(self.options), "n": 1, "seed": seed, **extra}
+        neutral = {
+            "top_k": -1,
+            "min_p": 0,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "repetition_penalty": 1,
+            "n": 1,
+        }
+        sampling = self.options.model_dump(include={"temperature", "top_p", "max_tokens"})
+        body = {**neutral, **sampling, "seed": seed, **extra}
         try:
             completion = await client.completions.create(model=self.model, prompt=prompt, extra_body=body)
         except openai.APIError as error:

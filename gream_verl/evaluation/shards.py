@@ -23,11 +23,9 @@ def in_shards(
 ) -> Iterator[tuple[int, Result]]:
     """Yield the number, from 0, and the result of every piece as soon as it is done, in any order.
 
-    With one shard the work is done in this process. Otherwise each shard is a Ray actor with one GPU, or one core where
-    the cluster has no GPU. ``RAY_ADDRESS`` names a running cluster; without it, Ray starts on this machine. A worker
-    that is killed is started again and its piece is done again.
-
-    ``make_worker`` makes the function that does a piece; it is called once per worker, which may be on another machine.
+    One shard works in this process. Several are Ray actors with one GPU each, or one core where the cluster has no GPU.
+    ``RAY_ADDRESS`` names a running cluster; without it, Ray starts on this machine. A killed worker is started again
+    and its piece is done again. Each worker, perhaps on another machine, calls ``make_worker`` once for its function.
 
     Raises:
         InputError: When a worker raises it, the cluster has too few GPUs or cores, or workers die.

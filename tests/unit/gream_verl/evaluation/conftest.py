@@ -30,6 +30,6 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known, index = make_index(), make_index(items=12)
     index.save(folder / "tiny.index.json")
     make_tiny_model(folder / "model", known)
-    teach_form(folder / "model", known, steps=90)
+    teach_form(folder / "model", known, steps=100)
     pl.DataFrame(rl_rows(index, USERS)).write_parquet(folder / "tiny-test.parquet")
     return folder

@@ -29,10 +29,17 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.0)
 
 
-@pytest.fixture
-def server(taught: Path) -> Iterator[CompletionServer]:
+@pytest.fixture(scope="module")
+def running(taught: Path) -> Iterator[CompletionServer]:
     with CompletionServer(taught / "model").running() as server:
         yield server
+
+
+@pytest.fixture
+def server(running: CompletionServer) -> CompletionServer:
+    """A server that has seen no request, has no faults and changes no answer."""
+    running.requests, running.faults, running.models, running.change = [], [], ["tiny"], None
+    return running
 
 
 def evaluate(folder: Path, progress: Path | None = None, **options: Any) -> Evaluation:
