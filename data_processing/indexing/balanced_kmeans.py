@@ -26,13 +26,10 @@ from threadpoolctl import ThreadpoolController
 
 from data_processing.indexing.assignment import assign_balanced
 
-SEEDING_ROUNDS = 2
-LOOSE_ROUNDS = 15
-MAX_ROUNDS = 100
+SEEDING_ROUNDS, LOOSE_ROUNDS, MAX_ROUNDS = 2, 15, 100
 STALE = 0.05
 """Prices that misplace a larger share of the rows than this are compared with prices found from nothing."""
-FRESH_STEPS = np.geomspace(2.0, 0.1, 20)
-LOOSE_STEP = 0.3
+FRESH_STEPS, LOOSE_STEP = np.geomspace(2.0, 0.1, 20), 0.3
 BLOCK_ROWS = 1024
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
 _LIBRARIES = ThreadpoolController()

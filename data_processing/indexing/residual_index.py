@@ -22,7 +22,6 @@ from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex
 
-PAPER_SHAPE = (4, 256)
 PAPER_ITEMS = 10_000
 
 
@@ -57,7 +56,7 @@ def default_shape(items: int) -> tuple[int, int]:
     [(3, 4), (3, 32), (3, 128), (4, 256)]
     """
     if items >= PAPER_ITEMS:
-        return PAPER_SHAPE
+        return 4, 256
     return 3, min(items, 2 ** max(1, round(np.log2(items) / 2)))
 
 
