@@ -32,8 +32,7 @@ MAX_ROUNDS, TOLERANCE = 100, 1e-4
 """Most rounds; the last is one that lowers the inertia by less than this share of it."""
 STALE = 0.05
 """Prices that misplace a larger share of the rows than this are compared with prices found from nothing."""
-FRESH_STEPS = np.geomspace(2.0, 0.1, 20)
-LOOSE_STEP = 0.3
+FRESH_STEPS, LOOSE_STEP = np.geomspace(2.0, 0.1, 20), 0.3
 BLOCK_ROWS = 1024
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
 _LIBRARIES = ThreadpoolController()

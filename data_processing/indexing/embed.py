@@ -132,7 +132,7 @@ def embed_items(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SET
     for start in track(range(0, len(texts), step), description="Embedding items"):
         batch = [texts[row] for row in longest_first[start : start + step]]
         parts.append(encoder.encode(batch, device=list(settings.devices) or None, **options))
-    vectors = np.concatenate(parts, dtype=np.float32)[np.argsort(longest_first)]
+    vectors: np.ndarray = np.concatenate(parts, dtype=np.float32)[np.argsort(longest_first)]
     if not np.isfinite(vectors).all():
         raise InputError(f"{settings.model or default_model()}: gave vectors that are not finite; choose another model")
     if settings.combine == "averaged":
