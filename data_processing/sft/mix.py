@@ -99,8 +99,8 @@ def write_mix(
     entries[path.stem] = {"file_name": path.name, **READ_AS}
     for task in TASKS:
         file = path.with_stem(f"{path.stem}-eval-{task}")
-        source, specs = held_out.get(task, (corpus, ()))
-        if len(specs):
+        if task in held_out and len(held_out[task][1]):
+            source, specs = held_out[task]
             write_rows(file, source, np.full(len(specs), task, object), specs)
             entries[file.stem] = {"file_name": file.name, **READ_AS}
         else:  # an earlier mix may have had this task

@@ -6,6 +6,7 @@ so that published data drop in. All files of a data set lie in one folder.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,11 +49,11 @@ class DataFolder:
         name: The data set's name, ``<D>`` in file names, such as ``ml-100k``.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: str | os.PathLike[str], name: str) -> None:
         if not name or Path(name).name != name:
             raise InputError(f"data set name {name!r}: not usable in file names; use letters, digits, '-' and '_'")
-        self.root, self.name = root, name
-        base = root / name
+        self.root, self.name = Path(root), name
+        base = self.root / name
         self.inter = Path(f"{base}{INTERACTIONS}")  # {user: [item, ...]} in time order
         self.split = Path(f"{base}{SPLIT}")  # the split of the interactions when it is not leave-one-out
         self.item = Path(f"{base}.item.json")  # {item: {title, description, brand, categories}}
@@ -70,7 +71,7 @@ class DataFolder:
         self.rl = Path(f"{base}-rl.parquet")  # RL prompts
         self.val = Path(f"{base}-val.parquet")  # validation prompts
         self.test = Path(f"{base}-test.parquet")  # test prompts
-        self.dataset_info = root / "dataset_info.json"  # LLaMA-Factory's list of the alignment rows and the mixes
+        self.dataset_info = self.root / "dataset_info.json"  # LLaMA-Factory's list of the alignment rows and the mixes
 
     def enrichment(self, kind: str) -> Path:
         """Return the path of the report of the teacher's last run of a kind."""
