@@ -83,8 +83,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     left.save(folder / "index.json")
     make_tiny_model(
         [WORDS, "system user assistant <answer> </answer>"], index, folder / "model",
-        vocabulary_size=512, hidden_size=options.hidden, layers=options.layers, heads=options.hidden // 32,
-        seed=options.seed,
+        vocabulary_size=512, hidden_size=options.hidden, layers=options.layers, seed=options.seed,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -53,13 +53,13 @@ def text_rows(model: Any, tokenizer: Any, index: ItemIndex, texts: dict[str, str
     extend_model(model, tokenizer, index, rows="mean", seed=seed)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     for weight in [embedding] if head is embedding else [embedding, head]:
-        told: dict[str, list[torch.Tensor]] = {}
+        known: dict[str, list[torch.Tensor]] = {}
         for item, tokens in index.sids.items():
             if ids := tokenizer(texts.get(item, ""), add_special_tokens=False)["input_ids"]:
                 row = weight.data[ids].float().mean(0)
                 for token in tokens:
-                    told.setdefault(token, []).append(row)
-        means = {token: torch.stack(rows).mean(0) for token, rows in told.items()}
+                    known.setdefault(token, []).append(row)
+        means = {token: torch.stack(rows).mean(0) for token, rows in known.items()}
         spread = weight.data[:base].float().std(0).norm()
         for token, row in means.items():
             level = torch.stack([other for name, other in means.items() if name[2] == token[2]]).mean(0)
@@ -85,7 +85,7 @@ def batches(mix: Path, tokenizer: Any, batch: int, longest: int, seed: int) -> l
             for place, (asked, answered) in enumerate(kept):
                 ids[place, : len(asked) + len(answered)] = torch.tensor(asked + answered)
                 labels[place, len(asked) : len(asked) + len(answered)] = torch.tensor(answered)
-            made.append({"input_ids": ids, "labels": labels})  # right padding: no token looks at what is behind it
+            made.append({"input_ids": ids, "labels": labels})  # right padding: no token attends to what comes after it
             kept = []
     return made
 

@@ -48,7 +48,6 @@ def make_tiny_model(
         vocabulary_size=vocabulary,
         hidden_size=hidden,
         layers=layers,
-        heads=hidden // 32,  # a head of 32 is the smallest that vLLM's CPU attention takes
         seed=seed,
     )
     return Path(folder)

@@ -28,7 +28,7 @@ def make_sft_run(folder: Path, rows: Mapping[str, int] = ROWS) -> Path:
     data = make_data(folder / "data", users=60)
     write_mix(data, MixOptions(rows))
     texts, index = read_sft_texts(data.mix), ItemIndex.load(data.index)
-    make_tiny_model(texts, index, folder / "model", vocabulary_size=512, hidden_size=32, layers=1, heads=2)
+    make_tiny_model(texts, index, folder / "model", vocabulary_size=512, hidden_size=32, layers=1)
     return data.mix
 
 

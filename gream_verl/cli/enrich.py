@@ -6,54 +6,43 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
-from gream_verl.cli.common import DatasetOption, HistoryOption, RunArgument, SeedOption, console, print_dict
+from gream_verl.cli.common import Config, Dataset, DryRun, History, Run, Seed, console, print_dict
 from gream_verl.cli.data import data_app
+from gream_verl.core.options import file_options
+from gream_verl.core.run_folder import RunFolder
+
+What = Literal["items", "users", "chains"]
+Structure = Literal["json_schema", "json_object", "none"]
 
 
 @data_app.command()
 def enrich(
-    what: Annotated[
-        Literal["items", "users", "chains"],
-        typer.Argument(help="Descriptions of items, tastes and searches of users, or chains of thought."),
-    ],
-    run: RunArgument,
-    model: Annotated[str | None, typer.Option(help="The teacher: a model, as the server calls it.")] = None,
-    endpoint: Annotated[str | None, typer.Option(help="Base URL of a server that speaks the OpenAI API.")] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="YAML with the teacher's settings: see docs/teacher.md. Options win."),
-    ] = None,
-    structure: Annotated[
-        Literal["json_schema", "json_object", "none"] | None,
-        typer.Option(help="Form of an answer in a request; none: by the prompt alone. Default: json_schema."),
-    ] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in flight at once. Default: 32.")] = None,
-    dataset: DatasetOption = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Ask about a seeded sample of so many. Default: all.")
-    ] = None,
-    history: HistoryOption = 20,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Folder of your own prompts, see `gream data prompts`. Default: ours.")
-    ] = None,
-    budget_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens, prompts and answers, of all runs of this data set together.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the estimate and ask nothing.")] = False,
-    seed: SeedOption = 0,
+    run: Run,
+    what: Annotated[What, Argument(help="Texts of items, tastes and searches of users, or chains of thought.")],
+    model: Annotated[str | None, Option(help="The teacher: a model, as the server calls it.")] = None,
+    endpoint: Annotated[str | None, Option(help="Base URL of a server that speaks the OpenAI API.")] = None,
+    config: Config = None,
+    structure: Annotated[Structure | None, Option(help="Form of an answer. Default: json_schema.")] = None,
+    concurrency: Annotated[int | None, Option(min=1, help="Requests in flight at once. Default: 32.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Size of a seeded sample to ask about. Default: all.")] = None,
+    history: History = 20,
+    prompts: Annotated[Path | None, Option(help="Folder of your own prompts, see `gream data prompts`.")] = None,
+    budget_tokens: Annotated[int | None, Option(min=1, help="Most tokens of all runs of this data set.")] = None,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Let a language model write D.enriched.json (items), D.user.json (users) or D-chains.parquet (chains).
+    """Let a language model write texts or chains of thought.
 
-    Later steps use these files; without them, rules write. Every answer is kept in D.teacher.sqlite. Call it again
-    after a stop, and it asks only what is missing.
+    It writes D.enriched.json (items), D.user.json (users) or D-chains.parquet (chains). Later steps use these files;
+    without them, rules write. D.teacher.sqlite keeps every answer: call it again after a stop, and it asks only for
+    those that are missing.
     """
     from data_processing.teacher.enrich import Enricher, Teacher
     from data_processing.teacher.questions import Questions
     from data_processing.teacher.store import AnswerStore
-    from gream_verl.core.options import file_options
-    from gream_verl.core.run_folder import RunFolder
 
     given = {"model": model, "endpoint": endpoint, "structure": structure, "concurrency": concurrency}
     teacher = file_options(Teacher, config, given, "gream data enrich")
@@ -69,8 +58,11 @@ def enrich(
 
 
 @data_app.command()
-def prompts(folder: Annotated[Path, typer.Argument(help="Folder to write to; existing files stay.")]) -> None:
-    """Write the teacher's prompts to a folder, to be edited and given to `gream data enrich --prompts`."""
+def prompts(folder: Annotated[Path, Argument(help="Folder to write to; existing files stay.")]) -> None:
+    """Write the teacher's prompts to a folder, to be edited.
+
+    `gream data enrich --prompts` takes the folder.
+    """
     from data_processing.teacher.templates import write_prompts
 
     for path in write_prompts(folder):

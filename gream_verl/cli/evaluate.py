@@ -5,53 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Group
+from typer import Argument, Option, Typer
 
-from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console
+from gream_verl.cli.common import Config, Dataset, Run, Seed, console
 from gream_verl.core.errors import InputError
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
 
-evaluate_app = typer.Typer()
+evaluate_app = Typer()
+CHECKPOINT = "A Hugging Face folder, or verl's folder of checkpoints. Default: RUN/srpo, else RUN/sft."
+Results = Annotated[
+    list[str], Argument(metavar="RESULT...", help="Runs, folders of results, or files; NAME=PATH gives one a name.")
+]
 
 
 @evaluate_app.command()
 def evaluate(
-    run: RunArgument,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[CHECKPOINT]",
-            help="A Hugging Face folder, or verl's folder of checkpoints. Default: RUN/srpo, else RUN/sft.",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file with any of the options, see docs/evaluation.md.")
-    ] = None,
-    dataset: DatasetOption = None,
-    mode: Annotated[Mode | None, typer.Option(help="One mode only. Default: both.")] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the results, NAME-MODE.json. Default: the checkpoint's folder.")
-    ] = None,
-    overwrite: Annotated[
-        bool | None, typer.Option("--overwrite", help="Replace results of other users or another protocol.")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Parquet file of prompts, ours or the authors'. Default: those of RUN.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate a seeded sample of this many users.")] = None,
-    chains: Annotated[int | None, typer.Option(help="Chains of thought per user.  [default: 1]")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest response, in tokens.  [default: 256]")] = None,
-    beams: Annotated[int | None, typer.Option(help="Beams, and length of the lists.  [default: 30]")] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(help="Sample chains by an OpenAI-compatible server, http://127.0.0.1:8000/v1.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.  [default: 0]")] = None,
+    run: Run,
+    checkpoint: Annotated[Path | None, Argument(metavar="CHECKPOINT", help=CHECKPOINT)] = None,
+    config: Config = None,
+    mode: Annotated[Mode | None, Option(help="One mode only. Default: both.")] = None,
+    name: Annotated[str | None, Option(help="Name of the results. Default: that of CHECKPOINT.")] = None,
+    overwrite: Annotated[bool | None, Option("--overwrite", help="Replace results of another protocol.")] = None,
+    prompts: Annotated[Path | None, Option(help="Parquet of prompts. Default: those of RUN.")] = None,
+    limit: Annotated[int | None, Option(help="Size of a seeded sample of users. Default: all.")] = None,
+    chains: Annotated[int | None, Option(help="Chains of thought per user. Default: 1.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Longest response, in tokens. Default: 256.")] = None,
+    beams: Annotated[int | None, Option(help="Beams, and length of the lists. Default: 30.")] = None,
+    endpoint: Annotated[str | None, Option(help="OpenAI-compatible server that samples the chains.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of everything random. Default: 0.")] = None,
+    dataset: Dataset = None,
 ) -> None:
-    """Rank all items for every held-out interaction: Recall, NDCG, MRR, share of valid items, mean RSVR.
+    """Rank all items for every held-out interaction.
 
-    The authors' files and checkpoints work unchanged. Popularity and co-occurrence stand next to every result.
+    It reports Recall, NDCG, MRR, the share of valid items and the mean RSVR, next to popularity and co-occurrence. The
+    authors' files and checkpoints work unchanged. The YAML has every setting, see docs/evaluation.md.
     """
     from gream_verl.evaluation.options import read_options
     from gream_verl.evaluation.run import evaluate_run
@@ -67,18 +56,14 @@ def evaluate(
 
 @evaluate_app.command()
 def compare(
-    results: Annotated[
-        list[str],
-        typer.Argument(metavar="RESULT...", help="Runs, folders of results, or files; NAME=PATH gives one a name."),
-    ],
-    baseline: Annotated[
-        str | None, typer.Option(help="Label of the result to compare the others with. Default: the first model.")
-    ] = None,
-    seed: SeedOption = 0,
+    results: Results,
+    baseline: Annotated[str | None, Option(help="Result to compare with. Default: the first model.")] = None,
+    seed: Seed = 0,
 ) -> None:
-    """Compare results over the same users: one table with intervals and p-values.
+    """Compare results over the same users.
 
-    Results of other users or of another protocol are shown, with a warning, and not tested.
+    The table has intervals and p-values. Results of other users or of another protocol are shown, with a warning, and
+    not tested.
     """
     from gream_verl.evaluation import compare as comparing
 
@@ -92,8 +77,8 @@ def compare(
 
 
 @evaluate_app.command()
-def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0) -> None:
-    """Write RUN/report.html and RUN/metrics.json, and print the results."""
+def report(run: Run, seed: Seed = 0, dataset: Dataset = None) -> None:
+    """Write RUN/report.html and RUN/metrics.json."""
     from gream_verl.evaluation.report import write_report
 
     folder = RunFolder.open(run, dataset)
@@ -103,19 +88,19 @@ def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0
 
 @evaluate_app.command()
 def inspect(
-    run: RunArgument,
-    rollouts: Annotated[
-        Path | None,
-        typer.Option(help="A <step>.jsonl of verl, or its folder: the last step. Default: RUN/srpo/validation."),
-    ] = None,
-    dataset: DatasetOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Number of the worst, and of the best.")] = 5,
+    run: Run,
+    rollouts: Annotated[Path | None, Option(help="A STEP.jsonl of verl, or its folder: the last step.")] = None,
+    limit: Annotated[int, Option(min=1, help="Number of the worst, and of the best.")] = 5,
+    dataset: Dataset = None,
 ) -> None:
-    """Show rollouts with their rewards, titles instead of semantic IDs: the worst first, then the best."""
+    """Show the worst and the best rollouts and their rewards.
+
+    Titles stand for semantic IDs. The default is RUN/srpo/validation.
+    """
     from gream_verl.core.semantic_ids import ItemIndex
     from gream_verl.evaluation.inspection import read_rollouts, rollout_table
 
     folder = RunFolder.open(run, dataset)
+    titles = {item: known.title for item, known in folder.data.read_items().items()}
     index = ItemIndex.load(folder.data.index)
-    found = read_rollouts(rollouts or folder.srpo / "validation")
-    console.print(rollout_table(found, limit, index, folder.data.titles()))
+    console.print(rollout_table(read_rollouts(rollouts or folder.srpo / "validation"), limit, index, titles))

@@ -5,79 +5,51 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
-from data_processing.indexing.embed import DEFAULT_SETTINGS, Combine, EmbeddingSettings, Field, Pooling
-from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console, print_dict
+from gream_verl.cli.common import Config, Dataset, Run, Seed, console, print_dict
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
+from gream_verl.core.options import file_options
 from gream_verl.core.run_folder import RunFolder
 
-index_app = typer.Typer(help="The item index: the semantic ID of every item.", no_args_is_help=True)
+index_app = Typer(help="Build and extend the index of semantic IDs.", no_args_is_help=True)
+Without = Annotated[Path | None, Option(help="File of item ids to leave out, one per line.", metavar="FILE")]
 
-WithoutOption = Annotated[
-    Path | None, typer.Option("--without", help="File of item ids to leave out, one per line.", metavar="FILE")
-]
+
+@index_app.callback()
+def use_one_thread() -> None:
+    """Start one thread only in libraries that are loaded later: the order of summation changes bytes of the index."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @index_app.command()
 def build(
-    run: RunArgument,
-    dataset: DatasetOption = None,
-    levels: Annotated[int | None, typer.Option(min=1, help="Levels of a SID. Default: by catalogue size.")] = None,
-    codes: Annotated[int | None, typer.Option(min=2, help="Codes per level. Default: by catalogue size.")] = None,
-    unique: Annotated[
-        bool, typer.Option("--unique", help="Let the last level keep all items apart: no collision tokens.")
-    ] = False,
+    run: Run,
+    levels: Annotated[int | None, Option(min=1, help="Levels of a SID. Default: by catalogue size.")] = None,
+    codes: Annotated[int | None, Option(min=2, help="Codes per level. Default: by catalogue size.")] = None,
+    unique: Annotated[bool, Option("--unique", help="Keep all items apart: no collision tokens.")] = False,
     collaborative_weight: Annotated[
-        float, typer.Option(min=0.0, help="Weight of co-occurrence next to text; 0 is text alone.")
+        float, Option(min=0, help="Weight of co-occurrence next to text, 0 for none.")
     ] = 1.0,
-    without: WithoutOption = None,
-    model: Annotated[
-        str | None, typer.Option(help="Embedding model, a name or folder. Default: MiniLM, without network.")
-    ] = None,
-    pooling: Annotated[
-        Pooling, typer.Option(help="One vector of many tokens: as the model does it, mean, or last token.")
-    ] = "model",
-    field: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(get_args(Field))}; repeat it. Default: the first three.")
-    ] = None,
-    combine: Annotated[
-        Combine, typer.Option(help="Fields as one text, or the mean of a vector for each field.")
-    ] = "joined",
-    max_tokens: Annotated[int, typer.Option(min=8, help="Longest text in tokens; the rest is cut off.")] = 64,
-    description_characters: Annotated[int, typer.Option(min=0, help="Characters of a description to read.")] = 200,
-    normalize: Annotated[bool, typer.Option("--normalize/--no-normalize", help="Scale vectors to length 1.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts embedded at once.")] = 64,
-    device: Annotated[
-        list[str] | None, typer.Option(help="Device that embeds in a process of its own, such as cuda:0; repeat it.")
-    ] = None,
-    seed: SeedOption = 0,
+    without: Without = None,
+    model: Annotated[str | None, Option(help="Embedding model, name or folder. Default: MiniLM, in a package.")] = None,
+    config: Config = None,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Embed the items and give each a semantic ID by residual balanced k-means: D.index.json.
+    """Give each item a semantic ID: D.index.json.
 
-    Replaces the index of RUN: models trained on it do not know the new one. `gream index add` extends it.
+    The items are embedded and clustered by residual balanced k-means. The YAML holds settings of the embedding, see
+    docs/index.md. An earlier index is replaced, and its models do not know the new one: `gream index add` extends it.
     """
-    _use_one_thread()
+    from data_processing.indexing.embed import EmbeddingSettings
     from data_processing.indexing.residual_index import IndexSettings, build_index
 
-    fields = tuple(dict.fromkeys(field or DEFAULT_SETTINGS.fields))
-    if not set(fields) <= set(get_args(Field)):
-        raise InputError(f"--field {', '.join(fields)}: choose from {', '.join(get_args(Field))}")
-    embedding = EmbeddingSettings(
-        model=model,
-        pooling=pooling,
-        fields=cast(tuple[Field, ...], fields),
-        combine=combine,
-        max_tokens=max_tokens,
-        description_characters=description_characters,
-        normalize=normalize,
-        batch_size=batch_size,
-        devices=tuple(device or ()),
-    )
+    embedding = file_options(EmbeddingSettings, config, {"model": model}, "gream index build")
     settings = IndexSettings(levels, codes, seed, collaborative_weight, unique, embedding)
     folder = RunFolder.open(run, dataset).data
     build_index(folder, settings, _read_ids(without))
@@ -85,20 +57,21 @@ def build(
 
 
 @index_app.command()
-def report(run: RunArgument, dataset: DatasetOption = None, seed: SeedOption = 0) -> None:
-    """Examine the index: use of codes, collisions, variance left, neighbours. Writes D.index-report.json."""
-    _use_one_thread()
+def report(run: Run, seed: Seed = 0, dataset: Dataset = None) -> None:
+    """Measure the index: D.index-report.json.
+
+    Use of codes, collisions, variance left, neighbours.
+    """
     _report(RunFolder.open(run, dataset).data, seed)
 
 
 @index_app.command()
-def add(run: RunArgument, dataset: DatasetOption = None, without: WithoutOption = None) -> None:
-    """Give new items of D.item.json a semantic ID; the others stay as they are, byte for byte.
+def add(run: Run, without: Without = None, dataset: Dataset = None) -> None:
+    """Give new items of D.item.json a semantic ID.
 
-    The codebooks are frozen and no token is added: a trained model can read and write the new ones. The table shows the
-    distance of the new items from those that the index was built for.
+    The others stay as they are, byte for byte. The codebooks are frozen and no token is added: a trained model can read
+    and write the new ones. The table shows the distance of the new items from those that the index was built for.
     """
-    _use_one_thread()
     from data_processing.indexing.growth import add_items
 
     folder = RunFolder.open(run, dataset).data
@@ -112,50 +85,46 @@ def add(run: RunArgument, dataset: DatasetOption = None, without: WithoutOption 
 
 @index_app.command()
 def check(
-    place: Annotated[
-        Path, typer.Argument(metavar="RUN|FILE", help="A run, or an index of GREAM, LETTER, MiniOneRec or TIGER.")
+    path: Annotated[
+        Path, Argument(metavar="RUN|FILE", help="A run, or an index of GREAM, LETTER, MiniOneRec or TIGER.")
     ],
-    dataset: DatasetOption = None,
+    dataset: Dataset = None,
 ) -> None:
-    """Check an index: form, levels, codes, collisions. That of a run must have all items of its data set."""
+    """Check an index: form, levels, codes, collisions.
+
+    That of a run must have all items of its data set.
+    """
     from data_processing.indexing.import_index import read_other_index
 
-    folder = RunFolder.open(place, dataset).data if place.is_dir() else None
-    other = read_other_index(folder.index if folder else place)
+    folder = RunFolder.open(path, dataset).data if path.is_dir() else None
+    other = read_other_index(folder.index if folder else path)
     if folder:
         other = other.for_items(folder.read_items(), folder.item)
-    print_dict(str(place), other.describe())
+    print_dict(str(path), other.describe())
     other.to_index()
 
 
 @index_app.command("import")
 def import_index(
-    run: RunArgument,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An index of GREAM, LETTER, MiniOneRec or TIGER.")],
-    dataset: DatasetOption = None,
-    resolve: Annotated[
-        bool, typer.Option("--resolve", help="Give items that share a SID one token more, all of them.")
-    ] = False,
+    run: Run,
+    file: Annotated[Path, Argument(metavar="FILE", help="An index of GREAM, LETTER, MiniOneRec or TIGER.")],
+    resolve: Annotated[bool, Option("--resolve", help="Give items that share a SID one more token each.")] = False,
+    dataset: Dataset = None,
 ) -> None:
-    """Write an index of another project in our form, for the items of RUN: D.index.json.
+    """Write an index of another project as D.index.json.
 
-    Models trained on an earlier index do not know it. `gream index add` needs an index that `gream index build` made.
+    It must have the items of RUN. Models trained on an earlier index do not know it. `gream index add` needs an index
+    that `gream index build` made.
     """
     from data_processing.indexing.import_index import read_other_index
-    from data_processing.indexing.saved_index import codebooks_file
 
     folder = RunFolder.open(run, dataset).data
     other = read_other_index(file).for_items(folder.read_items(), folder.item)
     index = other.to_index(resolve=resolve)
-    codebooks_file(folder).unlink(missing_ok=True)
+    folder.codebooks.unlink(missing_ok=True)
     index.save(folder.index)
     print_dict(str(file), other.describe() | {"written": folder.index})
     _report(folder)
-
-
-def _use_one_thread() -> None:
-    """Start no more threads in libraries that are loaded later: the order of summation changes bytes of the index."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _read_ids(file: Path | None) -> Collection[str]:

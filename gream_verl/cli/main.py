@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer import Option, Typer
 
 from gream_verl.cli import enrich, mix  # noqa: F401 - they add commands to data_app
-from gream_verl.cli.common import SeedOption, console
+from gream_verl.cli.common import Run, Seed, console
 from gream_verl.cli.data import data_app
 from gream_verl.cli.evaluate import evaluate_app
 from gream_verl.cli.index import index_app
@@ -24,16 +25,17 @@ from gream_verl.pipeline.quickstart import TINY, Quickstart, QuickstartSource
 STOPPED = 130
 """Exit status after Ctrl-C."""
 UNUSABLE_FOLDER = (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EDQUOT)
-app = typer.Typer(
-    help="Generative reasoning recommendation (GREAM) on stock verl, vLLM and LLaMA-Factory.",
+app = Typer(
+    help="Generative reasoning recommendation (GREAM) on stock verl.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode="markdown",
 )
 
 
 def main() -> None:
-    """Run the command; an error that the user can repair is one sentence, not a traceback."""
+    """Run the command; print an error that the user can repair as one sentence."""
     try:
         app()
     except InputError as error:
@@ -57,13 +59,13 @@ def _fail(sentence: str) -> NoReturn:
 
 @app.command()
 def quickstart(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")] = TINY.run,
-    source: Annotated[QuickstartSource, typer.Option(help="Format of the raw data.")] = "movielens",
-    reviews: Annotated[Path | None, typer.Option(help="Amazon: reviews (JSON lines) or ratings (.csv).")] = None,
-    metadata: Annotated[Path | None, typer.Option(help="Amazon: metadata of the items.")] = None,
-    base: Annotated[str | None, typer.Option(help="Pretrained model, name or folder. Default: a tiny new one.")] = None,
-    template: Annotated[str | None, typer.Option(help="LLaMA-Factory's template of --base. Default: smollm2.")] = None,
-    seed: SeedOption = 0,
+    run: Run = TINY.run,
+    source: Annotated[QuickstartSource, Option(help="Format of the raw data.")] = "movielens",
+    interactions: Annotated[Path | None, Option(help="Amazon: reviews (JSON lines) or ratings (.csv).")] = None,
+    items: Annotated[Path | None, Option(help="Amazon: metadata of the items.")] = None,
+    base: Annotated[str | None, Option(help="Pretrained model, name or folder. Default: a tiny new one.")] = None,
+    template: Annotated[str | None, Option(help="LLaMA-Factory's template of --base. Default: smollm2.")] = None,
+    seed: Seed = 0,
 ) -> None:
     """Run the whole pipeline, from raw data to the report.
 
@@ -72,26 +74,25 @@ def quickstart(
     from gream_verl.pipeline.quickstart import quickstart_steps
     from gream_verl.pipeline.runner import run_steps
 
-    run_steps(run, quickstart_steps(Quickstart(run, source, reviews, metadata, base, template, seed)), console)
+    run_steps(run, quickstart_steps(Quickstart(run, source, interactions, items, base, template, seed)), console)
     console.print(f"Report: {run / 'report.html'}", style="bold green", soft_wrap=True)
 
 
 @app.command()
 def doctor() -> None:
-    """Examine the installation: versions, verl's plugins, GPU.
+    """Check versions, verl's plugins and the accelerator.
 
-    It fails with a remedy for each thing that is missing.
+    It fails with a remedy for each fault.
     """
     from gream_verl.cli.doctor import examine
 
     findings = examine()
     table = Table("", "subject", "found", title="gream doctor")
     for finding in findings:
-        table.add_row("[green]ok" if finding.ok else "[red]missing", finding.subject, finding.detail)
+        table.add_row("[red]fault" if finding.remedy else "[green]ok", finding.subject, escape(finding.state))
     console.print(table)
-    faults = [finding for finding in findings if not finding.ok]
-    if faults:
-        raise InputError("\n".join(f"{fault.subject}: {fault.detail}; {fault.remedy}" for fault in faults))
+    if faults := [finding for finding in findings if finding.remedy]:
+        raise InputError("\n".join(f"{fault.subject}: {fault.state}; {fault.remedy}" for fault in faults))
 
 
 app.add_typer(data_app, name="data")

@@ -2,121 +2,111 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
+from typer import Option
 
 from data_processing.sft.rules import Wording
-from gream_verl.cli.common import DatasetOption, HistoryOption, RunArgument, SeedOption, console, pairs
+from gream_verl.cli.common import Dataset, DryRun, History, Run, Seed, console, pairs, print_tasks
 from gream_verl.cli.data import data_app
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 
-RowsOption = Annotated[
-    list[str] | None,
-    typer.Option(help="Rows of a task: TASK=COUNT, or TASK=40% of those that exist; a weight with --total. Repeat it."),
-]
-TotalOption = Annotated[int | None, typer.Option(min=1, help="Rows of all tasks together, shared by weight.")]
-BlockOption = Annotated[int, typer.Option(min=1, help="Rows of one task that stay together: the batch per device.")]
-TokenizerOption = Annotated[
-    str | None, typer.Option(help="Tokenizer of the model, to shorten histories until every row fits --longest.")
-]
-LongestOption = Annotated[int, typer.Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Count the rows, and write nothing.")]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from data_processing.sft.lengths import LengthLimit
+    from data_processing.sft.mix import MixOptions
+    from gream_verl.core.data_folder import DataFolder
+
+ROWS = "Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it."
+Rows = Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)]
+Total = Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")]
+Block = Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")]
+Tokenizer = Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")]
+Longest = Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
 
 
 @data_app.command()
 def tasks(
-    run: RunArgument,
-    dataset: DatasetOption = None,
-    rows: RowsOption = None,
-    total: TotalOption = None,
-    history: HistoryOption = 20,
-    block: BlockOption = 16,
-    tokenizer: TokenizerOption = None,
-    longest: LongestOption = 2048,
-    dry_run: DryRunOption = False,
-    seed: SeedOption = 0,
+    run: Run,
+    rows: Rows = None,
+    total: Total = None,
+    history: History = 20,
+    block: Block = 16,
+    tokenizer: Tokenizer = None,
+    longest: Longest = 2048,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Write the alignment tasks alone, without chains of thought: D-align.parquet. Default: every row that exists.
+    """Write the alignment tasks alone: D-align.parquet.
 
     Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
-    historyreconstruction.
+    historyreconstruction. Default: every row that exists.
     """
     from data_processing.sft.mix import MixOptions
     from data_processing.sft.tasks import REASONING, TASKS
 
-    counts = _row_counts(rows) if rows else {task: 1.0 for task in TASKS if task != REASONING}
+    counts = _row_counts(rows) or {task: 1.0 for task in TASKS if task != REASONING}
     if REASONING in counts:
-        raise InputError("--rows reasoning: chains of thought are no alignment task; `gream data mix` has both")
-    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest))
+        raise InputError("--rows reasoning: chains of thought are no alignment task; use `gream data mix`")
     folder = RunFolder.open(run, dataset).data
+    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest))
     _write(folder, options, folder.align, dry_run)
 
 
 @data_app.command()
 def mix(
-    run: RunArgument,
-    dataset: DatasetOption = None,
-    rows: RowsOption = None,
-    total: TotalOption = None,
-    history: HistoryOption = 20,
-    block: BlockOption = 16,
-    name: Annotated[str, typer.Option(help="Write D-NAME.parquet: another mix next to D-mix.parquet.")] = "mix",
-    chains: Annotated[
-        Wording, typer.Option(help="Chains of thought by rule: notes are short, sentences suit a pretrained model.")
-    ] = "notes",
-    tokenizer: TokenizerOption = None,
-    longest: LongestOption = 2048,
-    dry_run: DryRunOption = False,
-    seed: SeedOption = 0,
+    run: Run,
+    rows: Rows = None,
+    total: Total = None,
+    history: History = 20,
+    block: Block = 16,
+    name: Annotated[str, Option(help="Name of the mix: D-NAME.parquet.")] = "mix",
+    chains: Annotated[Wording, Option(help="Wording of chains by rule: short notes, or sentences.")] = "notes",
+    tokenizer: Tokenizer = None,
+    longest: Longest = 2048,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Write the SFT mix, D-mix.parquet: alignment tasks and chains of thought (task reasoning), by the curriculum.
+    """Write the SFT rows by the curriculum: D-mix.parquet.
 
-    Default: a mix for the tiny model. D-mix.png shows the share of chains, D-mix-eval-TASK.parquet are held-out rows.
+    It holds alignment tasks and chains of thought (task reasoning); by default a small mix for the tiny model.
+    D-mix.png shows the share of chains. Held-out rows are in D-mix-eval-TASK.parquet.
     """
     from data_processing.sft.mix import TINY_MIX, MixOptions
 
-    counts: dict[str, int | float] = _row_counts(rows) if rows else {**TINY_MIX}
-    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
+    counts = _row_counts(rows) or dict(TINY_MIX)
     folder = RunFolder.open(run, dataset).data
+    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
     _write(folder, options, folder.mix_of(name), dry_run)
 
 
-def _write(folder: Any, options: Any, output: Path, dry_run: bool) -> None:
+def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool) -> None:
     from data_processing.sft.mix import write_mix
 
     report = write_mix(folder, options, output, dry_run=dry_run)
-    tables = [("SFT rows" + (", not written" if dry_run else ""), ["asked", "exist", "made", "held out", "leaks"])]
+    print_tasks("SFT rows", report, ["asked", "exist", "made", "held out", "leaks"])
     if options.limit:
-        tables.append(("Tokens of a row", ["longest", "shortened", "left out"]))
-    for title, columns in tables:
-        table = Table("task", *(Column(name, justify="right") for name in columns), title=title, box=SIMPLE_HEAD)
-        for task, values in report.items():
-            table.add_row(task, *(f"{values[column]:,}" for column in columns))
-        console.print(table)
-    if not dry_run:
-        console.print(f"{output}, its picture {output.stem}.png", highlight=False, soft_wrap=True)
+        print_tasks("Tokens of a row", report, ["longest", "shortened", "left out"])
+    console.print(
+        "Not written" if dry_run else f"{output}, its picture {output.stem}.png", soft_wrap=True, markup=False
+    )
 
 
-def _length_limit(tokenizer: str | None, longest: int) -> Any:
-    """Return a limit that counts the tokens of a whole conversation as the trainer does; None without a tokenizer."""
+def _length_limit(tokenizer: str | None, longest: int) -> LengthLimit | None:
+    """Return a limit that counts the tokens of a whole conversation as the trainer does."""
     if tokenizer is None:
         return None
-    from transformers import AutoTokenizer
-
     from data_processing.sft.lengths import LengthLimit, token_counter
+    from gream_verl.model.loading import load_tokenizer
 
-    try:
-        return LengthLimit(token_counter(AutoTokenizer.from_pretrained(tokenizer)), longest)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--tokenizer {tokenizer}: cannot be loaded ({error})") from error
+    return LengthLimit(token_counter(load_tokenizer(tokenizer)), longest)
 
 
-def _row_counts(rows: list[str]) -> dict[str, int | float]:
+def _row_counts(rows: list[str] | None) -> dict[str, int | float]:
     """Read ``TASK=COUNT``, ``TASK=SHARE%`` and ``TASK=WEIGHT``."""
     counts: dict[str, int | float] = {}
     for task, value in pairs(rows, "--rows").items():
@@ -124,7 +114,5 @@ def _row_counts(rows: list[str]) -> dict[str, int | float]:
         try:
             counts[task] = float(number) / 100 if value != number else int(value) if value.isdigit() else float(value)
         except ValueError:
-            raise InputError(
-                f"--rows {task}={value}: expected TASK=COUNT or TASK=SHARE%, such as seqrec=10000 or seqrec=40%"
-            ) from None
+            raise InputError(f"--rows {task}={value}: expected a number or a share, such as seqrec=40%") from None
     return counts

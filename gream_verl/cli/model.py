@@ -5,45 +5,46 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option, Typer
 
-from gream_verl.cli.common import DatasetOption, RunArgument, SeedOption, console, print_dict
+from gream_verl.cli.common import Dataset, Run, Seed, console, print_dict
 from gream_verl.core.run_folder import RunFolder
 
-model_app = typer.Typer(help="Models that know the semantic IDs.", no_args_is_help=True)
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of this command.")]
+model_app = Typer(help="Make models that know the semantic IDs.", no_args_is_help=True)
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an earlier output of this command.")]
 
 
 @model_app.command()
 def tiny(
-    run: RunArgument,
-    hidden_size: Annotated[int, typer.Option(min=8, help="Width of the model.")] = 128,
-    layers: Annotated[int, typer.Option(min=1, help="Number of layers.")] = 3,
-    dataset: DatasetOption = None,
-    seed: SeedOption = 0,
+    run: Run,
+    hidden_size: Annotated[int, Option(min=8, help="Width of the model.")] = 128,
+    layers: Annotated[int, Option(min=1, help="Number of layers.")] = 3,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Make RUN/model: a tiny untrained Qwen3, its tokenizer trained on the SFT rows, semantic IDs included."""
+    """Make RUN/model: a tiny untrained Qwen3, for tests.
+
+    Its tokenizer is trained on the SFT rows and has the semantic IDs.
+    """
     from gream_verl.core.semantic_ids import ItemIndex
     from gream_verl.model.tiny_model import make_tiny_model, read_sft_texts
 
     folder = RunFolder.open(run, dataset)
     texts, index = read_sft_texts(folder.data.mix), ItemIndex.load(folder.data.index)
-    made = make_tiny_model(texts, index, folder.model, hidden_size=hidden_size, layers=layers, seed=seed)
-    print_dict("Tiny model", made)
+    sizes = {"hidden_size": hidden_size, "layers": layers}
+    print_dict("Tiny model", make_tiny_model(texts, index, folder.model, seed=seed, **sizes))
 
 
 @model_app.command()
 def extend(
-    run: RunArgument,
-    base: Annotated[str, typer.Option(help="Base model, name or folder, such as Qwen/Qwen3-4B-Instruct-2507.")],
-    grow: Annotated[
-        bool, typer.Option("--grow", help="The base knows an earlier state of the index: add the missing tokens.")
-    ] = False,
-    overwrite: OverwriteOption = False,
-    dataset: DatasetOption = None,
-    seed: SeedOption = 0,
+    run: Run,
+    base: Annotated[str, Option(help="Base model, name or folder, such as Qwen/Qwen3-4B-Instruct-2507.")],
+    grow: Annotated[bool, Option("--grow", help="The base has an earlier index: add only the missing tokens.")] = False,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Make RUN/model: a pretrained model and the semantic-ID tokens of the index.
+    """Make RUN/model: a pretrained model with semantic-ID tokens.
 
     RUN/model/semantic_ids.json records the change.
     """
@@ -51,24 +52,24 @@ def extend(
 
     folder = RunFolder.open(run, dataset)
     done = extend_checkpoint(base, folder.data.index, folder.model, seed=seed, grow=grow, overwrite=overwrite)
-    names = ("base", "added", "first_id", "last_id", "rows_before", "rows_after", "multiple", "tied")
-    print_dict(str(folder.model), {name: done[name] for name in names})
+    print_dict(str(folder.model), done)
 
 
 @model_app.command()
 def adapter(
-    run: RunArgument,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint to adapt. Default: RUN/model.")] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the update of every linear layer.")] = 64,
-    alpha: Annotated[int, typer.Option(min=1, help="The update is scaled by alpha / rank.")] = 128,
-    dropout: Annotated[float, typer.Option(min=0, max=1, help="Share of the inputs of an update to drop.")] = 0.0,
-    overwrite: OverwriteOption = False,
-    dataset: DatasetOption = None,
-    seed: SeedOption = 0,
+    run: Run,
+    model: Annotated[Path | None, Option(help="Checkpoint to adapt. Default: RUN/model.")] = None,
+    rank: Annotated[int, Option(min=1, help="Rank of the update of every linear layer.")] = 64,
+    alpha: Annotated[int, Option(min=1, help="The update is scaled by alpha / rank.")] = 128,
+    dropout: Annotated[float, Option(min=0, max=1, help="Share of the inputs of an update to drop.")] = 0.0,
+    overwrite: Overwrite = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
 ) -> None:
-    """Make RUN/adapter: untrained LoRA on every linear layer, rows of semantic-ID tokens in full.
+    """Make RUN/adapter: LoRA for a model with semantic IDs.
 
-    LLaMA-Factory trains it with finetuning_type: lora and adapter_name_or_path: RUN/adapter.
+    It is untrained: low-rank updates of every linear layer, rows of semantic-ID tokens in full. LLaMA-Factory trains it
+    with finetuning_type: lora and adapter_name_or_path: RUN/adapter.
     """
     from gream_verl.model.lora import write_adapter
 
@@ -82,11 +83,11 @@ def adapter(
 
 @model_app.command()
 def merge(
-    run: RunArgument,
-    adapter: Annotated[Path | None, typer.Option(help="Trained adapter. Default: RUN/sft-lora.")] = None,
-    overwrite: OverwriteOption = False,
+    run: Run,
+    adapter: Annotated[Path | None, Option(help="Trained adapter. Default: RUN/sft-lora.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Make RUN/sft: a trained adapter merged into its model, an ordinary checkpoint."""
+    """Make RUN/sft: a trained adapter merged into its model."""
     from gream_verl.model.lora import merge_adapter
 
     merge_adapter(adapter or run / "sft-lora", run / "sft", overwrite=overwrite)

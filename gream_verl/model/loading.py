@@ -10,22 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model(path: Path) -> Path:
-    """Return the Hugging Face folder of a checkpoint: the path itself, or the latest in verl's folder of checkpoints.
-
-    Raises:
-        InputError: When the path is neither.
-    """
+    """Return the Hugging Face folder of a checkpoint: the path itself, or the latest of verl's checkpoints there."""
     if (path / "config.json").is_file():
         return path
-    latest = path / "latest_checkpointed_iteration.txt"
-    if not latest.is_file():
-        raise InputError(f"{path}: neither a Hugging Face model nor verl's checkpoints; train one or check the path")
+    latest = require_file(
+        path / "latest_checkpointed_iteration.txt", "choose a Hugging Face model or verl's checkpoints"
+    )
     exported = path / f"global_step_{latest.read_text(encoding='utf-8').strip()}" / "actor" / "huggingface"
     if not list(exported.glob("*.safetensors")):
         raise InputError(f"{exported}: no exported model; train with checkpoint.save_contents=[...,hf_model]")
@@ -48,11 +45,7 @@ def reading(source: str | Path) -> Iterator[None]:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, a name or a folder.
-
-    Raises:
-        InputError: When the source is no model or has no tokenizer.
-    """
+    """Load the tokenizer of a model, a name or a folder."""
     from transformers import AutoTokenizer
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -65,15 +58,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(source: str | Path, *, inference: bool = False) -> PreTrainedModel:
-    """Load a causal language model, a name or a folder.
+    """Load a causal language model, a name or a folder; refuse missing weights, which transformers draws at random.
 
     Args:
         source: The model.
         inference: Load for generation: in evaluation mode, on an accelerator where there is one, in float32 on a CPU.
             Otherwise on the CPU in its own number format.
-
-    Raises:
-        InputError: When it cannot be loaded, or weights are missing, which transformers would draw at random.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -91,11 +81,7 @@ def load_model(source: str | Path, *, inference: bool = False) -> PreTrainedMode
 
 
 def load_decoding_config(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """Load the configuration of a model and check that beam search can decode it.
-
-    Raises:
-        InputError: When a layer has no full attention, or the tokenizer has more tokens than the model.
-    """
+    """Load the configuration of a model that beam search can decode: full attention, a row for every token."""
     from transformers import AutoConfig
 
     with reading(folder):

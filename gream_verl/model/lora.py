@@ -8,13 +8,17 @@ argument of it reaches peft's ``trainable_token_indices``. So an untrained adapt
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file, write_json
 from gream_verl.core.semantic_ids import ItemIndex, parse_token
 from gream_verl.model.loading import load_model, load_tokenizer, reading
 from gream_verl.model.saving import new_folder, save_model
-from gream_verl.model.vocabulary import RECORD, read_record, reasoning_tokens, sid_token_ids
+from gream_verl.model.vocabulary import RECORD, read_record, reasoning_tokens, require_sid_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -32,15 +36,8 @@ def write_adapter(
 ) -> dict[str, int]:
     """Write an adapter that changes nothing yet, for LLaMA-Factory to train.
 
-    Args:
-        model: A checkpoint of ``gream model extend`` or of SFT.
-        index_file: The item index.
-        output: Folder of the adapter.
-        rank: Rank of the update of every linear layer but the output head.
-        alpha: Updates are scaled by ``alpha / rank``.
-        dropout: Share of the inputs of an update that training drops.
-        seed: Seed of the first factor of every update; the second is 0.
-        overwrite: Replace an earlier adapter.
+    Every linear layer but the output head gets a low-rank update of rank ``rank``, scaled by ``alpha / rank``; training
+    drops a share ``dropout`` of its inputs. ``seed`` draws its first factor; the second is 0.
 
     Returns:
         ``token_rows`` and ``parameters`` that training changes.
@@ -48,12 +45,11 @@ def write_adapter(
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
-    index = ItemIndex.load(index_file)
     with new_folder(output, "adapter", [model], replace=overwrite) as folder:
         tokenizer = load_tokenizer(model)
-        sid_token_ids(tokenizer, index, str(model))
-        sids = {number for token, number in tokenizer.get_vocab().items() if parse_token(token)}
-        rows = sorted(sids.union(tokenizer.convert_tokens_to_ids(reasoning_tokens(model, tokenizer))))
+        require_sid_tokens(tokenizer, ItemIndex.load(index_file).tokens, str(model))
+        tags = tokenizer.convert_tokens_to_ids(reasoning_tokens(model, tokenizer))
+        rows = sorted(_sid_rows(tokenizer).union(tags))
         base = load_model(model)
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         names = {module: name.rpartition(".")[2] for name, module in base.named_modules()}
@@ -78,6 +74,10 @@ def write_adapter(
     return {"token_rows": len(rows), "parameters": adapted.get_nb_trainable_parameters()[0]}
 
 
+def _sid_rows(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {number for token, number in tokenizer.get_vocab().items() if parse_token(token)}
+
+
 def merge_adapter(adapter: Path, output: Path, *, overwrite: bool = False) -> None:
     """Merge the trained ``adapter``, an output folder of LLaMA-Factory, into the checkpoint that it names.
 
@@ -94,7 +94,7 @@ def merge_adapter(adapter: Path, output: Path, *, overwrite: bool = False) -> No
     model = config.get("base_model_name_or_path") or ""
     with new_folder(output, "merge", [adapter, model], replace=overwrite) as folder:
         tokenizer = load_tokenizer(model)
-        sids = {number for token, number in tokenizer.get_vocab().items() if parse_token(token)}
+        sids = _sid_rows(tokenizer)
         if not sids or not all(sids.issubset(rows) for rows in trained.values()):
             raise InputError(f"{adapter}: does not train the SID tokens of {model}; {remedy}")
         with reading(f"{adapter} on {model}"):

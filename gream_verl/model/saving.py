@@ -19,9 +19,7 @@ MARKER = ".gream"
 def new_folder(output: Path, command: str, inputs: Iterable[str | Path] = (), *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes ``output`` when the block ends without an error.
 
-    Raises:
-        InputError: When ``output`` is one of ``inputs``, cannot be written or holds files; files of the same
-            ``command`` may be replaced with ``replace``.
+    ``output`` may be none of ``inputs`` and may not hold files, except with ``replace`` those of the same ``command``.
     """
     from safetensors import SafetensorError
 

@@ -23,6 +23,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+HEAD = 32
+"""Width of an attention head: the smallest that vLLM takes on a CPU."""
 # Qwen's own split of text into words, before byte-pair merges.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,10 +80,9 @@ def make_tiny_model(
     vocabulary_size: int = 2048,
     hidden_size: int = 128,
     layers: int = 3,
-    heads: int = 4,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write an untrained tiny Qwen3 that knows the SIDs of ``index``, in the place of an earlier one.
+    """Write an untrained tiny Qwen3 that knows the SIDs of ``index``, and replace an earlier one.
 
     Args:
         texts: Training text of the tokenizer.
@@ -90,7 +91,6 @@ def make_tiny_model(
         vocabulary_size: Size of the text vocabulary, before SID tokens.
         hidden_size: Width of the residual stream; the feed-forward width is three times that.
         layers: Number of transformer blocks.
-        heads: Number of attention heads; half as many key-value heads.
         seed: Seed of every weight.
 
     Returns:
@@ -101,6 +101,7 @@ def make_tiny_model(
 
     with new_folder(Path(output), "tiny", replace=True) as folder:
         tokenizer = train_tokenizer(texts, vocabulary_size)
+        heads = max(1, hidden_size // HEAD)
         config = Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=hidden_size,

@@ -6,13 +6,14 @@ leaves the padding rows of a base as they are, and new tokens of a Qwen3 stand i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
 from gream_verl.core.semantic_ids import ItemIndex, parse_token
+from gream_verl.core.token_text import TokenText
 from gream_verl.model.loading import load_model, load_tokenizer
 from gream_verl.model.saving import new_folder, save_model
 
@@ -27,46 +28,12 @@ RECORD = "semantic_ids.json"
 """File of a checkpoint that says what was added to its base."""
 
 
-def sid_token_ids(
-    tokenizer: PreTrainedTokenizerBase, index: ItemIndex, model: str = "the model", rows: int | None = None
-) -> dict[str, int]:
-    """Return the token id of every SID token of ``index``, as :func:`token_ids` does."""
-    return token_ids(tokenizer, index.tokens, model, rows)
-
-
-def token_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Iterable[str],
-    model: str = "the model",
-    rows: int | None = None,
-    allow_special: bool = False,
-) -> dict[str, int]:
-    """Return the token id of every one of ``tokens``, SID tokens.
-
-    Args:
-        tokenizer: The tokenizer.
-        tokens: The tokens.
-        model: Name or folder of the model, for messages.
-        rows: Rows of its embedding, where they are known.
-        allow_special: Take special tokens, too, as the authors' checkpoints have them.
-
-    Raises:
-        InputError: When one is not exactly one ordinary token of ``tokenizer``, or has no row.
-    """
-    vocabulary, tokens = tokenizer.get_vocab(), list(tokens)
-    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special and not allow_special}
-    encoded = tokenizer(tokens, add_special_tokens=False)["input_ids"] if tokens else []
-    for token, own in zip(tokens, encoded, strict=True):
-        number = vocabulary.get(token, -1)
-        faults = {
-            "not in the tokenizer": number < 0,
-            "special tokens, which vanish from decoded text": number in special,
-            "not read as one token": own != [number],
-            f"beyond the {rows} rows of the model": rows is not None and number >= rows,
-        }
-        for fault in (name for name, found in faults.items() if found):
-            raise InputError(f"{model}: some SID tokens, such as {token}, are {fault}; run `gream model extend`")
-    return {token: vocabulary[token] for token in tokens}
+def require_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], model: str) -> None:
+    """Refuse a tokenizer unless each of ``tokens`` is one ordinary token of it; ``model`` begins the error."""
+    TokenText(tokenizer).check(tokens, model)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if found := special.intersection(tokens):
+        raise InputError(f"{model}: {min(found)} is a special token, which decoding drops; run `gream model extend`")
 
 
 def reasoning_tokens(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -76,7 +43,7 @@ def reasoning_tokens(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def add_sid_tokens(tokenizer: PreTrainedTokenizerBase, index: ItemIndex) -> list[str]:
-    """Add the reasoning tags and SID tokens that ``tokenizer`` lacks, as ordinary tokens, and return them."""
+    """Add the reasoning tags and SID tokens that a tokenizer lacks, as ordinary tokens, and return them."""
     from transformers import AddedToken
 
     vocabulary = tokenizer.get_vocab()
@@ -131,10 +98,7 @@ def extend_model(
     SID tokens that are there keep their rows. Every row after the base's tokens is drawn, padding included.
 
     Returns:
-        The record of what was done.
-
-    Raises:
-        InputError: When the tokenizer has more tokens than the model has rows, or there is nothing to add.
+        The record of the change.
     """
     vocabulary = tokenizer.get_vocab()
     base, before = max(vocabulary.values()) + 1, model.get_input_embeddings().num_embeddings
@@ -165,7 +129,6 @@ def extend_model(
         "multiple": multiple,
         "tied": tied,
         "rows": rows,
-        "noise": NOISE,
         "seed": seed,
     }
 
@@ -173,18 +136,9 @@ def extend_model(
 def extend_checkpoint(
     base: str, index_file: Path, output: Path, *, seed: int = 0, grow: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Load a base model, a name or a folder, add the SID tokens of an index, and save it with a record of the change.
+    """Extend a base model, a name or a folder, and save it to ``output`` with a record of the change.
 
-    Args:
-        base: The base model.
-        index_file: The item index, ``<D>.index.json``.
-        output: Folder of the new checkpoint.
-        seed: Seed of the new rows.
-        grow: The base has SID tokens of an earlier state of the index: add the missing ones, keep every row.
-        overwrite: Replace an earlier output.
-
-    Raises:
-        InputError: When the base cannot be loaded or has SID tokens, or the output cannot be replaced.
+    With ``grow``, the base has SID tokens of an earlier state of the index: add the missing ones, keep every row.
     """
     import transformers
 
@@ -193,18 +147,16 @@ def extend_checkpoint(
         tokenizer, earlier = load_tokenizer(base), read_record(base)
         known = [token for token in tokenizer.get_vocab() if parse_token(token)]
         if known and not grow:
-            raise InputError(
-                f"{base}: holds {len(known):,} SID tokens; extend the model it was made from, or give --grow to add "
-                "only the tokens of a grown index"
-            )
-        token_ids(tokenizer, known, base)
+            raise InputError(f"{base}: holds {len(known):,} SID tokens; add those of a grown index with --grow")
+        require_sid_tokens(tokenizer, known, base)
         tags = reasoning_tokens(base, tokenizer) if known else []
         model = load_model(base)
         done = extend_model(model, tokenizer, index, seed=seed)
         # tags of an earlier extension are as new to the pretrained model as ours
         done["reasoning_tokens"] = [*tags, *done["reasoning_tokens"]]
         record = {"base": base, **done, "transformers": transformers.__version__}
-        record |= {"earlier": earlier} if earlier else {}
+        if earlier:
+            record["earlier"] = earlier
         save_model(model, tokenizer, folder, base)
         write_json(folder / RECORD, record, indent=1)
     return record

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from shlex import quote
 from typing import Literal
@@ -39,20 +39,14 @@ class Profile:
     evaluation: str
 
 
-TINY = Profile(
-    run=Path("runs/quickstart"),
-    config="tiny_cpu.yaml",
-    recipe="gream_srpo_cpu",
-    mix="",
-    evaluation="--chains 3 --max-tokens 128",
-)
+TINY = Profile(Path("runs/quickstart"), "tiny_cpu.yaml", "gream_srpo_cpu", "", "--chains 3 --max-tokens 128")
 PRETRAINED = Profile(
-    run=Path("runs/pretrained"),
-    config="smollm2_cpu.yaml",
-    recipe="gream_srpo_smollm2_cpu",
-    mix="--rows seqrec=1800 --rows item2index=400 --rows index2item=300 --rows fusionseqrec=200 --rows reasoning=500 "
+    Path("runs/pretrained"),
+    "smollm2_cpu.yaml",
+    "gream_srpo_smollm2_cpu",
+    "--rows seqrec=1800 --rows item2index=400 --rows index2item=300 --rows fusionseqrec=200 --rows reasoning=500 "
     "--chains sentences --block 8 --longest 256",
-    evaluation="--limit 200 --chains 1 --max-tokens 160",
+    "--limit 200 --chains 1 --max-tokens 160",
 )
 
 
@@ -63,8 +57,8 @@ class Quickstart:
     Attributes:
         run: Folder of the run.
         source: Format of the raw data.
-        reviews: Amazon reviews or ratings.
-        metadata: Amazon metadata.
+        interactions: Amazon reviews or ratings.
+        items: Amazon metadata.
         base: A pretrained model, a name or a folder; None for a tiny model without pretraining.
         template: LLaMA-Factory's template of ``base``; None for that of SmolLM2.
         seed: Seed of everything random.
@@ -72,8 +66,8 @@ class Quickstart:
 
     run: Path = TINY.run
     source: QuickstartSource = "movielens"
-    reviews: Path | None = None
-    metadata: Path | None = None
+    interactions: Path | None = None
+    items: Path | None = None
     base: str | None = None
     template: str | None = None
     seed: int = 0
@@ -82,35 +76,26 @@ class Quickstart:
 def config_file(name: str) -> Path:
     """Return an SFT config: the one of the clone in the current folder, or of the installed package."""
     local = Path("sft_configs") / name
-    return local if local.is_file() else Path(str(files("gream_verl.sft_configs").joinpath(name)))
+    return local if local.is_file() else Path(str(resources.files("gream_verl.sft_configs").joinpath(name)))
 
 
 def recipe_folder() -> Path:
     """Return the folder of the verl recipes, in a clone or in the installed package."""
-    return Path(str(files("gream_verl.recipes").joinpath("recipe")))
+    return Path(str(resources.files("gream_verl.recipes").joinpath("recipe")))
 
 
 def quickstart_steps(options: Quickstart) -> list[Step]:
-    """Return the steps of the pipeline.
-
-    Raises:
-        InputError: When the name of the run cannot be part of a config.
-    """
+    """Return the steps of the pipeline; refuse a run whose name a config would misread."""
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", str(options.run)):
         raise InputError(f"{options.run}: use letters, digits, '.', '_' and '-' only in the name of a run")
     run = RunFolder.create(options.run, DEFAULT_DATASET if options.source == "movielens" else None)
     root, data, profile = run.root, run.data, PRETRAINED if options.base else TINY
     config, (sft, srpo) = config_file(profile.config), _overrides(options, profile, run)
     seed = f"--seed {options.seed}" if options.seed else ""
-    evaluate, chains, stamp = (
-        f"gream evaluate {root}",
-        f"{profile.evaluation} --overwrite {seed}",
-        stamp_file(root, "srpo"),
-    )
-    amazon = {"--reviews": options.reviews, "--metadata": options.metadata}
-    raw = [path for path in amazon.values() if path]
-    given = " ".join(f"{option} {quote(str(path))}" for option, path in amazon.items() if path)
-    base = [Path(options.base)] if options.base and Path(options.base).is_dir() else []
+    evaluate, chains = f"gream evaluate {root}", f"{profile.evaluation} --overwrite {seed}"
+    raw = {"--interactions": options.interactions, "--items": options.items}
+    files = {option: path for option, path in raw.items() if path}
+    given = " ".join(f"{option} {quote(str(path))}" for option, path in files.items())
 
     # files that several steps make or read
     tables, rows, tests = [data.inter, data.item], [data.mix, data.dataset_info], [data.test, data.index]
@@ -120,6 +105,7 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
     tiny = Step("model", f"gream model tiny {root} {seed}", [data.mix, data.index], [weights])
     model_and_rows = [mix, tiny]
     if options.base:  # its tokenizer measures the rows
+        base = [path] if (path := Path(options.base)).is_dir() else []
         extend = f"gream model extend {root} --base {quote(options.base)} --overwrite {seed}"
         model_and_rows = [
             Step("model", extend, [*base, data.index], [weights]),
@@ -129,8 +115,9 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
     train_sft = f"llamafactory-cli train {config} {sft}"
     train_srpo = f"python -m verl.trainer.main_ppo +recipe={profile.recipe} {srpo}"
     prompts, latest = [data.rl, data.val, data.index], run.srpo / "latest_checkpointed_iteration.txt"
+    stamp = stamp_file(root, "srpo")
     return [
-        Step("data", f"gream data prepare {root} --source {options.source} {given}", raw, tables),
+        Step("data", f"gream data prepare {root} --source {options.source} {given}", list(files.values()), tables),
         Step("index", f"gream index build {root} {seed}", tables, [data.index]),
         Step("rl-data", f"gream data rl {root} --rl-rows 4000 {seed}", [*tables, data.index], [data.rl, data.test]),
         *model_and_rows,

@@ -48,7 +48,7 @@ class Step:
     reads: Sequence[Path] = ()
     makes: Sequence[Path] = ()
     checkpoints: Path | None = None
-    timeout: float = 5400.0
+    timeout: float = 7200.0
 
 
 def stamp_file(folder: Path, name: str) -> Path:
@@ -57,11 +57,7 @@ def stamp_file(folder: Path, name: str) -> Path:
 
 
 def run_steps(folder: Path, steps: Sequence[Step], console: Console) -> list[str]:
-    """Run ``steps`` in order in the folder of a run and return the names of those that were not kept.
-
-    Raises:
-        InputError: When a step fails or runs out of time, or another process runs steps in the folder.
-    """
+    """Run ``steps`` in order in the folder of a run and return the names of those that were not kept."""
     done = []
     lock = folder / ".steps" / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -107,26 +103,28 @@ def _digest(step: Step) -> str:
 def _execute(step: Step, log: Path, console: Console) -> None:
     """Run the command of a step to its end; nothing that it started outlives this call or this process."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    logged = step.checkpoints is not None
-    deadline = time.monotonic() + step.timeout
+    logged, deadline = step.checkpoints is not None, time.monotonic() + step.timeout
+    # the commands of this interpreter come first, and output is not held back
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with log.open("wb") as output, console.status("") if logged else contextlib.nullcontext() as status:
         process = subprocess.Popen(
             shlex.split(step.command),
             stdin=subprocess.DEVNULL,
             stdout=output if logged else None,
             stderr=output if logged else None,
-            env=environment(),
+            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
             preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG: end with the parent
         )
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.2)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
                 if status is not None:
                     status.update(f"{log}: {''.join(log_lines(log)[-1:])}"[: max(20, console.width - 8)])
             code = process.poll()
         finally:
-            stop_tree(process)
+            _stop(process)
     missing = ", ".join(str(path) for path in step.makes if not path.exists())
     if code == 0 and not missing:
         return
@@ -134,12 +132,6 @@ def _execute(step: Step, log: Path, console: Console) -> None:
     reason = f"took more than {step.timeout:.0f} s and was stopped" if code is None else reason
     tail = [*log_lines(log)[-LOG_TAIL:], f"the whole log is {log}"] if logged else []
     raise InputError("\n".join([*tail, f"step {step.name!r} {reason}; earlier steps are kept"]))
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a step: the commands of this interpreter come first, output is not held back."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def log_lines(log: Path) -> list[str]:
@@ -150,7 +142,7 @@ def log_lines(log: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def stop_tree(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a process and everything below it: politely first, so that a training can clean up."""
     import psutil
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json
 from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.decoding.prefix_tree import sid_ids
 from gream_verl.model.lora import merge_adapter, write_adapter
 from gream_verl.model.tiny_model import read_sft_texts, train_tokenizer
-from gream_verl.model.vocabulary import RECORD, extend_checkpoint, sid_token_ids
+from gream_verl.model.vocabulary import RECORD, extend_checkpoint
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 TRAINING = (
@@ -53,7 +54,7 @@ def test_sid_rows_are_trained_in_full_all_else_by_low_rank_updates_and_a_stop_ch
     assert all("lora_" in name or name.endswith("trainable_tokens_delta") for name in saved)
 
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    sids = sid_token_ids(tokenizer, ItemIndex.load(run / "data" / "small.index.json"))
+    sids = sid_ids(ItemIndex.load(run / "data" / "small.index.json"), tokenizer)
     rows = torch.tensor(sorted([*sids.values(), *tokenizer.convert_tokens_to_ids(["<think>", "</think>"])]))
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     before = {name: value.clone() for name, value in model.state_dict().items()}

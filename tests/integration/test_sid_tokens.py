@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from gream_verl.core.files import write_json
 from gream_verl.core.semantic_ids import find_tokens
+from gream_verl.decoding.prefix_tree import sid_ids
 from gream_verl.model.tiny_model import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
-from gream_verl.model.vocabulary import add_sid_tokens, sid_token_ids
+from gream_verl.model.vocabulary import add_sid_tokens
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 
@@ -122,7 +123,7 @@ CONTEXTS = st.lists(PIECES, max_size=12).map("".join)
 @given(text=CONTEXTS)
 def test_a_sid_token_is_one_token_in_every_context(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
-    known = sid_token_ids(tokenizer, INDEX)
+    known = sid_ids(INDEX, tokenizer)
     expected = [token for token in find_tokens(text) if token in known]
     assert [token for token in tokenizer.convert_ids_to_tokens(ids) if token in known] == expected
     for skip in (False, True):
@@ -134,7 +135,7 @@ def test_a_sid_token_is_one_token_in_every_context(tokenizer: Any, text: str) ->
 def test_a_sid_token_is_one_token_in_a_turn_of_a_chat(tokenizer: Any, user: str, assistant: str) -> None:
     chat = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     ids = tokenizer.apply_chat_template(chat, return_dict=False)
-    known = sid_token_ids(tokenizer, INDEX)
+    known = sid_ids(INDEX, tokenizer)
     expected = [token for token in find_tokens(user) + find_tokens(assistant) if token in known]
     assert [token for token in tokenizer.convert_ids_to_tokens(ids) if token in known] == expected
 

@@ -37,7 +37,7 @@ def amazon(tmp_path: Path) -> list[object]:
     ]
     write_gzip(tmp_path / "R.json.gz", reviews)
     write_gzip(tmp_path / "M.json.gz", [{"asin": f"i{item}", "title": f"Title {item}"} for item in range(8)])
-    files = ["--reviews", tmp_path / "R.json.gz", "--metadata", tmp_path / "M.json.gz"]
+    files = ["--interactions", tmp_path / "R.json.gz", "--items", tmp_path / "M.json.gz"]
     return ["prepare", tmp_path / "D", "--source", "amazon2018", *files]
 
 
@@ -54,13 +54,33 @@ def test_raw_files_become_a_data_set_with_the_name_of_its_folder(amazon: list[ob
 def test_a_data_set_goes_through_other_sources_unchanged(amazon: list[object], tmp_path: Path) -> None:
     run(*amazon)
     made = [tmp_path / f"D/data/D.{kind}.json" for kind in ("inter", "item")]
-    run("prepare", tmp_path / "layout", "--source", "layout", "--inter", made[0], "--item", made[1], "--dataset", "D")
+    run(
+        "prepare",
+        tmp_path / "layout",
+        "--source",
+        "layout",
+        "--interactions",
+        made[0],
+        "--items",
+        made[1],
+        "--dataset",
+        "D",
+    )
     for path in made:
         assert (tmp_path / "layout/data" / path.name).read_bytes() == path.read_bytes()
     rows = [f"u{user},i{item},{10 * user + item}" for user in range(12) for item in range(8)]
     (tmp_path / "i.csv").write_text("\n".join(["who,item,timestamp", *rows]))
     (tmp_path / "m.csv").write_text("\n".join(["item,title", *(f"i{item},Title {item}" for item in range(8))]))
-    table = ["--source", "table", "--inter", tmp_path / "i.csv", "--item", tmp_path / "m.csv", "--column", "user=who"]
+    table = [
+        "--source",
+        "table",
+        "--interactions",
+        tmp_path / "i.csv",
+        "--items",
+        tmp_path / "m.csv",
+        "--column",
+        "user=who",
+    ]
     run("prepare", tmp_path / "T", *table)
     assert (tmp_path / "T/data/T.inter.json").read_bytes() == made[0].read_bytes()
 
@@ -104,14 +124,26 @@ def test_prompts_are_written_next_to_the_data_set(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["rl", "nowhere"], "holds no data set"),
-        (["prepare", "D", "--source", "amazon2018"], "--source amazon2018 needs --reviews FILE"),
-        (["prepare", "D", "--source", "recbole"], "--source recbole needs --inter FILE"),
-        (["prepare", "D", "--source", "movielens", "--item", "m"], "--source movielens does not take --item FILE"),
+        (["prepare", "D", "--source", "amazon2018"], "--source amazon2018 needs --interactions, --items"),
+        (["prepare", "D", "--source", "recbole", "--items", "m"], "--source recbole needs"),
+        (["prepare", "D", "--source", "movielens", "--items", "m"], "--source movielens takes no"),
         (["prepare", "D", "--source", "movielens", "--review-texts", "3"], "goes with the Amazon sources"),
-        (["prepare", "D", "--source", "table", "--inter", "i", "--item", "m", "--column", "user"], "NAME=VALUE"),
-        (["prepare", "D", "--source", "layout", "--inter", "i", "--item", "m", "--column", "a=b"], "--source table"),
-        (["prepare", "D", "--source", "layout", "--inter", "i", "--item", "m", "--split", "temporal"], "hold no times"),
-        (["prepare", "D", "--source", "layout", "--inter", "D/data/D.inter.json"], "would be overwritten"),
+        (
+            ["prepare", "D", "--source", "table", "--interactions", "i", "--items", "m", "--column", "user"],
+            "NAME=VALUE",
+        ),
+        (
+            ["prepare", "D", "--source", "layout", "--interactions", "i", "--items", "m", "--column", "a=b"],
+            "--source table",
+        ),
+        (
+            ["prepare", "D", "--source", "layout", "--interactions", "i", "--items", "m", "--split", "temporal"],
+            "hold no times",
+        ),
+        (
+            ["prepare", "D", "--source", "layout", "--interactions", "D/data/D.inter.json", "--items", "m"],
+            "would be overwritten",
+        ),
     ],
 )
 def test_a_wrong_call_names_the_remedy(

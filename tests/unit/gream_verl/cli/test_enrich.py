@@ -27,7 +27,7 @@ def test_an_estimate_with_ones_own_prompts_asks_nobody_and_writes_nothing(tmp_pa
     assert (result.exit_code, (tmp_path / "mine/chain.txt").is_file()) == (0, True)
     (tmp_path / "mine/item.txt").write_text("$title")
     before = sorted(folder.root.iterdir())
-    arguments = ["items", tmp_path / "run", *TEACHER, "--dry-run"]
+    arguments = [tmp_path / "run", "items", *TEACHER, "--dry-run"]
     long, short = enrich(*arguments), enrich(*arguments, "--prompts", tmp_path / "mine")
     assert all("to ask" in out and "60" in out for out in (long, short))
     assert long != short
@@ -51,7 +51,7 @@ def test_settings_come_from_a_file_and_from_the_line(
 ) -> None:
     make_data(tmp_path / "run/data")
     (tmp_path / "teacher.yaml").write_text(settings)
-    arguments = ["items", tmp_path / "run", "-c", tmp_path / "teacher.yaml", *options, "--dry-run"]
+    arguments = [tmp_path / "run", "items", "-c", tmp_path / "teacher.yaml", *options, "--dry-run"]
     if said is None:
         assert "60" in enrich(*arguments)
     else:

@@ -102,19 +102,24 @@ def test_collisions_of_an_imported_index_are_resolved_where_asked(tmp_path: Path
         run("check", tmp_path)
 
 
-def test_every_option_of_the_embedding_reaches_it(tmp_path: Path, embedded: list[EmbeddingSettings]) -> None:
+def test_settings_of_the_embedding_come_from_a_file_and_from_the_line(
+    tmp_path: Path, embedded: list[EmbeddingSettings]
+) -> None:
     write_data(tmp_path, 40)
-    options = "--model X --pooling mean --field title --field brand --combine averaged --max-tokens 32 --batch-size 2"
-    options += " --description-characters 150 --no-normalize --device cpu --device cpu"
-    run("build", tmp_path, *options.split())
-    assert embedded == [
-        EmbeddingSettings("X", "mean", ("title", "brand"), "averaged", 32, 150, False, 2, ("cpu", "cpu"))
-    ]
-    with pytest.raises(InputError, match="--field titel: choose from title, categories, description, brand"):
-        run("build", tmp_path, "--field", "titel")
+    file = tmp_path / "embedding.yaml"
+    file.write_text("model: m\npooling: mean\nfields: [title, brand]\nnormalize: false\ndevices: [cpu, cpu]\n")
+    run("build", tmp_path, "-c", file, "--model", "other")
+    assert embedded == [EmbeddingSettings("other", "mean", ("title", "brand"), normalize=False, devices=("cpu", "cpu"))]
+    for wrong, said in (
+        ("fields: [titel]", "fields.0: Input should be 'title', 'categories', 'description' or 'brand'"),
+        ("poling: mean", "poling: Unexpected keyword argument; known keys are model, pooling, fields"),
+    ):
+        file.write_text(wrong)
+        with pytest.raises(InputError, match=said):
+            run("build", tmp_path, "-c", file)
+    file.write_text("\n")
     with pytest.raises(InputError, match="holds no item id"):
-        (tmp_path / "empty.txt").write_text("\n")
-        run("build", tmp_path, "--without", tmp_path / "empty.txt")
+        run("build", tmp_path, "--without", file)
 
 
 def test_a_default_build_with_the_real_model_gives_the_same_bytes_twice(tmp_path: Path) -> None:

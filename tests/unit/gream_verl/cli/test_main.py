@@ -23,24 +23,30 @@ def run(monkeypatch, capsys, *arguments):
 
 def commands(group, path=()):
     for name, command in getattr(group, "commands", {}).items():
-        yield [*path, name]
+        yield [*path, name], command
         yield from commands(command, [*path, name])
 
 
-@pytest.mark.parametrize("command", commands(typer.main.get_command(app)), ids=" ".join)
-def test_every_command_explains_itself(monkeypatch, capsys, command):
-    status, out, _ = run(monkeypatch, capsys, *command, "--help")
-    assert status == 0
-    assert "Usage" in out
-    assert len(out.split("╭")[0].split()) > 7
+def test_every_command_explains_itself_takes_the_run_first_and_has_at_most_twelve_options():
+    for path, command in commands(typer.main.get_command(app)):
+        assert len(command.help.split("\n\n")[0]) <= 60, path
+        options = [one for one in command.params if one.param_type_name == "option"]
+        arguments = [one.metavar or "" for one in command.params if one.param_type_name == "argument"]
+        assert len(options) <= 12, path
+        assert all(one.help for one in options), path
+        if any(one.name == "dataset" for one in options):
+            assert arguments[0].startswith("RUN"), path
 
 
-def test_the_help_of_gream_fits_one_screen(monkeypatch, capsys):
+def test_the_help_of_gream_fits_one_screen_and_that_of_a_command_names_its_defaults(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(monkeypatch, capsys, "--help")
     assert status == 0
-    assert len(out.splitlines()) <= 30
+    assert len(out.splitlines()) <= 24
     assert "completion" not in out
+    _, out, _ = run(monkeypatch, capsys, "evaluate", "--help")
+    assert "Default: 256." in out
+    assert "[default:" not in out  # the settings come from a file, too
 
 
 @pytest.mark.parametrize(
@@ -96,9 +102,9 @@ def test_the_quickstart_is_the_list_of_the_readme(monkeypatch):
         f"gream data mix {run}",
         f"gream model tiny {run}",
         "llamafactory-cli train sft_configs/tiny_cpu.yaml",
-        f"gream evaluate {run} {run}/sft --chains 3 --max-tokens 128",
+        f"gream evaluate {run} {run}/sft --chains 3 --max-tokens 128 --overwrite",
         "python -m verl.trainer.main_ppo +recipe=gream_srpo_cpu",
-        f"gream evaluate {run} {run}/srpo --chains 3 --max-tokens 128",
+        f"gream evaluate {run} {run}/srpo --chains 3 --max-tokens 128 --overwrite",
         f"gream report {run}",
     ]
 
@@ -128,7 +134,7 @@ def test_another_run_and_seed_are_passed_on_to_every_step(base):
 def test_amazon_files_reach_the_first_step(tmp_path):
     reviews, metadata = tmp_path / "my reviews.json.gz", tmp_path / "meta.json.gz"
     first = quickstart_steps(Quickstart("runs/magazine", "amazon2018", reviews, metadata))[0]
-    assert first.command.endswith(f"--source amazon2018 --reviews '{reviews}' --metadata {metadata}")
+    assert first.command.endswith(f"--source amazon2018 --interactions '{reviews}' --items {metadata}")
     assert first.reads == [reviews, metadata]
     assert [path.name for path in first.makes] == ["magazine.inter.json", "magazine.item.json"]
 

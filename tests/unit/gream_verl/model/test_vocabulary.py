@@ -17,6 +17,7 @@ from transformers import (
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex
+from gream_verl.decoding.prefix_tree import sid_ids
 from gream_verl.model.tiny_model import make_tiny_model, train_tokenizer
 from gream_verl.model.vocabulary import (
     NOISE,
@@ -24,8 +25,7 @@ from gream_verl.model.vocabulary import (
     extend_checkpoint,
     extend_model,
     padding_multiple,
-    sid_token_ids,
-    token_ids,
+    require_sid_tokens,
 )
 
 INDEX = ItemIndex.from_codes([str(n) for n in range(12)], [[n // 4, n % 4] for n in range(12)])
@@ -136,7 +136,7 @@ def test_base_rows_stay_and_every_new_row_is_drawn_in_each_family(family, tied, 
 def test_sid_tokens_are_one_token_each_wherever_they_stand_and_survive_decoding(family):
     model, tokenizer = make_base(family, True, torch.float32)
     extend_model(model, tokenizer, INDEX)
-    ids = sid_token_ids(tokenizer, INDEX)
+    ids = sid_ids(INDEX, tokenizer)
     for text in ("<|a_1|><|b_2|>", "after <|a_3|><|b_4|>, then", "<think>why</think><|a_1|>\n<|b_1|>x"):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         assert [token for token in tokenizer.convert_ids_to_tokens(encoded) if token in ids] == [
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_extended_and_keeps_what_the_base_had(files):
     assert loaded.generation_config.top_k == 7
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert loaded.get_input_embeddings().num_embeddings == loaded.config.vocab_size
-    assert sid_token_ids(new, INDEX) == {token: done["first_id"] + 2 + n for n, token in enumerate(INDEX.tokens)}
+    assert sid_ids(INDEX, new) == {token: done["first_id"] + 2 + n for n, token in enumerate(INDEX.tokens)}
 
 
 def test_a_refusal_comes_before_the_model_is_loaded(files, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, recor
     if not recorded:  # as SFT leaves it
         (output / RECORD).unlink()
     trained = AutoModelForCausalLM.from_pretrained(output)
-    first = min(sid_token_ids(AutoTokenizer.from_pretrained(output), INDEX).values())
+    first = min(sid_ids(INDEX, AutoTokenizer.from_pretrained(output)).values())
     with torch.no_grad():
         trained.model.embed_tokens.weight[first:] += 100
     trained.save_pretrained(output)
@@ -237,7 +237,7 @@ def test_a_grown_index_adds_what_is_missing_and_leaves_trained_rows(files, recor
     new = AutoModelForCausalLM.from_pretrained(grown).model.embed_tokens.weight
     assert torch.equal(new[: done["first_id"]], old[: done["first_id"]])
     assert new[done["first_id"] :].abs().max() < 1  # drawn like text rows, not like trained SID rows
-    sid_token_ids(AutoTokenizer.from_pretrained(grown), ItemIndex.load(index))
+    sid_ids(ItemIndex.load(index), AutoTokenizer.from_pretrained(grown))
     with pytest.raises(InputError, match="knows each of its tokens"):
         extend_checkpoint(str(grown), index, output.with_name("again"), grow=True)
 
@@ -247,7 +247,7 @@ def test_the_same_seed_makes_the_same_bytes(files):
     for name in ("one", "two", "tiny one", "tiny two"):
         folder = output.with_name(name)
         if "tiny" in name:
-            make_tiny_model(TEXTS, INDEX, folder, vocabulary_size=320, hidden_size=16, layers=1, heads=2, seed=5)
+            make_tiny_model(TEXTS, INDEX, folder, vocabulary_size=320, hidden_size=16, layers=1, seed=5)
         else:
             extend_checkpoint(base, index, folder, seed=5)
     for kind in ("", "tiny "):
@@ -257,9 +257,9 @@ def test_the_same_seed_makes_the_same_bytes(files):
 
 def test_the_tiny_model_replaces_an_earlier_one_and_no_other(files):
     _, index, output = files
-    sizes = {"vocabulary_size": 320, "hidden_size": 16, "layers": 1, "heads": 2}
+    sizes = {"vocabulary_size": 320, "hidden_size": 16, "layers": 1}
     made = [make_tiny_model(TEXTS, INDEX, output, **sizes) for _ in range(2)]
-    assert made[0] == made[1] == {"vocabulary": 320, "parameters": 8256}
+    assert made[0] == made[1] == {"vocabulary": 320, "parameters": 8528}
     with pytest.raises(InputError, match="`gream model tiny` did not write it"):
         make_tiny_model(TEXTS, INDEX, index.parent / "base", **sizes)
 
@@ -273,25 +273,15 @@ def test_the_chat_template_is_that_of_llamafactory():
     assert rendered == "".join(template.format_system.apply(content="S") + template.format_user.apply(content="U"))
 
 
-def test_sid_tokens_that_are_not_one_ordinary_token_with_a_row_are_refused(files):
-    tokenizer = qwen_tokenizer()
-    ids = tokenizer.encode("Fargo", add_special_tokens=False)
-    with pytest.raises(InputError, match=r"<\|a_1\|>, are not in the tokenizer; .*gream model extend"):
-        sid_token_ids(tokenizer, INDEX)
-    tokenizer.add_tokens([AddedToken("<|a_1|>", special=True), AddedToken("<|a_2|>"), AddedToken("<|b_1|>")])
-    assert token_ids(tokenizer, ["<|a_2|>"], rows=len(tokenizer)).keys() == {"<|a_2|>"}
-    assert token_ids(tokenizer, ["<|a_1|>"], allow_special=True).keys() == {"<|a_1|>"}
-    with pytest.raises(InputError, match=r"<\|a_1\|>, are special tokens"):
-        token_ids(tokenizer, ["<|a_2|>", "<|a_1|>"])
-    with pytest.raises(InputError, match=r"<\|b_1\|>, are beyond the \d+ rows"):
-        token_ids(tokenizer, ["<|a_2|>", "<|b_1|>"], rows=len(tokenizer) - 1)
-    backend = Tokenizer(models.WordLevel({"<": 0, "|": 1, "<|c_1|>": 2}, unk_token="<"))
-    backend.pre_tokenizer = pre_tokenizers.Punctuation()
-    with pytest.raises(InputError, match="not read as one token"):
-        token_ids(PreTrainedTokenizerFast(tokenizer_object=backend), ["<|c_1|>"])
-    assert tokenizer.encode("Fargo", add_special_tokens=False) == ids
-
+def test_sid_tokens_that_are_not_one_ordinary_token_are_refused(files):
     base, index, output = files
+    tokenizer = qwen_tokenizer()
+    with pytest.raises(InputError, match=r"here: <\|a_1\|> is not one token of the tokenizer; .*gream model extend"):
+        require_sid_tokens(tokenizer, INDEX.tokens, "here")
+    tokenizer.add_tokens([AddedToken("<|a_1|>", special=True), AddedToken("<|a_2|>")])
+    require_sid_tokens(tokenizer, ["<|a_2|>"], "here")
+    with pytest.raises(InputError, match=r"<\|a_1\|> is a special token"):
+        require_sid_tokens(tokenizer, ["<|a_2|>", "<|a_1|>"], "here")
     tokenizer.save_pretrained(base)
-    with pytest.raises(InputError, match="are special tokens"):
+    with pytest.raises(InputError, match="is a special token"):
         extend_checkpoint(base, index, output, grow=True)

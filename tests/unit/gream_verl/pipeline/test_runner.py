@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shlex
 import subprocess
@@ -77,11 +78,20 @@ def test_a_step_that_cannot_end_well_is_not_done(tmp_path, command, reads, makes
             run(tmp_path, step)
 
 
-def test_a_step_out_of_time_ends_with_everything_it_started(tmp_path):
+def test_an_interrupt_ends_a_step_with_everything_it_started(tmp_path):
     child = tmp_path / "child"
-    code = 'setsid sleep 600 & echo $! > "$1.new"; mv "$1.new" "$1"; wait'
-    with pytest.raises(InputError, match="took more than 1 s"):
-        run(tmp_path, Step("slow", shell(code, child), timeout=1))
+
+    class Interrupted(Console):
+        def status(self, *_, **__):
+            return contextlib.nullcontext(self)
+
+        def update(self, _):
+            if child.exists():
+                raise KeyboardInterrupt
+
+    step = shell('setsid sleep 600 & echo $! > "$1.new"; mv "$1.new" "$1"; wait', child)
+    with pytest.raises(KeyboardInterrupt):
+        run_steps(tmp_path / "run", [Step("slow", step, checkpoints=tmp_path / "sft")], Interrupted(quiet=True))
     assert ended(int(child.read_text()))
 
 
