@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -43,8 +44,8 @@ def mix(
     from data_processing.sft.tasks import REASONING, TASKS
 
     align = name == "align"
-    default = {task: 1.0 for task in TASKS if task != REASONING} if align else TINY_MIX
-    counts = _row_counts(rows) or dict(default)
+    default: Mapping[str, int | float] = {task: 1.0 for task in TASKS if task != REASONING} if align else TINY_MIX
+    counts = _row_counts(rows) or default
     if align and REASONING in counts:
         raise InputError("--rows reasoning: chains of thought are no alignment task; choose another --name")
     options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
