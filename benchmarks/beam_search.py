@@ -211,7 +211,7 @@ def compare(world: World, options: argparse.Namespace) -> None:
     lengths = sorted(map(len, world.prompts))
     print(
         f"{world.name} ({parameters / 1e6:.1f} M parameters), {len(world.prompts)} users, {options.beams} beams, "
-        f"prompts of {lengths[0]} to {lengths[-1]} tokens of which {len(prefix)} are shared, "
+        f"prompts of {lengths[0]} to {lengths[-1]} tokens, {len(prefix)} of them shared, "
         f"{len(world.paths):,} items, {torch.get_num_threads()} thread(s), seed {options.seed}"
     )
     begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
 One engine has the processor and answers the same prompts with and without the constraint in turn: the cost is a median
 of ratios. Another engine has no processor. A small Qwen3 is first taught to reason and answer with items of a
-catalogue of which a part is then taken away. The run fails unless all constrained answers are items.
+catalogue, and a part of it is then taken away. The run fails unless all constrained answers are items.
 
     python benchmarks/constrained.py
 """

@@ -1,7 +1,7 @@
 """Residual balanced k-means against k-means-constrained on real embeddings, and its time and memory as items grow.
 
 ``python -m benchmarks.index`` compares on MovieLens titles; ``--embeddings F.npy`` (repeat it) on vectors of your own.
-k-means-constrained is installed by pip into an environment of its own, because its pins would hold back this one's.
+pip installs k-means-constrained into an environment of its own, because its pins would hold back this one's.
 Both sides run one after the other in child processes of this one; the time is that of clustering alone.
 """
 
@@ -27,7 +27,7 @@ from scipy.optimize import linear_sum_assignment
 
 from data_processing.indexing.assignment import assign_balanced
 from data_processing.indexing.balanced_kmeans import balanced_kmeans, size_bounds
-from data_processing.indexing.diagnostics import prefix_numbers
+from data_processing.indexing.diagnostics import collisions
 from data_processing.indexing.residual_index import default_shape, residual_codes
 from gream_verl.core.data_folder import Item
 
@@ -139,7 +139,7 @@ def peer_python() -> str:
 
 
 def judge(vectors: np.ndarray, codes: np.ndarray, size: int) -> dict[str, Any]:
-    """Return distortion, greatest and least size of a cluster, and items in collisions, of codes however found."""
+    """Return the distortion, the least and the greatest size of a cluster, and the items in collisions."""
     residual = vectors - vectors.mean(axis=0)
     total = float(np.einsum("ij,ij->", residual, residual, dtype=np.float64))
     sizes = []
@@ -148,9 +148,8 @@ def judge(vectors: np.ndarray, codes: np.ndarray, size: int) -> dict[str, Any]:
         for cluster in range(size):
             residual[column == cluster] -= residual[column == cluster].mean(axis=0)
         sizes += [int(counts.min()), int(counts.max())]
-    shared = np.bincount(prefix_numbers(codes)[-1])
     left = float(np.einsum("ij,ij->", residual, residual, dtype=np.float64))
-    return {"distortion": left / total, "sizes": (min(sizes), max(sizes)), "collisions": int(shared[shared > 1].sum())}
+    return {"distortion": left / total, "sizes": (min(sizes), max(sizes)), "collisions": collisions(codes)["items"]}
 
 
 def compare_with_peer(console: Console, name: str, vectors: np.ndarray, seed: int, timeout: float) -> None:
@@ -165,10 +164,7 @@ def compare_with_peer(console: Console, name: str, vectors: np.ndarray, seed: in
         shape = [str(levels), str(codes), str(seed)]
         ours = [sys.executable, "-m", "benchmarks.index", "--child", file, *shape, found]
         sides = {
-            "k-means-constrained": (
-                [peer_python(), "-c", PEER_PROGRAM, file, *shape, found],
-                1,
-            ),
+            "k-means-constrained": ([peer_python(), "-c", PEER_PROGRAM, file, *shape, found], 1),
             "ours": (ours, 1),
             "ours, 2 threads": (ours, 2),
             "ours, unique": ([*ours, "--unique"], 1),
@@ -198,12 +194,11 @@ def curve(console: Console, counts: list[int], levels: int, codes: int, timeout:
             took = in_child([*command, found, "--unique"], len(os.sched_getaffinity(0)), timeout)
             result = np.load(found)
             sizes = np.concatenate([np.bincount(column, minlength=codes) for column in result.T])
-            shared = np.bincount(prefix_numbers(result)[-1])
             numbers = took["seconds"] / 60, took["processor"] / 60, took["memory"] / 1e9
             table.add_row(
                 f"{rows:,}", *(f"{number:.2f}" for number in numbers),
                 f"{sizes.min()}..{sizes.max()}", "{}..{}".format(*size_bounds(rows, codes)),
-                f"{shared[shared > 1].sum():,}",
+                f"{collisions(result)['items']:,}",
             )  # fmt: skip
     console.print(table)
 

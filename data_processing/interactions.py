@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -63,33 +62,17 @@ def sort_ids(ids: Iterable[str]) -> list[str]:
     return sorted(ids, key=lambda key: (int(key), key) if numbers else (0, key))
 
 
-@dataclass(frozen=True)
-class TimeSplit:
-    """Shares of a temporal split, of all interactions, the latest ones (:mod:`gream_verl.core.split`).
-
-    Attributes:
-        validation: Share from the first moment of validation to the first of the test.
-        test: Share from the first moment of the test on.
-    """
+class TimeSplit(NamedTuple):
+    """Shares of a temporal split (:mod:`gream_verl.core.split`) among all interactions: the latest, those before."""
 
     validation: float = 0.1
     test: float = 0.1
 
-    def __post_init__(self) -> None:
-        if not (self.validation > 0 and self.test > 0 and self.validation + self.test < 1):
-            raise InputError(f"shares of {self.validation} (validation) and {self.test} (test) leave no training")
-
 
 def split_by_time(in_order: pl.DataFrame, shares: TimeSplit) -> dict[str, Any]:
-    """Return the content of ``<D>.split.json``.
-
-    Args:
-        in_order: Interactions in the order of :func:`ordered`.
-        shares: Shares to hold out.
-
-    Raises:
-        InputError: When no user has an interaction for validation, or none for the test.
-    """
+    """Return the content of ``<D>.split.json`` for interactions in the order of :func:`ordered`."""
+    if not (shares.validation > 0 and shares.test > 0 and sum(shares) < 1):
+        raise InputError(f"shares of {shares.validation} (validation) and {shares.test} (test) leave no training")
     times = np.sort(in_order["timestamp"].to_numpy())
     held_out = len(times) * np.array([1 - shares.validation - shares.test, 1 - shares.test])
     validation_from, test_from = times[np.minimum(np.rint(held_out).astype(int), len(times) - 1)].tolist()
@@ -106,21 +89,15 @@ def split_by_time(in_order: pl.DataFrame, shares: TimeSplit) -> dict[str, Any]:
     if not (made["validation_users"] and made["test_users"]):
         raise InputError(
             f"a temporal split leaves {made['validation_users']} users for validation and {made['test_users']} for the "
-            "test; choose other shares, or leave-one-out"
+            "test; choose other shares"
         )
     return made | {"users": users}
 
 
 def statistics(by_user: dict[str, list[str]]) -> dict[str, float]:
-    """Return the numbers by which data sets are compared; sparsity is the share of user-item pairs not interacted.
-
-    Raises:
-        InputError: When there is no interaction.
-    """
+    """Return the numbers by which data sets are compared; sparsity is the share of user-item pairs not interacted."""
     lengths = [len(sequence) for sequence in by_user.values()]
     items = {item for sequence in by_user.values() for item in sequence}
-    if not items:
-        raise InputError("the data set holds no interactions; prepare it again")
     return {
         "users": len(by_user),
         "items": len(items),
@@ -148,15 +125,12 @@ def prepare(
     Returns:
         The report: ``statistics``, ``split``, ``dropped`` (interactions, users and items, by reason), ``source``
         (counts of the reader), ``rejects_file`` (its name, None without rejects).
-
-    Raises:
-        InputError: When no interaction is left.
     """
     if not dry_run and tables.rejects:
         write_text(folder.rejects, "".join(_json(reject) + "\n" for reject in tables.rejects))
     elif not dry_run:
         folder.rejects.unlink(missing_ok=True)
-    kept, dropped = _filtered(tables, folder.name, max(core, 1), 1 if split else SHORTEST)
+    kept, dropped = _filtered(tables, folder.name, core, 1 if split else SHORTEST)
     named = kept.select(pl.col("user", "item").cast(pl.String))
     by_user = dict(named.group_by("user", maintain_order=True).agg("item").iter_rows())
     parts = split_by_time(kept, split) if split else {"kind": "leave-one-out"}
@@ -164,7 +138,7 @@ def prepare(
         "statistics": statistics(by_user),
         "split": {name: value for name, value in parts.items() if name != "users"},
         "dropped": dropped,
-        "core": max(core, 1),
+        "core": core,
         "source": tables.report,
         "rejects_file": folder.rejects.name if tables.rejects else None,
     }
@@ -188,8 +162,8 @@ def _filtered(tables: SourceTables, name: str, core: int, shortest: int) -> tupl
     kept = k_core(unique, core, shortest)
     if kept.is_empty():
         raise InputError(
-            f"{name}: none of {len(tables.interactions)} interactions is left ({len(known)} are of an item with a "
-            f"title, {len(unique)} of these are no repeats); lower the core ({core}) or bring more data"
+            f"{name}: none of {len(tables.interactions)} interactions is left ({len(known)} of titled items, "
+            f"{len(unique)} without repeats); lower the core ({core})"
         )
     return ordered(kept), {
         "interactions with an item that has no title": len(tables.interactions) - len(known),

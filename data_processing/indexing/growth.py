@@ -1,12 +1,12 @@
 """New items in an index that a model has learnt: frozen codebooks, no semantic ID changed, no token added.
 
-A new item takes the path of its nearest codes. Where that path belongs to an item alone, it takes the best free one
-near by: a collision token for both would change a semantic ID that the model knows.
+A new item takes the path of its nearest codes. Where another item has that path for itself, the new one takes the
+nearest free path: a collision token for both would change a semantic ID that the model knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from data_processing.indexing.collaborative import fold_in
 from data_processing.indexing.embed import EmbeddingSettings, embed_items
 from data_processing.indexing.residual_index import resolve_collisions
 from data_processing.indexing.saved_index import REMEDY, SavedIndex, load_saved
-from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.data_folder import DataFolder, Item
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import ItemIndex
 
@@ -65,10 +65,7 @@ def choose_paths(vectors: np.ndarray, codebooks: np.ndarray, taken: np.ndarray) 
         taken: int [known items, levels], the codes of the items that the index has, in its order.
 
     Returns:
-        Codes of every item, from 0, a collision token among them.
-
-    Raises:
-        InputError: When every path is taken.
+        Codes of every item, from 0, with its collision token.
     """
     levels = len(codebooks)
     # From each taken path to its next collision token; 0 where the path is the whole semantic ID of an item.
@@ -109,16 +106,13 @@ def add_items(folder: DataFolder, without: Collection[str] = ()) -> dict[str, An
 
     Returns:
         ``new`` items, and :func:`drift` where there are any.
-
-    Raises:
-        InputError: When ``build_index`` has not made the index, the embedding model has changed, or no path is free.
     """
     items, index = folder.read_items(), ItemIndex.load(folder.index)
     saved = load_saved(folder, index)
     new = [item for item in items if item not in index.sids and item not in without]
     if not new:
         return {"new": 0}
-    vectors = _new_vectors(folder, saved, new)
+    vectors = _new_vectors(folder, items, saved, new)
     paths = choose_paths(vectors, saved.codebooks, saved.codes)
     codes = np.array([path[: len(saved.codebooks)] for path in paths], np.int32)
     rows = {"vectors": np.concatenate([saved.vectors, vectors]), "codes": np.concatenate([saved.codes, codes])}
@@ -128,10 +122,10 @@ def add_items(folder: DataFolder, without: Collection[str] = ()) -> dict[str, An
     return {"new": len(new)} | drift(grown)
 
 
-def _new_vectors(folder: DataFolder, saved: SavedIndex, new: Sequence[str]) -> np.ndarray:
-    """Return the vectors of new items, scaled as the old ones, of which a few are embedded again as a check."""
-    items, stored = folder.read_items(), saved.settings["embedding"]
-    settings = EmbeddingSettings(**stored | {name: tuple(stored[name]) for name in ("fields", "devices")})
+def _new_vectors(folder: DataFolder, items: Mapping[str, Item], saved: SavedIndex, new: Sequence[str]) -> np.ndarray:
+    """Return the vectors of new items, scaled as the old ones; a few old ones are embedded again as a check."""
+    stored = saved.settings["embedding"]
+    settings = EmbeddingSettings(**stored | {"fields": tuple(stored["fields"]), "devices": ()})
     probes = [row for row, item in enumerate(saved.items) if item in items][:PROBES]
     text = embed_items([items[item] for item in (*(saved.items[row] for row in probes), *new)], settings)
     known = len(saved.text_mean)

@@ -6,7 +6,6 @@ and MiniOneRec (``["<a_11>", "<b_6>"]``, codes from 0), and lists of codes as TI
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import reprlib
@@ -21,7 +20,7 @@ import numpy as np
 
 from data_processing.indexing.residual_index import resolve_collisions
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import require_file
+from gream_verl.core.files import read_json
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex, format_token
 
 TOKEN = re.compile(r"<(\|?)([a-z])_(0|[1-9][0-9]{0,8})\1>")
@@ -58,16 +57,12 @@ class OtherIndex:
         if missing := [item for item in items if item not in self.paths]:
             raise InputError(
                 f"{self.source}: has no SID for {len(missing):,} of the {len(items):,} items of {item_file}, such as "
-                f"{reprlib.repr(missing[0])}; take the item file that it was made for, or `gream index build`"
+                f"{reprlib.repr(missing[0])}; take the item file that it was made for"
             )
         return replace(self, paths={item: self.paths[item] for item in items})
 
     def to_index(self, *, resolve: bool = False) -> ItemIndex:
-        """Return our item index of these items; ``resolve`` numbers those that share a path again, in their order.
-
-        Raises:
-            InputError: When items share a semantic ID or one is the beginning of another's, unless ``resolve``.
-        """
+        """Return our item index of these items; ``resolve`` numbers those that share a path again, in their order."""
         paths = resolve_collisions(self.codes) if resolve else self.paths.values()
         sids = [tuple(format_token(level, code + 1) for level, code in enumerate(path)) for path in paths]
         return ItemIndex(dict(zip(self.paths, sids, strict=True)), self.source)
@@ -85,13 +80,12 @@ class OtherIndex:
 
 
 def read_other_index(path: str | os.PathLike[str]) -> OtherIndex:
-    """Read ``{item: [token or code, ...]}`` in any known form, which its tokens show.
-
-    Raises:
-        InputError: When the file is in no known form, names an item twice, or holds a malformed semantic ID.
-    """
+    """Read ``{item: [token or code, ...]}`` in the form that its tokens show."""
+    rows = read_json(path)
+    if not isinstance(rows, dict) or not rows:
+        raise InputError(f'{path}: expected {{item: ["<a_0>", "<b_0>", ...]}} with at least one item')
     forms, paths = set(), {}
-    for item, row in _read_rows(path).items():
+    for item, row in rows.items():
         tokens = row if isinstance(row, list) and len(row) < MAX_LEVELS else []
         parts = [_parse(token) if isinstance(token, str | int) else None for token in tokens]
         in_order = zip(parts, ascii_lowercase, strict=False)
@@ -103,41 +97,17 @@ def read_other_index(path: str | os.PathLike[str]) -> OtherIndex:
                 "such as ['<|a_1|>', '<|b_7|>'], ['<a_0>', '<b_6>'] or [0, 6], of one form in the whole file"
             )
         paths[item] = tuple(codes)
-    _check_lengths(path, paths)
-    form = forms.pop()
-    if form == "|" and not any(0 in codes for codes in paths.values()):
-        paths = {item: tuple(code - 1 for code in codes) for item, codes in paths.items()}
-    return OtherIndex(str(path), FORMS[form], paths)
-
-
-def _check_lengths(path: str | os.PathLike[str], paths: dict[str, tuple[int, ...]]) -> None:
-    """Refuse lengths that collisions do not explain: a token more for items that share a path, or once shared one."""
+    # Longer SIDs must be those of collisions: one token more, of items that share a path or once shared one.
     lengths, least = Counter(map(len, paths.values())), min(map(len, paths.values()))
     sharing = Counter(codes[:least] for codes in paths.values())
     alone = sum(len(codes) > least and sharing[codes[:least]] == 1 for codes in paths.values())
     if max(lengths) > least + 1 or alone > lengths[least]:
-        rare = min(paths, key=lambda item: lengths[len(paths[item])])
-        raise InputError(
-            f"{path}: item {reprlib.repr(rare)} has {len(paths[rare])} tokens, unlike the others; expected as many for "
-            "all, or one more for items that share a path"
-        )
-
-
-def _read_rows(path: str | os.PathLike[str]) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) > len(dict(pairs)):
-            item, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise InputError(f"{path}: holds item {item!r} more than once; keep one SID of it")
-        return dict(pairs)
-
-    try:
-        text = require_file(path, "check the path").read_text(encoding="utf-8-sig")
-        rows = json.loads(text, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); fetch it again") from error
-    if not isinstance(rows, dict) or not rows:
-        raise InputError(f'{path}: expected {{item: ["<a_0>", "<b_0>", ...]}} with at least one item')
-    return rows
+        odd = min(paths, key=lambda item: lengths[len(paths[item])])
+        raise InputError(f"{path}: item {reprlib.repr(odd)} has {len(paths[odd])} tokens, unlike the others")
+    form = forms.pop()
+    if form == "|" and not any(0 in codes for codes in paths.values()):
+        paths = {item: tuple(code - 1 for code in codes) for item, codes in paths.items()}
+    return OtherIndex(str(path), FORMS[form], paths)
 
 
 @lru_cache(maxsize=None, typed=True)  # there are thousands of tokens in millions of semantic IDs

@@ -22,9 +22,6 @@ from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex
 
-PAPER_SHAPE = (4, 256)
-PAPER_ITEMS = 10_000
-
 
 @dataclass(frozen=True)
 class IndexSettings:
@@ -36,7 +33,7 @@ class IndexSettings:
         seed: Seed of the clustering.
         collaborative_weight: Weight of train co-occurrence next to text; 0 means text alone.
         unique: Let the last level keep all items apart, so that no collision token is needed.
-        embedding: How texts become vectors.
+        embedding: Settings that turn texts into vectors.
     """
 
     levels: int | None = None
@@ -50,14 +47,14 @@ class IndexSettings:
 def default_shape(items: int) -> tuple[int, int]:
     """Return ``(levels, codes)`` for a catalogue of ``items``.
 
-    From 10,000 items on, the paper's 4 levels of 256 codes. Below, 3 levels of about sqrt(items) codes, a power of two,
-    so that two codes are about enough to tell items apart and each token is seen often in training.
+    From 10,000 items on, the paper's 4 levels of 256 codes. Below, 3 levels of about sqrt(items) codes, a power of two:
+    two codes nearly tell items apart, and training sees each token often.
 
     >>> [default_shape(items) for items in (20, 1_300, 9_000, 12_000)]
     [(3, 4), (3, 32), (3, 128), (4, 256)]
     """
-    if items >= PAPER_ITEMS:
-        return PAPER_SHAPE
+    if items >= 10_000:
+        return 4, 256
     return 3, min(items, 2 ** max(1, round(np.log2(items) / 2)))
 
 
@@ -75,9 +72,6 @@ def residual_codes(
 
     Returns:
         int32 [items, levels], the codes from 0, and float32 [levels, codes, dimensions], the codebooks.
-
-    Raises:
-        ValueError: When ``vectors`` is not a finite matrix, has fewer rows than codes, or ``unique`` found no solution.
     """
     residual = np.array(vectors, dtype=np.float32)
     paths, codebooks = np.empty((levels, len(residual)), np.int32), []
@@ -100,9 +94,6 @@ def resolve_collisions(codes: np.ndarray, tokens: int | None = None) -> list[tup
         codes: int [items, levels], codes from 0.
         tokens: Number of collision tokens; None for as many as needed.
 
-    Raises:
-        InputError: When more items share a path than there are collision tokens.
-
     >>> resolve_collisions(np.array([[1, 2], [0, 0], [1, 2]]))
     [(1, 2, 0), (0, 0), (1, 2, 1)]
     """
@@ -110,8 +101,7 @@ def resolve_collisions(codes: np.ndarray, tokens: int | None = None) -> list[tup
     sizes = np.bincount(groups)
     if tokens is not None and sizes.max() > max(tokens, 1):
         raise InputError(
-            f"{sizes.max()} items share one path of {codes.shape[1]} codes, and there are {tokens} collision tokens; "
-            "raise --levels or --codes, or ask for --unique"
+            f"{sizes.max()} items share one path, and there are {tokens} collision tokens; raise --levels or --codes"
         )
     # The rank of an item in its group: its position in the order by group, less the group's first position.
     order = np.argsort(groups, kind="stable")
@@ -131,20 +121,16 @@ def build_index(folder: DataFolder, settings: IndexSettings | None = None, witho
         folder: Holds ``<D>.item.json`` and ``<D>.inter.json``.
         settings: Settings of the index; None for the defaults.
         without: Items to leave out.
-
-    Raises:
-        InputError: When a file is missing or malformed, the model cannot be loaded, levels and codes do not fit, or too
-            many items meet on one path.
     """
     settings, items = settings or IndexSettings(), folder.read_items()
     if unknown := next((item for item in without if item not in items), None):
         raise InputError(f"{folder.item}: holds no item {unknown!r} that could be left out; check its id")
     training = folder.read_training(items)
     items = {item: known for item, known in items.items() if item not in without}
-    levels, codes = default_shape(len(items)) if items else (1, 1)
+    levels, codes = default_shape(max(len(items), 1))
     levels, codes = settings.levels or levels, settings.codes or codes
     if levels >= MAX_LEVELS:
-        raise InputError(f"{levels} levels: ask for at most {MAX_LEVELS - 1}, one letter is kept for collision tokens")
+        raise InputError(f"{levels} levels: ask for at most {MAX_LEVELS - 1}; the last letter is for collision tokens")
     if codes > len(items):
         raise InputError(f"{folder.item}: {len(items)} items cannot use {codes} codes per level; lower --codes")
     # Text is centred and has rows of root mean square length 1; the collaborative part has rows of length 1 or 0.
@@ -157,11 +143,7 @@ def build_index(folder: DataFolder, settings: IndexSettings | None = None, witho
         taken = [[row[item] for item in sequence if item in row] for sequence in training.values()]
         parts.append(settings.collaborative_weight * collaborative_vectors(taken, len(items)))
     vectors = np.concatenate(parts, axis=1, dtype=np.float32)
-    try:
-        paths, codebooks = residual_codes(vectors, levels, codes, settings.seed, unique=settings.unique)
-    except ValueError as error:
-        remedy = "; raise --levels or --codes" if "apart" in str(error) else ""
-        raise InputError(f"{folder.item}: {error}{remedy}") from error
+    paths, codebooks = residual_codes(vectors, levels, codes, settings.seed, unique=settings.unique)
     index = ItemIndex.from_codes(list(items), resolve_collisions(paths, codes))
     used = asdict(replace(settings, levels=levels, codes=codes)) | {"built": len(items)}
     SavedIndex(list(items), vectors, paths, codebooks, mean, np.array(scale), used).save(folder)

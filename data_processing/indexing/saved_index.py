@@ -1,10 +1,9 @@
-"""The file next to an index that holds what it was built from, so that it can be examined and extended."""
+"""The file next to an index that holds its vectors, codebooks and settings, to examine and extend it."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,22 +41,13 @@ class SavedIndex:
     def save(self, folder: DataFolder) -> None:
         """Write ``<D>.codebooks.npz`` atomically. ``<D>.index.json`` is written after it."""
         texts = {name: np.frombuffer(json.dumps(vars(self)[name]).encode(), np.uint8) for name in ("items", "settings")}
-        with atomic_path(codebooks_file(folder)) as temporary:
+        with atomic_path(folder.codebooks) as temporary:
             np.savez(temporary, **(vars(self) | texts))
 
 
-def codebooks_file(folder: DataFolder) -> Path:
-    """Return ``<D>.codebooks.npz``."""
-    return folder.root / f"{folder.name}.codebooks.npz"
-
-
 def load_saved(folder: DataFolder, index: ItemIndex) -> SavedIndex:
-    """Read ``<D>.codebooks.npz`` without rows of a stopped call that the index lacks; prove that both fit together.
-
-    Raises:
-        InputError: When the file is missing, broken or of another index.
-    """
-    file, rows = require_file(codebooks_file(folder), REMEDY), len(index)
+    """Read ``<D>.codebooks.npz`` without rows of a stopped call that the index lacks; refuse that of another index."""
+    file, rows = require_file(folder.codebooks, REMEDY), len(index)
     try:
         with np.load(file, allow_pickle=False) as stored:
             parts: dict[str, Any] = {name: stored[name] for name in stored.files}

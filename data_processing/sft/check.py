@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -45,16 +45,10 @@ FORBIDDEN = {
 def check_config(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Look for faults in the keys, data, tokenizer, template and checkpoints of a training.
 
-    Args:
-        path: A LLaMA-Factory config.
-        overrides: ``key=value``, as after the file name in ``llamafactory-cli train``.
-
-    Returns:
-        ``rows``, ``tokens`` and tokens of the ``longest`` row of each task; and a sentence for each fault.
-
-    Raises:
-        InputError: When the config, its data or its tokenizer cannot be read.
+    Takes a LLaMA-Factory config and ``key=value`` overrides. Returns ``rows``, ``tokens`` and tokens of the ``longest``
+    row of each task; and a sentence for each fault.
     """
+    from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer, HfArgumentParser
 
@@ -62,17 +56,19 @@ def check_config(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, d
     try:
         (data,) = HfArgumentParser(DataArguments).parse_dict(keys, allow_extra_keys=True)
         tokenizer, cutoff = AutoTokenizer.from_pretrained(keys["model_name_or_path"]), int(data.cutoff_len)
+        changed = deepcopy(tokenizer)
+        template = get_template_and_fix_tokenizer(changed, data)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}, {keys['model_name_or_path']}: {str(error).splitlines()[0]}") from error
     files = [data_file(Path(keys["dataset_dir"]), name) for name in [*data.dataset, *(data.eval_dataset or [])]]
     rows = [row for file in files[: len(data.dataset)] for row in read_rows(file)[: data.max_samples]]
-    kinds, lengths = np.array([row.task for row in rows]), np.array(token_counter(tokenizer)(rows))
-    table = {}
-    for task in dict.fromkeys(kinds.tolist()):
-        own = lengths[kinds == task]
-        table[task] = {"rows": len(own), "tokens": int(own.sum()), "longest": int(own.max())}
-    problems = [*key_problems(keys), *token_problems(rows, tokenizer, keys), *template_problems(rows, tokenizer, data)]
-    if too_long := int((lengths > cutoff).sum()):
+    lengths, by_task = token_counter(tokenizer)(rows), defaultdict(list)
+    for row, tokens in zip(rows, lengths, strict=True):
+        by_task[row.task].append(tokens)
+    table = {task: {"rows": len(own), "tokens": sum(own), "longest": max(own)} for task, own in by_task.items()}
+    problems = [*key_problems(keys), *token_problems(rows, tokenizer, keys)]
+    problems += template_problems(rows, tokenizer, template, changed)
+    if too_long := sum(tokens > cutoff for tokens in lengths):
         problems.append(
             f"{too_long:,} rows are longer than `cutoff_len: {cutoff}` and would lose the end of the answer; "
             f"make the data with `gream data mix --tokenizer {keys['model_name_or_path']} --longest {cutoff}`"
@@ -92,10 +88,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def data_file(folder: Path, name: str) -> Path:
-    """Return the file of a data set; refuse another entry than that of `gream data mix`.
-
-    LLaMA-Factory would read its rows otherwise: without system turns, or drawn at random.
-    """
+    """Return the file of a data set; refuse an entry by which LLaMA-Factory would lose system turns or draw rows."""
     info = folder / "dataset_info.json"
     entry = read_json(info, REMEDY).get(name, {})
     if entry != {"file_name": str(entry.get("file_name")), **READ_AS}:
@@ -137,48 +130,40 @@ def token_problems(
             f"{len(wrong)} of {len(tokens)} SID tokens, such as {wrong[0]}, are not one ordinary token of "
             f"{keys['model_name_or_path']}; extend the base with `gream model extend` and this data set's index"
         )
-    kind, adapters = keys.get("finetuning_type", "lora"), keys.get("adapter_name_or_path")
-    if kind != "full":
-        trained: Any = []
-        if kind == "lora" and adapters:
-            given = read_json(Path(adapters, "adapter_config.json")).get("trainable_token_indices") or []
-            trained = itertools.chain(*given.values()) if isinstance(given, dict) else given
-        if not set(trained).issuperset(itertools.chain(*encoded)):
-            yield (
-                f"`finetuning_type: {kind}` leaves embedding rows of SID tokens untrained; name an adapter of "
-                "`gream model adapter` as `adapter_name_or_path`, or train `full`"
-            )
+    kind = keys.get("finetuning_type", "lora")
+    adapter = keys.get("adapter_name_or_path") if kind == "lora" else None
+    rows_by_module = adapter and read_json(Path(adapter, "adapter_config.json")).get("trainable_token_indices")
+    trained = set(itertools.chain(*(rows_by_module or {}).values()))
+    if kind != "full" and not trained.issuperset(itertools.chain(*encoded)):
+        yield (
+            f"`finetuning_type: {kind}` leaves embedding rows of SID tokens untrained; name an adapter of "
+            "`gream model adapter` as `adapter_name_or_path`"
+        )
 
 
-def template_problems(rows: Sequence[SftRow], tokenizer: PreTrainedTokenizerBase, data: Any) -> Iterator[str]:
-    """Yield differences of LLaMA-Factory's template from the model's chat template, which SRPO and evaluation use.
+def template_problems(
+    rows: Sequence[SftRow], tokenizer: PreTrainedTokenizerBase, template: Any, changed: PreTrainedTokenizerBase
+) -> list[str]:
+    """Compare LLaMA-Factory's template, and the tokenizer it changed, with the model's chat template on a row per task.
 
-    A row of each task is compared: the prompt, and the answer with the end-of-sequence token after it.
+    SRPO and evaluation use the chat template; the end-of-sequence token follows the answer.
     """
-    from llamafactory.data.template import get_template_and_fix_tokenizer
-
-    fixed = deepcopy(tokenizer)
-    try:
-        template = get_template_and_fix_tokenizer(fixed, data)
-    except ValueError as error:
-        yield f"`template: {data.template}`: {error}"
-        return
     for row in {row.task: row for row in rows}.values():
         turns = [{"role": "user", "content": row.user}, {"role": "assistant", "content": row.assistant}]
-        [(prompt, response)] = template.encode_multiturn(fixed, turns, row.system)
+        [(prompt, response)] = template.encode_multiturn(changed, turns, row.system)
         asked = tokenizer.encode(render_prompts(tokenizer, [row])[0], add_special_tokens=False)
         answer = tokenizer.encode(row.assistant, add_special_tokens=False)
         expected = [*asked, *answer, tokenizer.eos_token_id]
         trained = [*prompt, *response][: len(expected)]
         if trained != expected:
             same = (one == other for one, other in zip(trained, expected, strict=False))
-            place = max(sum(itertools.takewhile(bool, same)) - 4, 0)
-            texts = [tokenizer.decode(ids[place : place + 8]) for ids in (trained, expected)]
-            yield (
-                f"`template: {data.template}` trains {texts[0]!r}, not {texts[1]!r} of the model's chat template (task "
-                f"{row.task}); choose the base's template, of Qwen3 qwen3_nothink, or set `default_system`"
-            )
-            return
+            start = max(sum(itertools.takewhile(bool, same)) - 4, 0)
+            texts = [tokenizer.decode(ids[start : start + 8]) for ids in (trained, expected)]
+            return [
+                f"`template` trains {texts[0]!r}, not {texts[1]!r} of the model's chat template (task {row.task}); "
+                "choose the base's template, of Qwen3 qwen3_nothink, or set `default_system`"
+            ]
+    return []
 
 
 def checkpoint_problems(keys: Mapping[str, Any], files: Sequence[Path]) -> Iterator[str]:

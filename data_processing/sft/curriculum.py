@@ -3,9 +3,7 @@
 The alignment rows fall in three equal parts. Over parts 1 and 2 the rate of reasoning rows rises linearly from nothing
 to 1.5 times the overall rate, and stays there over part 3: half of the reasoning rows lie in parts 1 and 2, half in
 part 3, and none are left over for a block at the end (arXiv 2510.20815, section 3.3; the authors' code leaves 47%).
-
-The order is one of blocks, rows of one task and the size of a batch: they have like lengths, so that a batch has little
-padding.
+Rows of one task have like lengths: in blocks of the size of a batch they need little padding.
 """
 
 from __future__ import annotations
@@ -20,23 +18,17 @@ from gream_verl.core.files import atomic_path
 
 RAMP = 2 / 3
 """Share of the alignment rows over which the rate rises."""
-
-Rows = npt.NDArray[np.uint32]
-"""Row numbers, in half the memory of int64."""
 FloatArray = npt.NDArray[np.float64]
 
 
-def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, block: int = 1) -> Rows:
-    """Return the order of all rows.
+def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, block: int = 1) -> npt.NDArray[np.uint32]:
+    """Return the order of all rows: their numbers, ``[sum(alignment) + reasoning]``.
 
     Args:
         alignment: Number of rows of each alignment task; their rows come first, one task after the other.
         reasoning: Number of reasoning rows; they are the rows after those.
         seed: Shuffles the rows of every task, and the blocks, and spreads the reasoning blocks.
         block: Rows of one task that stay together. The rest of all tasks, less than a block of each, comes last.
-
-    Returns:
-        Row numbers, ``[sum(alignment) + reasoning]``, every row once.
     """
     generator = np.random.default_rng(seed)
     # 1. Shuffle the rows of each task and cut them into whole blocks.
@@ -58,15 +50,13 @@ def curriculum_order(alignment: Sequence[int], reasoning: int, *, seed: int, blo
 
 
 def ramp_quantile(share: FloatArray) -> FloatArray:
-    """Return the place in the alignment rows (0 to 1) before which ``share`` of the reasoning rows come.
-
-    The inverse of the integral of the rate: ``1.5 x / RAMP`` up to ``RAMP``, then 1.5.
-    """
+    """Return the place in the alignment rows (0 to 1) before which ``share`` of the reasoning rows come."""
+    # The inverse of the integral of the rate: 1.5 x / RAMP up to RAMP, then 1.5.
     return np.where(share < 0.5, RAMP * np.sqrt(2 * share), RAMP + (share - 0.5) / 1.5)
 
 
 def expected_shares(alignment: int, reasoning: int, points: int = 200) -> tuple[FloatArray, FloatArray]:
-    """Return places in rows of the file, and the share of reasoning rows that the ramp means at each, ``[points]``."""
+    """Return row numbers of the file, ``[points]``, and the share of reasoning rows that the ramp means at each."""
     place = np.linspace(0, 1, points)
     before = np.where(place < RAMP, 0.75 * place**2 / RAMP, 0.5 + 1.5 * (place - RAMP))
     rate = 1.5 * np.minimum(place / RAMP, 1) * reasoning

@@ -21,23 +21,16 @@ ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The longest row: a function that returns the tokens of whole rows, and the trainer's ``cutoff_len``."""
+    """A function that counts the tokens of whole rows, and the most of them in a row: the trainer's ``cutoff_len``."""
 
     count_tokens: Callable[[Sequence[SftRow]], Sequence[int]]
     longest: int
 
     def fit(self, corpus: Corpus, task: str, specs: Specs) -> npt.NDArray[np.int32]:
-        """Shorten histories, in ``specs``, item by item from the oldest, until rows fit or one item is left.
+        """Shorten histories of one task, item by item from the oldest, until rows fit or one item is left.
 
-        A chain of a language model speaks of the history it was written for, so that one stays whole.
-
-        Args:
-            corpus: Renders rows.
-            task: The task of all rows.
-            specs: The rows, ``[rows, 3]``; changed in place.
-
-        Returns:
-            The tokens of every row, ``[rows]``.
+        Changes ``specs`` in place and returns the tokens of every row, ``[rows]``. The history for which a language
+        model wrote a chain stays whole.
         """
         tokens = np.array(self.count_tokens([corpus.row(task, *spec) for spec in specs.tolist()]), np.int32)
         while len(long := np.flatnonzero((tokens > self.longest) & (specs[:, LENGTH] > 1))):
@@ -51,16 +44,12 @@ class LengthLimit:
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[SftRow]], list[int]]:
     """Return a function that counts the tokens of rows.
 
-    A prompt is what SRPO and the evaluation give the model, by the tokenizer's chat template. A response is the answer
-    as it stands, with the text by which the chat template closes it. LLaMA-Factory, too, encodes the two apart.
-
-    Raises:
-        InputError: When the tokenizer is not a fast one, or has no chat template.
+    A prompt is that of SRPO and the evaluation, by the tokenizer's chat template. A response is the answer with the
+    text by which the chat template closes it. LLaMA-Factory, too, encodes the two apart.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not tokenizer.chat_template:
-        lack = "has no chat template" if backend else "is not a fast tokenizer (tokenizer.json)"
-        raise InputError(f"{tokenizer.name_or_path}: {lack}; give the tokenizer of a chat model")
+        raise InputError(f"{tokenizer.name_or_path}: not a fast tokenizer with a chat template; give a chat model's")
     marked = [{"role": "user", "content": "."}, {"role": "assistant", "content": "ANSWER"}]
     closing = tokenizer.apply_chat_template(marked, tokenize=False).rpartition("ANSWER")[2]
 
@@ -70,7 +59,7 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[SftR
             part = rows[start : start + ROWS_AT_ONCE]
             texts = [*render_prompts(tokenizer, part), *(row.assistant + closing for row in part)]
             sizes = [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-            counts += [sum(pair) for pair in zip(sizes[: len(part)], sizes[len(part) :], strict=True)]
+            counts += map(sum, zip(sizes[: len(part)], sizes[len(part) :], strict=True))
         return counts
 
     return count

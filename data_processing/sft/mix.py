@@ -31,13 +31,8 @@ HELD_OUT_ROWS = 256
 """Most rows of a held-out file."""
 CHUNK, CANDIDATES = 1 << 15, 1 << 10
 """Rows rendered at once: those of a row group of the file; those among which rows are chosen."""
-SCHEMA = pa.schema(
-    [
-        ("conversations", pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))),
-        ("system", pa.string()),
-        ("task", pa.string()),
-    ]
-)
+TURNS = pa.list_(pa.struct({"from": pa.string(), "value": pa.string()}))
+SCHEMA = pa.schema({"conversations": TURNS, "system": pa.string(), "task": pa.string()})
 READ_AS = {"formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system"}}
 """The entry of a file in ``dataset_info.json``, but for its ``file_name``."""
 
@@ -49,11 +44,10 @@ class MixOptions:
     Attributes:
         rows: Rows of each task, by its name in ``TASKS``: an int is a count, a float from 0 to 1 a share of all that
             exist. With ``total``, any weights.
-        seed: Same seed, same bytes.
         total: Rows of the whole mix, which the tasks share by weight; None when ``rows`` says it.
         history: Longest history of a row, in items.
         block: Rows of one task that stay together, the size of a batch.
-        limit: Shortens histories to a number of tokens, or replaces a row by another; none when None.
+        limit: Shortens histories to a number of tokens, or replaces a row by another.
         wording: Wording of the chains by rule.
     """
 
@@ -65,11 +59,6 @@ class MixOptions:
     limit: LengthLimit | None = None
     wording: Wording = "notes"
 
-    def __post_init__(self) -> None:
-        for task in self.rows:
-            if task not in TASKS:
-                raise InputError(f"SFT task {task!r}: unknown; choose from {', '.join(TASKS)}")
-
 
 def write_mix(
     folder: DataFolder, options: MixOptions, output: Path | None = None, *, dry_run: bool = False
@@ -78,22 +67,15 @@ def write_mix(
 
     ``<D>-mix-eval-<task>.parquet`` holds rows whose targets are the validation interactions; of tasks about items, and
     of the chains of a language model, rows that the mix does not use. Every file gets an entry in
-    ``dataset_info.json``. Texts of a language-model teacher are used when the folder holds them.
-
-    Args:
-        folder: A prepared data set with an index.
-        options: The choices.
-        output: Another file than ``<D>-mix.parquet``, in the same folder.
-        dry_run: Count, and write nothing.
+    ``dataset_info.json``. Texts of a language-model teacher are used when the folder holds them. ``output`` is another
+    file than ``<D>-mix.parquet``, in the same folder; ``dry_run`` counts, and writes nothing.
 
     Returns:
-        Rows of each task: ``asked`` for, those that ``exist``, ``made`` (fewer only when no others can be had),
-        ``held out``, ``leaks`` (dropped because they name their target); with a limit those ``shortened``, those
-        ``left out`` for others, and the tokens of the ``longest``.
-
-    Raises:
-        InputError: When a task is unknown, nothing is to be written, or a file of the data set cannot be used.
+        Rows of each task: ``asked`` for, those that ``exist``, ``made``, ``held out``, ``leaks`` (dropped because they
+        name their target); with a limit those ``shortened`` or ``left out``, and the tokens of the ``longest``.
     """
+    if unknown := [task for task in options.rows if task not in TASKS]:
+        raise InputError(f"SFT task {unknown[0]!r}: unknown; choose from {', '.join(TASKS)}")
     path = output or folder.mix
     corpus, validation = _read(folder, options)
     exist = {task: corpus.exist(task) for task in options.rows}
@@ -105,8 +87,7 @@ def write_mix(
         made = {"made": len(chosen[task]), "held out": len(held_out[task][1])}
         report[task] = {"asked": asked[task], "exist": exist[task], **made, **counts}
     if not any(map(len, chosen.values())):
-        remedy = "allow longer ones" if options.limit else "ask for more rows, or bring longer histories"
-        raise InputError(f"{path}: no rows to write; {remedy}")
+        raise InputError(f"{path}: no rows to write; {'allow longer ones' if options.limit else 'ask for more'}")
     if dry_run:
         return report
     sizes = {task: len(specs) for task, specs in chosen.items()}
@@ -118,8 +99,8 @@ def write_mix(
     entries[path.stem] = {"file_name": path.name, **READ_AS}
     for task in TASKS:
         file = path.with_stem(f"{path.stem}-eval-{task}")
-        source, specs = held_out.get(task, (corpus, None))
-        if specs is not None and len(specs):
+        if task in held_out and len(held_out[task][1]):
+            source, specs = held_out[task]
             write_rows(file, source, np.full(len(specs), task, object), specs)
             entries[file.stem] = {"file_name": file.name, **READ_AS}
         else:  # an earlier mix may have had this task
@@ -154,9 +135,6 @@ def asked_rows(rows: Mapping[str, int | float], exist: Mapping[str, int], total:
     {'seqrec': 10, 'reasoning': 10}
     >>> asked_rows({"seqrec": 2, "reasoning": 1}, {}, total=100)
     {'seqrec': 67, 'reasoning': 33}
-
-    Raises:
-        InputError: When a number is negative or not finite, or a share more than 1.
     """
     for task, value in rows.items():
         if not 0 <= value < math.inf or (total is None and isinstance(value, float) and value > 1):

@@ -54,11 +54,6 @@ PHRASES: dict[Wording, Phrases] = {
 class RuleTeacher:
     """Write chains and preferences by rule.
 
-    Args:
-        items: All items.
-        sids: The semantic ID of every item, as text.
-        wording: Wording of the chains.
-
     Attributes:
         titles: The first words of every title.
         traits: The traits of every item: its telling categories, or its brand when it has none.
@@ -80,12 +75,7 @@ class RuleTeacher:
         return ", ".join(name for name, _ in counts.most_common(DOMINANT)) or self.titles[history[-1]]
 
     def chain(self, history: Sequence[str], target: str) -> str:
-        """Return the whole response: thought, denoised history and answer.
-
-        Args:
-            history: Item ids that the prompt shows, oldest first, at least one.
-            target: The true next item.
-        """
+        """Return the whole response to a history, oldest first: thought, denoised history and answer."""
         counts = Counter(name for item in history for name in self.traits[item])
         dominant = counts.most_common(DOMINANT)
         names = [name for name, _ in dominant[:2]]

@@ -52,19 +52,13 @@ class TeacherTexts(NamedTuple):
     chains: Mapping[tuple[str, int], str] = {}
 
 
-NO_TEXTS = TeacherTexts()
-
-
 class Corpus:
     """The source of rows: users' sequences, whose interactions are numbered user by user, and items.
 
     Args:
         sequences: The items of every user that rows may show, in time order.
-        items: All items.
-        index: Their semantic IDs.
         history: Longest history of a row, in items.
         texts: Texts of a language-model teacher, used where there are some.
-        wording: Wording of the chains by rule.
         last_only: Only the last interaction of every user is a target, as in held-out rows.
     """
 
@@ -74,12 +68,12 @@ class Corpus:
         items: Mapping[str, Item],
         index: ItemIndex,
         history: int = 20,
-        texts: TeacherTexts = NO_TEXTS,
+        texts: TeacherTexts | None = None,
         wording: Wording = "notes",
         last_only: bool = False,
     ) -> None:
         self.users, self.sequences, self._history = list(sequences), list(sequences.values()), history
-        self.keys, self.items, self.index, self.texts = list(items), items, index, texts
+        self.keys, self.items, self.index, self.texts = list(items), items, index, texts or TeacherTexts()
         self.sids = dict(zip(self.keys, index.texts(self.keys), strict=True))
         self.teacher = RuleTeacher(items, self.sids, wording)
         lengths = np.fromiter(map(len, self.sequences), np.int64, len(sequences))
@@ -87,7 +81,7 @@ class Corpus:
         self._positions = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], lengths)
         self._targets = self.starts[1:][lengths > 0] - 1 if last_only else np.arange(self.starts[-1])
         starts = dict(zip(self.users, self.starts.tolist(), strict=False))
-        self._chained = np.array(sorted(starts[user] + position for user, position in texts.chains), np.int64)
+        self._chained = np.array(sorted(starts[user] + position for user, position in self.texts.chains), np.int64)
 
     def has_chains(self, task: str) -> bool:
         """Return whether a language model wrote the answers, which speak of one history each."""
@@ -129,7 +123,7 @@ class Corpus:
     def row(self, task: str, target: int, length: int, template: int) -> SftRow:
         """Return the row of a spec."""
         question, answer = TASKS[task][template]
-        fields = ItemFields(self, target) if task in ITEM_TASKS else Window(self, target, length, template)
+        fields = ItemFields(self, self.keys[target]) if task in ITEM_TASKS else Window(self, target, length, template)
         system = SYSTEM["reasoning"] if task == REASONING else ""
         return SftRow(question.format_map(fields), answer.format_map(fields), task, system)
 
@@ -137,22 +131,24 @@ class Corpus:
 class ItemFields:
     """The fields of templates about one item; a text is made when a template names it."""
 
-    def __init__(self, corpus: Corpus, number: int) -> None:
-        self._item, self._sid = corpus.items[corpus.keys[number]], corpus.sids[corpus.keys[number]]
+    def __init__(self, corpus: Corpus, item: str) -> None:
+        self._corpus, self.target = corpus, item
 
     def __getitem__(self, name: str) -> str:
-        return self._sid if name == "sid" else ITEM_TEXTS[name](self._item)
+        corpus = self._corpus
+        return corpus.sids[self.target] if name == "sid" else ITEM_TEXTS[name](corpus.items[self.target])
 
 
-class Window:
+class Window(ItemFields):
     """A target, the history before it that a row shows, and the fields of templates about them."""
 
     def __init__(self, corpus: Corpus, target: int, length: int, template: int = 0) -> None:
         number = int(np.searchsorted(corpus.starts, target, side="right")) - 1
         sequence, position = corpus.sequences[number], target - int(corpus.starts[number])
-        self._corpus, self._template, self._user, self._position = corpus, template, corpus.users[number], position
+        super().__init__(corpus, sequence[position])
+        self._template, self._user, self._position = template, corpus.users[number], position
         self._last = position == len(sequence) - 1
-        self.history, self.target = sequence[position - length : position], sequence[position]
+        self.history = sequence[position - length : position]
 
     def __getitem__(self, name: str) -> str:
         corpus, texts = self._corpus, self._corpus.texts
@@ -161,8 +157,6 @@ class Window:
                 return "".join([corpus.sids[item] for item in self.history])
             case "titles":
                 return "; ".join([corpus.teacher.titles[item] for item in self.history[-TITLES_SHOWN:]])
-            case "sid":
-                return corpus.sids[self.target]
             case "preference":
                 return corpus.teacher.preference(self.history)
             case "taste":
@@ -172,7 +166,7 @@ class Window:
             case "chain":
                 written = texts.chains.get((self._user, self._position))
                 return written or corpus.teacher.chain(self.history, self.target)
-        return ITEM_TEXTS[name](corpus.items[self.target])
+        return super().__getitem__(name)
 
     def _written(self, texts: Mapping[str, Sequence[str]]) -> str:
         """Return the text of this user that goes with the template, "" when there is none."""
@@ -196,8 +190,7 @@ def title_and_description(item: Item) -> str:
 
 def telling_text(item: Item) -> str:
     """Return the description where it can stand for the item, else title and description."""
-    telling = len(item.description.split()) >= TELLING_WORDS
-    return description(item) if telling else title_and_description(item)
+    return description(item) if len(item.description.split()) >= TELLING_WORDS else title_and_description(item)
 
 
 def features(item: Item) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import msgspec
 import polars as pl
 
-from data_processing.sources.clean import clean_text, clean_title
+from data_processing.sources.clean import clean_item
 from data_processing.sources.common import (
     BAD_ROWS,
     INTERACTIONS,
@@ -32,23 +31,16 @@ from data_processing.sources.common import (
     whole_times,
 )
 from data_processing.sources.json_lines import read_json_lines
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, item_of
 
 CHUNK = 50_000
 TITLE_WORDS = 8
 LONGEST_CATEGORY = 60
 
-_BEFORE_2023 = {
-    "user": "reviewerID",
-    "item": "asin",
-    "timestamp": "unixReviewTime",
-    "text": "reviewText",
-    "votes": "vote",
-    "categories": "category",
-}
+_BEFORE_2023 = {"user": "reviewerID", "item": "asin", "timestamp": "unixReviewTime", "text": "reviewText"}
 NAMES = {
-    2014: _BEFORE_2023 | {"votes": "helpful", "categories": "categories"},
-    2018: _BEFORE_2023,
+    2014: _BEFORE_2023 | {"votes": "helpful"},
+    2018: _BEFORE_2023 | {"votes": "vote", "categories": "category"},
     2023: {"user": "user_id", "item": "parent_asin", "summary": "title", "votes": "helpful_vote", "brand": "store"},
 }
 """Names of fields in each release; other fields have the same name everywhere."""
@@ -73,19 +65,16 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
         reviews: Reviews as JSON lines, or ratings as ``.csv`` or ``.csv.gz``.
         metadata: Items as JSON lines; in 2014 as Python literals.
         bad_rows: Largest share of bad lines, 0 to 1, that does not stop the run.
-
-    Raises:
-        InputError: When a file is missing or cut short, or too many of its lines cannot be used.
     """
+    review_checks, item_checks = RowChecks(reviews, bad_rows), RowChecks(metadata, bad_rows)
     if holds_ratings(reviews):
         columns = RATING_COLUMNS[year]
         table = scan_text(reviews, ",", bad_rows, columns)
         names = {name: name if columns else NAMES[year].get(name, name) for name in INTERACTIONS}
         interactions, review_checks = read_interactions(table, names), table.checks
     else:
-        interactions, review_checks = _read_reviews(reviews, year, RowChecks(reviews, bad_rows))
+        interactions = _read_reviews(reviews, year, review_checks)
     wanted = set(interactions["item"].unique())
-    item_checks = RowChecks(metadata, bad_rows)
     items = _read_metadata(metadata, year, item_checks, wanted)
     untitled = [key for key, item in items.items() if not item.title]
     for key in untitled:
@@ -114,13 +103,13 @@ def read_chunks(path: Path, year: int, checks: RowChecks, fields: Sequence[tuple
         yield chunk
 
 
-def _read_reviews(path: Path, year: int, checks: RowChecks) -> tuple[pl.DataFrame, RowChecks]:
+def _read_reviews(path: Path, year: int, checks: RowChecks) -> pl.DataFrame:
     schema = {**INTERACTIONS, "timestamp": pl.Float64()}
     frames = [pl.DataFrame(schema=schema)]
     for chunk in read_chunks(path, year, checks, [("user", Id), ("item", Id), ("timestamp", Time)]):
         frames.append(pl.DataFrame({name: list(map(attrgetter(name), chunk)) for name in schema}, schema=schema))
     interactions = pl.concat(frames)
-    return interactions.with_columns(timestamp=whole_times(interactions["timestamp"])), checks
+    return interactions.with_columns(timestamp=whole_times(interactions["timestamp"]))
 
 
 def _read_metadata(path: Path, year: int, checks: RowChecks, wanted: set[str]) -> dict[str, Item]:
@@ -129,26 +118,8 @@ def _read_metadata(path: Path, year: int, checks: RowChecks, wanted: set[str]) -
     for chunk in read_chunks(path, year, checks, [("item", Id), *optional]):
         for line in chunk:
             if line.item in wanted:
-                add_item(items, line.item, _item(line), checks)
+                item = clean_item(item_of(msgspec.structs.asdict(line)))
+                names = tuple(name for name in item.categories if len(name) <= LONGEST_CATEGORY)  # longer: no names
+                item = replace(item, brand=item.brand.removeprefix("by ").strip(), categories=names)
+                add_item(items, line.item, item, checks)
     return items
-
-
-_clean_name = lru_cache(1 << 16)(clean_text)
-"""For texts that many items share."""
-
-
-def _item(line: Any) -> Item:
-    names = map(_clean_name, _texts(line.categories))
-    return Item(
-        clean_title(" ".join(_texts(line.title))),
-        clean_text(" ".join(_texts(line.description))),
-        _clean_name(" ".join(_texts(line.brand))).removeprefix("by ").strip(),
-        tuple(dict.fromkeys(name for name in names if 0 < len(name) <= LONGEST_CATEGORY)),
-    )
-
-
-def _texts(value: Any) -> list[str]:
-    """Return the texts in ``value``; lists may hold lists, as the categories of 2014 do."""
-    if isinstance(value, str):
-        return [value]
-    return [text for part in value for text in _texts(part)] if isinstance(value, list) else []

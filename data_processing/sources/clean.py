@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 from gream_verl.core.data_folder import Item
 
@@ -34,6 +35,10 @@ def clean_text(text: str) -> str:
     return " ".join(text.split())
 
 
+_clean_name = lru_cache(1 << 16)(clean_text)
+"""For texts that many items share."""
+
+
 def clean_title(title: str) -> str:
     """Return a title without HTML, "" for one without a word and for a piece of a script."""
     text = "" if _SCRIPT.search(title) else clean_text(title)
@@ -42,19 +47,10 @@ def clean_title(title: str) -> str:
 
 def clean_item(item: Item, rewrite_title: Callable[[str], str] = str.strip) -> Item:
     """Return an item without HTML, and without categories that are empty or "unknown"."""
-    names = dict.fromkeys(map(clean_text, item.categories))
+    names = dict.fromkeys(map(_clean_name, item.categories))
     return Item(
         rewrite_title(clean_title(item.title)),
         clean_text(item.description),
-        clean_text(item.brand),
+        _clean_name(item.brand),
         tuple(name for name in names if name and name.casefold() != "unknown"),
     )
-
-
-def cut_text(text: str, letters: int) -> str:
-    """Return the beginning of a text, at most ``letters`` long, up to the end of a word.
-
-    >>> cut_text("one two three", 7), cut_text("one two three", 9), cut_text("onetwothree", 3)
-    ('one two', 'one two', 'one')
-    """
-    return text if len(text) <= letters else text[: letters + 1].rpartition(" ")[0] or text[:letters]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -13,20 +12,22 @@ from data_processing.sources.common import (
     BAD_ROWS,
     INTERACTIONS,
     ITEMS,
+    REST,
+    TOO_MANY,
     RawTable,
     RowChecks,
     SourceTables,
+    add_item,
     read_interactions,
-    read_items,
     readable,
     scan_text,
     source_tables,
 )
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, item_of
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
-NAMES = (*INTERACTIONS, *(name for name in ITEMS if name != "item"))
+NAMES = tuple(INTERACTIONS | ITEMS)
 
 
 def read_table(
@@ -35,15 +36,11 @@ def read_table(
     """Read a table of interactions and one of items.
 
     Args:
-        interactions: One interaction per row, with ``user``, ``item`` and ``timestamp`` (a number, or a date in
-            ISO 8601).
-        items: One item per row, with ``item``, ``title`` and optionally ``description``, ``brand`` and ``categories``
-            (a list, or text separated by ``|``).
+        interactions: One row per interaction: ``user``, ``item``, ``timestamp`` (a number, or a date in ISO 8601).
+        items: One row per item: ``item``, ``title`` and optionally ``description``, ``brand`` and ``categories`` (a
+            list, or text separated by ``|``).
         columns: Name of the column of each of these, where it is another.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
-
-    Raises:
-        InputError: When a file or a column is missing, or too many rows are bad.
     """
     columns = columns or {}
     if unknown := sorted(set(columns) - set(NAMES)):
@@ -62,7 +59,7 @@ def read_tables(
     separator: str = "|",
     rewrite_title: Callable[[str], str] = str.strip,
 ) -> SourceTables:
-    """Read two tables; texts lose HTML.
+    """Read two tables; texts lose HTML, and a later row of an item fills the fields that are still empty.
 
     Args:
         interactions: One interaction per row.
@@ -73,20 +70,28 @@ def read_tables(
     """
     items.require(columns["title"], "title")
     schema = items.rows.collect_schema()
-    present = {name: columns[name] for name in ITEMS if columns[name] in schema}
-    for meaning, column in present.items():
-        kind = str(schema[column])  # also of the elements of lists
-        if any(odd in kind for odd in ("Struct", "Binary", "Object")):
-            raise InputError(f"{items.checks.source}: column {column!r}: expected text for the {meaning}, got {kind}")
-
-    def item_of(cells: dict[str, Any]) -> Item:
-        title, description, brand = (_text(cells.get(columns[name])) for name in ("title", "description", "brand"))
-        categories = tuple(_category_names(cells.get(columns["categories"]), separator))
-        return clean_item(Item(title, description, brand, categories), rewrite_title)
-
+    texts = {name: _texts(items, columns[name], name) for name in ITEMS if name != "item" and columns[name] in schema}
+    if "categories" in texts and schema[columns["categories"]] == pl.String:
+        texts["categories"] = texts["categories"].str.split(separator)
     rows = read_interactions(interactions, columns)
-    found = read_items(items, columns["item"], present.values(), item_of)
+    found: dict[str, Item] = {}
+    for cells in items.collect(item=items.ids(columns["item"], "item"), **texts).iter_rows(named=True):
+        if cells["item"] and cells[REST] is None:
+            add_item(found, cells["item"], clean_item(item_of(cells), rewrite_title), items.checks)
+        else:
+            items.skip(cells, TOO_MANY if cells["item"] else "no item id")
+    items.checks.guard("an item id in every row, and no more fields than in the header")
     return source_tables(rows, found, interactions.checks, items.checks)
+
+
+def _texts(table: RawTable, column: str, meaning: str) -> pl.Expr:
+    """Return the texts in a column; lists stay lists."""
+    kind, values = table.require(column, meaning), pl.col(column)
+    if any(odd in str(kind) for odd in ("Struct", "Binary", "Object")):  # also of the elements of lists
+        raise InputError(f"{table.checks.source}: column {column!r}: expected text for the {meaning}, got {kind}")
+    if kind.is_nested():
+        return values if "String" in str(kind) else values.cast(pl.List(pl.String))
+    return (values.fill_nan(None) if kind.is_float() else values).cast(pl.String)
 
 
 def _scan(path: Path, bad_rows: float) -> RawTable:
@@ -94,21 +99,7 @@ def _scan(path: Path, bad_rows: float) -> RawTable:
         is_tabbed = path.name.removesuffix(".gz").endswith((".tsv", ".txt"))
         return scan_text(path, "\t" if is_tabbed else ",", bad_rows)
     require_file(path, "check the path")
-    rows = pl.scan_parquet(path)
+    rows = pl.scan_parquet(path).with_columns(pl.lit(None, pl.String).alias(REST))
     with readable(path):
         rows.collect_schema()
     return RawTable(rows, RowChecks(path, bad_rows), 1)
-
-
-def _category_names(cell: object, separator: str) -> list[str]:
-    """Flatten categories: a list, a list of paths, or one text."""
-    if isinstance(cell, list):
-        return [name for part in cell for name in _category_names(part, separator)]
-    return _text(cell).split(separator)
-
-
-def _text(cell: object) -> str:
-    """Return a cell as text: "" for an empty cell, the joined parts of a list."""
-    if isinstance(cell, list):
-        return " ".join(map(_text, cell))
-    return "" if cell is None or cell != cell else str(cell)  # NaN differs from itself

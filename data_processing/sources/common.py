@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,12 +22,11 @@ TEXTS = ("title", "description", "brand")
 ITEMS = pl.Schema(dict.fromkeys(("item", *TEXTS), pl.String()) | {"categories": pl.List(pl.String())})
 
 BAD_ROWS = 0.05
-CHECK_EVERY = 10_000
 REJECTS_KEPT = 1000
 LATEST_TIMESTAMP = 2**62
 TOO_MANY = "too many fields"
 REST = " rest"
-"""Column for the content of a row after the last field of the header."""
+"""Column for the content of a row after the last field of the header, null in most rows."""
 TEXT_OPTIONS: dict[str, Any] = {"infer_schema": False, "truncate_ragged_lines": True, "raise_if_empty": False}
 ISO = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M")
 ISO_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
@@ -38,9 +37,9 @@ class SourceTables:
     """The content of a source, before any filter.
 
     Attributes:
-        interactions: Columns user and item (categorical) and timestamp (in the unit of the source: only the order
-            counts), in the order of the source.
-        items: Columns item (unique), title (never empty), description, brand, categories.
+        interactions: Columns of :data:`INTERACTIONS`, in the order of the source. Times are in the unit of the source:
+            only their order counts.
+        items: Columns of :data:`ITEMS`. Ids are unique, titles never empty.
         report: Counts of rows read and of rows skipped, by reason.
         rejects: The first rows of each file that were skipped, each with its file, row, reason and text.
     """
@@ -53,14 +52,11 @@ class SourceTables:
 
 @dataclass
 class RowChecks:
-    """Counts of the rows of one file and of those that had to be skipped.
+    """Counts of the rows of one file and of those that had to be skipped, by reason.
 
     Attributes:
-        source: The file, for messages.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
-        rows: Rows read.
         repeated: Rows of an item that an earlier row has.
-        skipped: Skipped rows by reason.
         rejects: The first skipped rows.
     """
 
@@ -80,37 +76,31 @@ class RowChecks:
     def guard(self, expected: str) -> None:
         """Raise InputError when there are no rows, or too many of the rows read so far are bad."""
         if not self.rows:
-            raise InputError(f"{self.source}: holds no rows; expected {expected}; check that this is the right file")
+            raise InputError(f"{self.source}: holds no rows; expected {expected}")
         if (bad := self.skipped.total()) > self.bad_rows * self.rows:
             first = self.rejects[0]
             raise InputError(
                 f"{self.source}: {bad} of {self.rows} rows cannot be used, the first is row {first['row']} "
-                f"({first['reason']}: {str(first['text'])[:80]!r}); expected {expected}; check that this is the right "
-                f"file, or allow a larger share of bad rows than {self.bad_rows:g}"
+                f"({first['reason']}: {str(first['text'])[:80]!r}); expected {expected}; check the file, or allow a "
+                f"larger share of bad rows than {self.bad_rows:g}"
             )
 
 
 @dataclass(frozen=True)
 class RawTable:
-    """A table as it lies on disk.
-
-    Attributes:
-        rows: Its rows, read when they are collected.
-        checks: Counts of its rows and of bad rows.
-        first_row: Number of the first row in the file.
-    """
+    """A table on disk, with a column :data:`REST`; ``first_row`` is the number of its first row in the file."""
 
     rows: pl.LazyFrame
     checks: RowChecks
     first_row: int
 
-    def collect(self, *columns: pl.Expr | str) -> pl.DataFrame:
-        """Read some columns, and :data:`REST` where the table has one."""
-        rest = [REST] if REST in self.rows.collect_schema() else []
-        with readable(self.checks.source):
-            read = self.rows.select(*columns, *rest).collect(engine="streaming")
-        self.checks.rows = len(read)
-        return read
+    def require(self, column: str, meaning: str) -> pl.DataType:
+        """Return the type of the column for the ``meaning``; raise InputError when there is none."""
+        schema = self.rows.collect_schema()
+        if column not in schema:
+            names = ", ".join(name for name in schema if name != REST)
+            raise InputError(f"{self.checks.source}: no column {column!r} for the {meaning} (there are {names})")
+        return schema[column]
 
     def ids(self, column: str, meaning: str) -> pl.Expr:
         """Return the ids in a column as text: the same in every table, whether written as text or as numbers."""
@@ -121,19 +111,23 @@ class RawTable:
             raise InputError(f"{self.checks.source}: column {column!r}: expected text or whole numbers, got {kind}")
         return values.cast(pl.String).str.strip_chars().replace("", None)
 
-    def require(self, column: str, meaning: str) -> pl.DataType:
-        """Return the type of the column for the ``meaning``; raise InputError when there is none."""
-        schema = self.rows.collect_schema()
-        if column not in schema:
-            names = ", ".join(name for name in schema if name != REST)
-            raise InputError(f"{self.checks.source}: no column {column!r} for the {meaning} (there are {names})")
-        return schema[column]
+    def collect(self, **columns: pl.Expr) -> pl.DataFrame:
+        """Read columns, ids as whole numbers where all of them are; ``row`` and :data:`REST` come with them."""
+        named = (values.alias(name) for name, values in columns.items())
+        with readable(self.checks.source):
+            read = self.rows.select(*named, REST).collect(engine="streaming")
+        self.checks.rows = len(read)
+        read = read.with_columns(_whole_ids(read[name]) for name in ("user", "item") if name in columns)
+        return read.with_row_index("row", self.first_row)
+
+    def skip(self, cells: dict[str, Any], reason: str) -> None:
+        """Count a bad row of the result of :meth:`collect`."""
+        row, rest = cells.pop("row"), cells.pop(REST)
+        self.checks.skip(row, reason, "\t".join(map(str, [*cells.values(), *([] if rest is None else [rest])])))
 
 
 def scan_text(path: Path, separator: str, bad_rows: float, columns: Sequence[str] = ()) -> RawTable:
     """Open a table with every field as text.
-
-    A last column, :data:`REST`, is null except in rows with more fields than columns.
 
     Args:
         path: The file, gzip or plain.
@@ -145,14 +139,13 @@ def scan_text(path: Path, separator: str, bad_rows: float, columns: Sequence[str
     quote = None if separator == "\t" else '"'
     scan = partial(pl.scan_csv, path, separator=separator, has_header=not columns, quote_char=quote, **TEXT_OPTIONS)
     with readable(path):
-        rows = scan()
-        found = rows.collect_schema().names()
+        found = scan().collect_schema().names()
     if any("\ufffd" in name for name in found):
         raise InputError(f"{path}: its first row is not UTF-8; save it in UTF-8")
     if columns and len(found) != len(columns):
         raise InputError(f"{path}: has {len(found)} columns; expected {', '.join(columns)}")
-    if found:
-        rows = scan(schema=dict.fromkeys([*(columns or found), REST], pl.String), missing_columns="insert")
+    names = [*(columns or found), REST]
+    rows = scan(schema=dict.fromkeys(names, pl.String), missing_columns="insert") if found else pl.LazyFrame()
     return RawTable(rows, RowChecks(path, bad_rows), 1 if columns else 2)
 
 
@@ -167,28 +160,24 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFrame:
-    """Return the interactions of a table, without the rows that lack something.
+    """Return the interactions of a table without the bad rows, which are counted in its checks.
 
     Args:
-        table: One interaction per row; bad rows are counted in its checks.
+        table: One interaction per row.
         columns: Names of the columns of ``user``, ``item`` and ``timestamp`` (a number, or a date in ISO 8601).
-
-    Raises:
-        InputError: When a column is missing or of no use, or too many rows are bad.
     """
-    user, item = (table.ids(columns[name], name).cast(pl.Categorical).alias(name) for name in ("user", "item"))
+    user, item = (table.ids(columns[name], name).cast(pl.Categorical) for name in ("user", "item"))
     when = columns["timestamp"]
     kind = table.require(when, "timestamp")
     if not (kind.is_numeric() or kind in (pl.String, pl.Null, pl.Date, pl.Datetime)):
         raise InputError(f"{table.checks.source}: column {when!r}: expected numbers or dates, got {kind}")
-    read = table.collect(user, item, pl.col(when).alias("when"))
-    read = read.with_columns(_whole_ids(read["user"]), _whole_ids(read["item"]), timestamp=whole_times(read["when"]))
-    has_rest = pl.col(REST).is_not_null() if REST in read.columns else pl.lit(False)
+    read = table.collect(user=user, item=item, when=pl.col(when))
+    read = read.with_columns(timestamp=whole_times(read["when"]))
     is_incomplete = pl.any_horizontal(pl.col(*INTERACTIONS).is_null())
-    reason = pl.when(has_rest).then(pl.lit(TOO_MANY)).when(is_incomplete).then(pl.lit("no user, item or timestamp"))
-    read = read.with_row_index("row", table.first_row).with_columns(reason=reason)
+    reason = pl.when(pl.col(REST).is_not_null()).then(pl.lit(TOO_MANY))
+    read = read.with_columns(reason=reason.when(is_incomplete).then(pl.lit("no user, item or timestamp")))
     for cells in read.drop("timestamp").filter(pl.col("reason").is_not_null()).iter_rows(named=True):
-        table.checks.skip(cells.pop("row"), cells.pop("reason"), _joined(cells))
+        table.skip(cells, cells.pop("reason"))
     table.checks.guard("a user, an item and a timestamp in every row, and no more fields than in the header")
     return read.filter(pl.col("reason").is_null()).select(*INTERACTIONS)
 
@@ -227,37 +216,6 @@ def _whole_ids(ids: pl.Series) -> pl.Series:
     return ids.cast(pl.String).str.strip_suffix(".0").cast(ids.dtype)
 
 
-def _joined(cells: Mapping[str, Any]) -> str:
-    return "\t".join(str(cell) for name, cell in cells.items() if name != REST or cell is not None)
-
-
-def read_items(
-    table: RawTable, key: str, columns: Iterable[str], item_of: Callable[[dict[str, Any]], Item]
-) -> dict[str, Item]:
-    """Return the items of a table, untitled ones too.
-
-    Args:
-        table: One item per row. A later row of an item fills the fields that are still empty. Bad rows are counted.
-        key: The column of ids.
-        columns: The columns that ``item_of`` needs.
-        item_of: Makes an item of a row, column to cell.
-
-    Raises:
-        InputError: When the file cannot be read, or too many of its rows are bad.
-    """
-    rows = table.collect(table.ids(key, "item"), *(name for name in dict.fromkeys(columns) if name != key))
-    rows = rows.with_columns(_whole_ids(rows[key]))
-    items: dict[str, Item] = {}
-    for number, cells in enumerate(rows.iter_rows(named=True), start=table.first_row):
-        item = cells[key]
-        if not item or cells.get(REST) is not None:
-            table.checks.skip(number, TOO_MANY if item else "no item id", _joined(cells))
-        else:
-            add_item(items, item, item_of(cells), table.checks)
-    table.checks.guard("an item id in every row, and no more fields than in the header")
-    return items
-
-
 def add_item(items: dict[str, Item], key: str, item: Item, checks: RowChecks) -> None:
     """Add an item; where it is there already, fill its empty fields and count the row as repeated."""
     if key in items:
@@ -267,7 +225,7 @@ def add_item(items: dict[str, Item], key: str, item: Item, checks: RowChecks) ->
 
 
 def items_frame(items: Mapping[str, Item]) -> pl.DataFrame:
-    """Return the items table of ``items``."""
+    """Return items as a table with the columns of :data:`ITEMS`."""
     columns: dict[str, Any] = {name: [getattr(item, name) for item in items.values()] for name in TEXTS}
     lists = pa.array([item.categories for item in items.values()], pa.large_list(pa.large_string()))  # fast
     return pl.DataFrame({"item": list(items), **columns, "categories": pl.Series(lists)}, schema=ITEMS)

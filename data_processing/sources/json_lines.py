@@ -11,11 +11,11 @@ from typing import IO, Any, cast
 import msgspec
 from isal import igzip_lib, igzip_threaded
 
-from data_processing.sources.common import CHECK_EVERY, RowChecks
+from data_processing.sources.common import RowChecks
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
-GZIP_MAGIC = b"\x1f\x8b"
+CHECK_EVERY = 10_000
 LONGEST_LINE = 1 << 26
 
 
@@ -30,9 +30,6 @@ def read_json_lines(path: Path, checks: RowChecks, expected: str, record: type[m
         checks: Counts lines and bad lines.
         expected: Names of the needed fields, for messages.
         record: The fields that are needed, with the constraints of a good line.
-
-    Raises:
-        InputError: When the file is missing or cut short, or too many lines are bad.
     """
     decoder = msgspec.json.Decoder(record, strict=False)  # numbers may be written as text
     for row, line in enumerate(_lines(path), start=1):
@@ -64,7 +61,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file; gzip is unpacked in a second thread."""
     require_file(path, "give the path of a file of JSON lines, such as reviews.json.gz")
     with path.open("rb") as raw:
-        packed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        packed = raw.read(2) == b"\x1f\x8b"  # the magic number of gzip
     with cast(IO[bytes], igzip_threaded.open(path, "rb", threads=1) if packed else path.open("rb")) as file:
         try:
             while line := file.readline(LONGEST_LINE):

@@ -20,9 +20,6 @@ def read_layout(interactions: Path, items: Path) -> SourceTables:
     """Read ``{user: [item, ...]}`` in time order and ``{item: {title, description, brand, categories}}``.
 
     The layout has no times: the position in a user's sequence stands for it. Items without a title are left out.
-
-    Raises:
-        InputError: When a file is missing or has another form.
     """
     sequences, described = read_interactions(interactions, REMEDY), read_json(items, REMEDY)
     if not isinstance(described, dict) or not all(isinstance(fields, dict) for fields in described.values()):

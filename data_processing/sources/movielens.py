@@ -25,11 +25,7 @@ _TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*(?:[()]|$))")
 
 
 def read_movielens(cache: Path) -> SourceTables:
-    """Fetch MovieLens-100K if the folder ``cache`` does not hold it, and read it.
-
-    Raises:
-        InputError: When the wheel cannot be fetched or has another hash.
-    """
+    """Fetch MovieLens-100K if the folder ``cache`` does not hold it, and read it."""
     interactions, items = (cache / f"ml-100k.{kind}" for kind in ("inter", "item"))
     RECBOLE.provide({f"{MEMBER}.inter": interactions, f"{MEMBER}.item": items})
     return read_recbole(interactions, items, rewrite_title=readable_title)
@@ -41,9 +37,4 @@ def readable_title(title: str) -> str:
     >>> readable_title("Usual Suspects, The"), readable_title("Avventura, L'")
     ('The Usual Suspects', "L'Avventura")
     """
-
-    def move(match: re.Match[str]) -> str:
-        words, article = match[1], match[2]
-        return f"{article}{'' if article.endswith(chr(39)) else ' '}{words}"
-
-    return _TRAILING_ARTICLE.sub(move, title.strip())
+    return _TRAILING_ARTICLE.sub(r"\2 \1", title.strip()).replace("L' ", "L'")

@@ -40,9 +40,6 @@ def read_recbole(
             ``release_year``, which describes an item without a description.
         rewrite_title: Makes a title readable, after its HTML is removed.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
-
-    Raises:
-        InputError: When a file is missing, lacks a field, or holds too many bad rows.
     """
     table, _ = _scan_atomic(interactions, bad_rows)
     described, types = _scan_atomic(items, bad_rows)
@@ -68,6 +65,6 @@ def _scan_atomic(path: Path, bad_rows: float) -> tuple[RawTable, dict[str, str]]
         if not colon or kind not in TYPES:
             raise InputError(f"{path}: header field {column!r}: expected name:type with a type of {', '.join(TYPES)}")
         if name in types:
-            raise InputError(f"{path}: header field {name!r} is there twice; rename or remove one of the two")
+            raise InputError(f"{path}: header field {name!r} is there twice; remove one of them")
         types[name] = kind
     return replace(table, rows=table.rows.rename(dict(zip(columns, types, strict=True)))), types

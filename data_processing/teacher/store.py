@@ -16,44 +16,31 @@ from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field
 from gream_verl.core.errors import InputError
 
 COLUMNS = "key TEXT PRIMARY KEY, subject TEXT, model TEXT, text TEXT, finish TEXT, prompt INTEGER, completion INTEGER"
-
-
-def _content(message: Any) -> Any:
-    """Return the text of a message; it is null when the model only thought, or refused."""
-    return message.get("content") or "" if isinstance(message, dict) else message
+TOKENS = "ifnull(sum(prompt), 0), ifnull(sum(completion), 0)"
+Text = Annotated[str, BeforeValidator(lambda text: text or "")]  # null when the model only thought, or refused
 
 
 class Answer(BaseModel):
     """One answer, read from a chat completion or from the store.
 
-    Attributes:
-        text: The message.
-        finish: Reason of its end: ``stop``, or ``length`` when it was cut.
-        prompt: Tokens of the request, as the server counted them.
-        completion: Tokens of the message.
+    ``finish`` is ``length`` when it was cut; ``prompt`` and ``completion`` are the tokens of request and answer.
     """
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, frozen=True)
 
-    text: Annotated[str, BeforeValidator(_content)] = Field(validation_alias=AliasPath("choices", 0, "message"))
+    text: Text = Field(validation_alias=AliasPath("choices", 0, "message", "content"))
     finish: str | None = Field(None, validation_alias=AliasPath("choices", 0, "finish_reason"))
     prompt: int = Field(ge=0, validation_alias=AliasPath("usage", "prompt_tokens"))
     completion: int = Field(ge=0, validation_alias=AliasPath("usage", "completion_tokens"))
 
 
 class AnswerStore:
-    """The answers in one file, for one process at a time.
-
-    Args:
-        path: The file, which is made when it is not there; ``:memory:`` for none.
-
-    Raises:
-        InputError: When another process has the file open, or it is no such file.
-    """
+    """The answers in one file, for one process at a time; the path ``:memory:`` stands for none."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file = sqlite3.connect(path, timeout=0, isolation_level=None)  # every statement commits
+        self.close = self._file.close
         with self._errors():
             # The lock of the first statement holds until the file is closed. A write-ahead log under that lock needs
             # no shared memory, so that it also works on network file systems.
@@ -62,14 +49,10 @@ class AnswerStore:
             self._file.execute("PRAGMA synchronous = NORMAL")
             self._file.execute(f"CREATE TABLE IF NOT EXISTS answers ({COLUMNS})")
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     def tokens(self) -> tuple[int, int]:
         """Return the tokens of all prompts and of all answers."""
-        prompts, answers = self._file.execute("SELECT total(prompt), total(completion) FROM answers").fetchone()
-        return int(prompts), int(answers)
+        sums: tuple[int, int] = self._file.execute(f"SELECT {TOKENS} FROM answers").fetchone()
+        return sums
 
     def get(self, request: dict[str, Any]) -> Answer | None:
         """Return the answer to a request, None when it has none."""
@@ -78,11 +61,7 @@ class AnswerStore:
         return Answer(**dict(zip(Answer.model_fields, row, strict=True))) if row else None
 
     def put(self, request: dict[str, Any], answer: Answer, subject: str = "") -> None:
-        """Keep an answer, unless the request has one; the subject is for people who read the file.
-
-        Raises:
-            InputError: When the file cannot be written.
-        """
+        """Keep an answer, unless the request has one; the subject is for people who read the file."""
         row = _key(request), subject, request["model"], *answer.model_dump().values()
         with self._errors():
             self._file.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)

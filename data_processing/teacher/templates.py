@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file, write_text
 
+OURS = Path(__file__).with_name("prompts")
 DIVIDER = "\n---\n"  # between the system's turn and the user's
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "item": ("title", "brand", "categories", "description", "reviews"),
@@ -37,41 +37,31 @@ class Prompt:
 
 
 def read_prompts(folder: str | os.PathLike[str] | None = None) -> dict[str, Prompt]:
-    """Read every prompt from a folder, None for those of the package.
-
-    Raises:
-        InputError: When a file is missing, is not UTF-8, or has an unknown field or lacks one.
-    """
-    if folder is None:
-        return {name: _parse(name, _packaged(name), name) for name in FIELDS}
+    """Read and check every prompt of a folder, None for those of the package."""
     remedy = f"write all of them with `gream data prompts {folder}`"
-    paths = {name: require_file(Path(folder) / f"{name}.txt", remedy) for name in FIELDS}
-    try:
-        return {name: _parse(name, path.read_text(encoding="utf-8-sig"), str(path)) for name, path in paths.items()}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{folder}: a prompt is not UTF-8 ({error.object[:40]!r}...); save it as UTF-8") from error
+    return {name: _read(require_file(Path(folder or OURS) / f"{name}.txt", remedy)) for name in FIELDS}
 
 
 def write_prompts(folder: str | os.PathLike[str]) -> list[Path]:
     """Write the package's prompts to a folder, to be edited; existing files stay as they are."""
-    paths = {name: Path(folder) / f"{name}.txt" for name in FIELDS}
-    for name, path in paths.items():
+    paths = [Path(folder) / f"{name}.txt" for name in FIELDS]
+    for path in paths:
         if not path.exists():
-            write_text(path, _packaged(name))
-    return list(paths.values())
+            write_text(path, (OURS / path.name).read_text(encoding="utf-8"))
+    return paths
 
 
-def _packaged(name: str) -> str:
-    return files("data_processing.teacher").joinpath("prompts", f"{name}.txt").read_text(encoding="utf-8")
-
-
-def _parse(name: str, text: str, source: str) -> Prompt:
-    template, known = Template(text), set(FIELDS[name])
-    needed = {"title"} if name == "item" else known
+def _read(path: Path) -> Prompt:
+    try:
+        template = Template(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8; save it as UTF-8") from error
+    known = set(FIELDS[path.stem])
+    needed = {"title"} if path.stem == "item" else known
     if not template.is_valid():
-        raise InputError(f"{source}: a $ that begins no field; write $$ for a dollar sign")
+        raise InputError(f"{path}: a $ that begins no field; write $$ for a dollar sign")
     if not needed <= (used := set(template.get_identifiers())) <= known:
         wrong = ", ".join(f"${field}" for field in sorted(used - known | needed - used))
-        raise InputError(f"{source}: unknown or missing: {wrong}; the fields are ${', $'.join(FIELDS[name])}")
-    system, divider, user = text.strip().partition(DIVIDER)
+        raise InputError(f"{path}: unknown or missing: {wrong}; the fields are ${', $'.join(FIELDS[path.stem])}")
+    system, divider, user = template.template.strip().partition(DIVIDER)
     return Prompt(system.strip(), user.strip()) if divider else Prompt("", system.strip())

@@ -117,12 +117,11 @@ def import_index(
     that `gream index build` made.
     """
     from data_processing.indexing.import_index import read_other_index
-    from data_processing.indexing.saved_index import codebooks_file
 
     folder = RunFolder.open(run, dataset).data
     other = read_other_index(file).for_items(folder.read_items(), folder.item)
     index = other.to_index(resolve=resolve)
-    codebooks_file(folder).unlink(missing_ok=True)
+    folder.codebooks.unlink(missing_ok=True)
     index.save(folder.index)
     print_dict(str(file), other.describe() | {"written": folder.index})
     _report(folder)

@@ -1,8 +1,7 @@
-"""`gream data mix`: the SFT rows."""
+"""`gream data tasks|mix`: the SFT rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -14,46 +13,83 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from data_processing.sft.lengths import LengthLimit
+    from pathlib import Path
 
-ROWS = "Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it. Default: a small mix."
+    from data_processing.sft.lengths import LengthLimit
+    from data_processing.sft.mix import MixOptions
+    from gream_verl.core.data_folder import DataFolder
+
+ROWS = "Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it."
+Rows = Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)]
+Total = Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")]
+Block = Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")]
+Tokenizer = Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")]
+Longest = Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
+
+
+@data_app.command()
+def tasks(
+    run: Run,
+    rows: Rows = None,
+    total: Total = None,
+    history: History = 20,
+    block: Block = 16,
+    tokenizer: Tokenizer = None,
+    longest: Longest = 2048,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
+    dataset: Dataset = None,
+) -> None:
+    """Write the alignment tasks alone: D-align.parquet.
+
+    Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
+    historyreconstruction. Default: every row that exists.
+    """
+    from data_processing.sft.mix import MixOptions
+    from data_processing.sft.tasks import REASONING, TASKS
+
+    counts = _row_counts(rows) or {task: 1.0 for task in TASKS if task != REASONING}
+    if REASONING in counts:
+        raise InputError("--rows reasoning: chains of thought are no alignment task; use `gream data mix`")
+    folder = RunFolder.open(run, dataset).data
+    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest))
+    _write(folder, options, folder.align, dry_run)
 
 
 @data_app.command()
 def mix(
     run: Run,
-    rows: Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)] = None,
-    total: Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")] = None,
+    rows: Rows = None,
+    total: Total = None,
     history: History = 20,
-    block: Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")] = 16,
-    name: Annotated[str, Option(help="Name of the mix: D-NAME.parquet. With align, no chains of thought.")] = "mix",
+    block: Block = 16,
+    name: Annotated[str, Option(help="Name of the mix: D-NAME.parquet.")] = "mix",
     chains: Annotated[Wording, Option(help="Wording of chains by rule: short notes, or sentences.")] = "notes",
-    tokenizer: Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")] = None,
-    longest: Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")] = 2048,
+    tokenizer: Tokenizer = None,
+    longest: Longest = 2048,
     dry_run: DryRun = False,
     seed: Seed = 0,
     dataset: Dataset = None,
 ) -> None:
     """Write the SFT rows by the curriculum: D-mix.parquet.
 
-    Alignment tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
-    historyreconstruction. Chains of thought: reasoning. D-mix.png shows the share of chains. Held-out rows are in
-    D-mix-eval-TASK.parquet. `--name align` writes D-align.parquet: all rows of the alignment tasks.
+    It holds alignment tasks and chains of thought (task reasoning); by default a small mix for the tiny model.
+    D-mix.png shows the share of chains. Held-out rows are in D-mix-eval-TASK.parquet.
     """
-    from data_processing.sft.mix import TINY_MIX, MixOptions, write_mix
-    from data_processing.sft.tasks import REASONING, TASKS
+    from data_processing.sft.mix import TINY_MIX, MixOptions
 
-    align = name == "align"
-    default: Mapping[str, int | float] = {task: 1.0 for task in TASKS if task != REASONING} if align else TINY_MIX
-    counts = _row_counts(rows) or default
-    if align and REASONING in counts:
-        raise InputError("--rows reasoning: chains of thought are no alignment task; choose another --name")
-    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
+    counts = _row_counts(rows) or dict(TINY_MIX)
     folder = RunFolder.open(run, dataset).data
-    output = folder.align if align else folder.mix_of(name)
+    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
+    _write(folder, options, folder.mix_of(name), dry_run)
+
+
+def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool) -> None:
+    from data_processing.sft.mix import write_mix
+
     report = write_mix(folder, options, output, dry_run=dry_run)
     print_tasks("SFT rows", report, ["asked", "exist", "made", "held out", "leaks"])
-    if tokenizer:
+    if options.limit:
         print_tasks("Tokens of a row", report, ["longest", "shortened", "left out"])
     console.print(
         "Not written" if dry_run else f"{output}, its picture {output.stem}.png", soft_wrap=True, markup=False

@@ -17,7 +17,7 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.core.split import INTERACTIONS, SPLIT, UserSplit, read_interactions, read_splits
+from gream_verl.core.split import INTERACTIONS, SPLIT, UserSplit, read_interactions, read_splits, training_parts
 
 OTHER_PARQUET = ("align", "rl", "val", "test", "chains")
 """Endings of parquet files that are no mix."""
@@ -41,113 +41,69 @@ class Item:
     categories: tuple[str, ...] = ()
 
 
-class _File:
-    """The path of a file in the folder of a data set: the name of the data set with an ending."""
-
-    def __init__(self, ending: str) -> None:
-        self.ending = ending
-
-    def __get__(self, folder: DataFolder, _: type[DataFolder]) -> Path:
-        return folder.root / f"{folder.name}{self.ending}"
-
-
-@dataclass(frozen=True)
 class DataFolder:
-    """The files of a data set.
+    """The files of a data set. Each attribute is a path; the file need not exist.
 
-    Attributes:
+    Args:
         root: The folder.
         name: The data set's name, ``<D>`` in file names, such as ``ml-100k``.
     """
 
-    root: Path
-    name: str
-
-    inter = _File(INTERACTIONS)
-    """``{user: [item, ...]}`` in time order."""
-    split = _File(SPLIT)
-    """The split of the interactions when it is not leave-one-out."""
-    item = _File(".item.json")
-    """``{item: {title, description, brand, categories}}``."""
-    index = _File(".index.json")
-    """``{item: [token, ...]}``: the semantic IDs."""
-    embeddings = _File(".emb.npy")
-    """float32 ``[items, dimension]``, rows in the order of :attr:`item`."""
-    report = _File(".report.json")
-    """Counts of the source, counts of dropped rows by reason, and statistics of the rest."""
-    rejects = _File(".rejects.jsonl")
-    """Rows of the source that could not be used, one per line: file, row, reason and text; without rejects no file."""
-    reviews = _File(".reviews.parquet")
-    """A few reviews of every item, for the teacher; none of a held-out interaction."""
-    teacher = _File(".teacher.sqlite")
-    """Every answer of a teacher."""
-    enriched = _File(".enriched.json")
-    """``{item: {description}}``: texts of a teacher, which replace the descriptions of :attr:`item`."""
-    user_texts = _File(".user.json")
-    """Preferences and searches of users, written by a teacher, in LC-Rec's layout."""
-    chains = _File("-chains.parquet")
-    """Chains of thought, written by a teacher."""
-    align = _File("-align.parquet")
-    """SFT rows of the alignment tasks alone."""
-    mix = _File("-mix.parquet")
-    """SFT rows in the order of training."""
-    rl = _File("-rl.parquet")
-    """RL prompts."""
-    val = _File("-val.parquet")
-    """Validation prompts."""
-    test = _File("-test.parquet")
-    """Test prompts."""
-
     def __init__(self, root: str | os.PathLike[str], name: str) -> None:
-        object.__setattr__(self, "root", Path(root))
-        object.__setattr__(self, "name", name)
         if not name or Path(name).name != name:
             raise InputError(f"data set name {name!r}: not usable in file names; use letters, digits, '-' and '_'")
-
-    @property
-    def dataset_info(self) -> Path:
-        """LLaMA-Factory's list of :attr:`align` and the mixes."""
-        return self.root / "dataset_info.json"
+        self.root, self.name = Path(root), name
+        base = self.root / name
+        self.inter = Path(f"{base}{INTERACTIONS}")  # {user: [item, ...]} in time order
+        self.split = Path(f"{base}{SPLIT}")  # the split of the interactions when it is not leave-one-out
+        self.item = Path(f"{base}.item.json")  # {item: {title, description, brand, categories}}
+        self.index = Path(f"{base}.index.json")  # {item: [token, ...]}: the semantic IDs
+        self.codebooks = Path(f"{base}.codebooks.npz")  # vectors, codes, codebooks and settings of the index
+        self.report = Path(f"{base}.report.json")  # counts of the source, of dropped rows by reason, and of the rest
+        self.rejects = Path(f"{base}.rejects.jsonl")  # source rows that could not be used: file, row, reason and text
+        self.reviews = Path(f"{base}.reviews.parquet")  # some reviews of every item, none of a held-out interaction
+        self.teacher = Path(f"{base}.teacher.sqlite")  # every answer of a teacher
+        self.enriched = Path(f"{base}.enriched.json")  # {item: {description}}: a teacher's texts, which replace ours
+        self.user_texts = Path(f"{base}.user.json")  # a teacher's preferences and searches of users, LC-Rec's layout
+        self.chains = Path(f"{base}-chains.parquet")  # a teacher's chains of thought
+        self.align = Path(f"{base}-align.parquet")  # SFT rows of the alignment tasks alone
+        self.mix = Path(f"{base}-mix.parquet")  # SFT rows in the order of training
+        self.rl = Path(f"{base}-rl.parquet")  # RL prompts
+        self.val = Path(f"{base}-val.parquet")  # validation prompts
+        self.test = Path(f"{base}-test.parquet")  # test prompts
+        self.dataset_info = self.root / "dataset_info.json"  # LLaMA-Factory's list of the alignment rows and the mixes
 
     def enrichment(self, kind: str) -> Path:
-        """Return the report of the teacher's last run of a kind: counts, leaks, tokens, cost."""
+        """Return the path of the report of the teacher's last run of a kind."""
         return self.root / f"{self.name}.teacher-{kind}.json"
 
     def mix_of(self, name: str) -> Path:
-        """Return a mix of another name than ``mix``; raise InputError for a name that cannot be used."""
+        """Return the path of a mix with a name of its own; raise InputError for a name that cannot be used."""
         if not re.fullmatch(r"[A-Za-z0-9_]+", name) or name in OTHER_PARQUET:
-            raise InputError(
-                f"a mix named {name!r}: choose letters, digits and '_', and none of {', '.join(OTHER_PARQUET)}"
-            )
+            others = ", ".join(OTHER_PARQUET)
+            raise InputError(f"a mix named {name!r}: choose letters, digits and '_', and none of {others}")
         return self.root / f"{self.name}-{name}.parquet"
 
     def rl_of(self, mode: Mode) -> Path:
-        """Return the RL prompts of ``mode``; those of reasoning mode have the authors' name."""
+        """Return the path of the RL prompts of a mode; that of reasoning mode is the authors'."""
         return self.rl if mode == "reasoning" else self.root / f"{self.name}-rl-{mode}.parquet"
 
     def val_of(self, mode: Mode) -> Path:
-        """Return the validation prompts of ``mode``."""
+        """Return the path of the validation prompts of a mode."""
         return self.val if mode == "reasoning" else self.root / f"{self.name}-val-{mode}.parquet"
 
     def read_items(self, *, enriched: bool = True) -> dict[str, Item]:
-        """Read and check :attr:`item`.
+        """Read and check the items; raise InputError for an item without a title.
 
         Args:
-            enriched: Take descriptions from :attr:`enriched`, where there is such a file.
-
-        Raises:
-            InputError: When a file is missing or malformed, or an item has no title.
+            enriched: Take descriptions from ``<D>.enriched.json``, where there is such a file.
         """
         raw = read_json(self.item, PREPARE)
-        if not isinstance(raw, dict) or not raw:
+        if not isinstance(raw, dict) or not raw or not all(isinstance(fields, dict) for fields in raw.values()):
             raise InputError(f"{self.item}: expected {{item: {{title, ...}}}} with at least one item; {PREPARE}")
-        items = {}
-        for item, fields in raw.items():
-            if not isinstance(fields, dict):
-                raise InputError(f"{self.item}: item {item!r}: expected an object with a title; {PREPARE}")
-            items[item] = item_of(fields)
-            if not items[item].title:
-                raise InputError(f"{self.item}: item {item!r} has no title; remove the item or give it one")
+        items = {item: item_of(fields) for item, fields in raw.items()}
+        if untitled := [item for item, fields in items.items() if not fields.title]:
+            raise InputError(f"{self.item}: item {untitled[0]!r} has no title; remove the item or give it one")
         if enriched and self.enriched.is_file():
             for item, fields in read_json(self.enriched).items():
                 if item in items and (description := item_text(fields.get("description"))):
@@ -155,24 +111,23 @@ class DataFolder:
         return items
 
     def titles(self) -> dict[str, str]:
-        """Read :attr:`item` and return the title of every item."""
+        """Read the title of every item."""
         return {item: fields.title for item, fields in self.read_items(enriched=False).items()}
 
     def read_inter(self, items: Mapping[str, Item] | None = None) -> dict[str, list[str]]:
-        """Read and check :attr:`inter`; ``items`` are those of :meth:`read_items`, read again when None.
+        """Read the interactions; raise InputError for an item that the data set does not hold.
 
-        Raises:
-            InputError: When the file is missing or malformed, or names an item that :attr:`item` does not hold.
+        Args:
+            items: Result of :meth:`read_items`, read again when None.
         """
         sequences = read_interactions(self.inter)
         if not sequences:
             raise InputError(f"{self.inter}: expected at least one user; {PREPARE}")
         known = self.read_items() if items is None else items
         for user, sequence in sequences.items():
-            unknown = next((item for item in sequence if item not in known), None)
-            if unknown is not None:
+            if unknown := [item for item in sequence if item not in known]:
                 raise InputError(
-                    f"{self.inter}: user {user!r}: item {unknown!r} is not in {self.item.name}; prepare both together"
+                    f"{self.inter}: user {user!r}: item {unknown[0]!r} is not in {self.item.name}; {PREPARE}"
                 )
         return sequences
 
@@ -182,17 +137,13 @@ class DataFolder:
 
     def read_training(self, items: Mapping[str, Item] | None = None) -> dict[str, Sequence[str]]:
         """Return the items of every user that training may see, in time order."""
-        sequences = self.read_inter(items)
-        return {user: sequences[user][: split.training] for user, split in self.read_splits(sequences).items()}
+        return training_parts(self.inter, self.read_inter(items))
 
     def read_index(self, items: Iterable[str]) -> ItemIndex:
-        """Read :attr:`index`; raise InputError when an item of ``items`` has no SID."""
+        """Read the index; raise InputError when an item of ``items`` has no SID."""
         index = ItemIndex.load(self.index)
         if missing := [item for item in items if item not in index.sids]:
-            raise InputError(
-                f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} items lack one); build the index again "
-                f"for this {self.item.name}"
-            )
+            raise InputError(f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} lack one); build it again")
         return index
 
 

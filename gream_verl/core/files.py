@@ -7,9 +7,9 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,40 +32,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: When the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    with _writing(path):
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-    temporary = Path(name)
-    try:
-        try:
-            yield temporary
-        except OSError as error:
-            if error.filename is not None and Path(error.filename) != temporary:
-                raise  # about another file
-            with _writing(path):
-                raise
-        with _writing(path):
-            temporary.chmod(0o644)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusal to write ``path`` into a sentence."""
-    try:
-        yield
+        temporary.touch()
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
     except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (temporary, *path.parents):
+            raise  # about a file that the block reads
         reason = error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({reason}); free some space or choose another folder") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def hold(file: IO[Any] | int, refusal: str) -> None:
-    """Lock an open file until it is closed; raise InputError with the message ``refusal`` when it is locked."""
+    """Lock an open file until it is closed; raise InputError(refusal) when another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -95,11 +81,7 @@ def require_file(path: str | os.PathLike[str], remedy: str) -> Path:
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> Any:
-    """Return the JSON value in ``path``.
-
-    Raises:
-        InputError: When the file is missing or is not JSON; the message names the place in the file.
-    """
+    """Return the JSON value in ``path``; an InputError for a missing file ends in ``remedy``."""
     path = require_file(path, remedy)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))

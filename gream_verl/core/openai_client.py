@@ -43,9 +43,9 @@ class Server:
     Attributes:
         endpoint: Base URL, such as ``http://127.0.0.1:8000/v1``.
         key_variable: Environment variable that holds the API key.
-        concurrency: Requests in flight at once.
+        concurrency: Requests in flight.
         timeout: Seconds per attempt.
-        attempts: Attempts per request; the client waits longer after each, and as long as Retry-After asks.
+        attempts: Attempts per request, with longer and longer waits or those of Retry-After.
     """
 
     endpoint: str
@@ -56,19 +56,20 @@ class Server:
 
     def client(self) -> openai.AsyncOpenAI:
         """Return a client that retries rate limits, server errors, timeouts and lost connections by itself."""
+        key, retries = os.environ.get(self.key_variable, "").strip() or "none", self.attempts - 1
         if not re.fullmatch(r"https?://(\[[\da-f:]+\]|[^\s/:]+)(:\d+)?(/\S*)?", self.endpoint):
             raise InputError(f"--endpoint {self.endpoint!r}: expected a URL such as http://127.0.0.1:8000/v1")
-        key = os.environ.get(self.key_variable, "").strip() or "none"
         if not (key.isascii() and key.isprintable()):
             raise InputError(f"the API key in {self.key_variable} holds a character that no key has; set it again")
-        return openai.AsyncOpenAI(
-            base_url=self.endpoint, api_key=key, timeout=self.timeout, max_retries=self.attempts - 1
-        )
+        return openai.AsyncOpenAI(base_url=self.endpoint, api_key=key, timeout=self.timeout, max_retries=retries)
 
     async def ask(self, create: Callable[..., Awaitable[Any]], form: type[Body], request: dict[str, Any]) -> Body:
-        """Return the reply to a request, which is sent again while the body of the reply is not of this form.
+        """Return the reply to a request, which is sent again while the reply is not of this form.
 
-        ``create`` is a method of the client, such as ``client.chat.completions.with_raw_response.create``.
+        Args:
+            create: A method of the client, such as ``client.chat.completions.with_raw_response.create``.
+            form: The model of the reply.
+            request: Arguments of ``create``.
         """
         for attempt in range(self.attempts):
             try:

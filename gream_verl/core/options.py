@@ -21,20 +21,15 @@ UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def checked_options(model: type[Options], node: str, given: Mapping[str, Any] | None) -> Options:
-    """Return the options that a node of the configuration holds: ``given``, whose full name is ``node``.
-
-    Raises:
-        InputError: When a key is missing, unknown or has a wrong value; the message names it.
-    """
+    """Return the options in ``given``; an InputError for a wrong key begins with ``node``, its place."""
     try:
         return TypeAdapter(model).validate_python(_plain(given or {}))
     except ValidationError as error:
         # A key that is unknown is often the reason why another one is missing.
         first = min(error.errors(), key=lambda one: one["type"] not in UNKNOWN_KEY)
-        known = _known_keys(model, first["loc"][:-1])
-        raise InputError(
-            f"{'.'.join([node, *map(str, first['loc'])])}: {first['msg']}; known keys are {', '.join(known)}"
-        ) from None
+        key = ".".join([node, *map(str, first["loc"])])
+        known = ", ".join(_known_keys(model, first["loc"][:-1]))
+        raise InputError(f"{key}: {first['msg']}; known keys are {known}") from None
 
 
 def file_options(model: type[Options], file: Path | None, line: Mapping[str, Any], command: str) -> Options:
@@ -45,9 +40,6 @@ def file_options(model: type[Options], file: Path | None, line: Mapping[str, Any
         file: YAML file with any of them, or None.
         line: Options of the command line, which win; None leaves that of the file.
         command: The command, for messages.
-
-    Raises:
-        InputError: When the file is missing or malformed, or an option is missing, unknown or wrong.
     """
     try:
         kept = yaml.safe_load(require_file(file, "write it, or leave out -c").read_text("utf-8")) if file else {}

@@ -12,10 +12,7 @@ from gream_verl.core.semantic_ids import SID_TOKEN
 FIRST_REASONING_TARGET = 4
 """Position (from 0) of a user's first interaction with enough before it to reason about: the 5th."""
 
-NO_TARGET = (
-    f"no user has {FIRST_REASONING_TARGET + 1} interactions for training, as an RL row needs; bring longer histories"
-)
-"""Message for a data set without training targets."""
+NO_TARGET = f"no user has {FIRST_REASONING_TARGET + 1} interactions for training; bring longer histories"
 
 SYSTEM: Mapping[Mode, str] = {
     "direct": "",
@@ -80,11 +77,7 @@ class TrainingTargets:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the number of the user and the position in the user's sequence of each target, int64 [targets].
-
-        Args:
-            numbers: From 0 to ``len(self) - 1``, shape [targets].
-        """
+        """Return the number of the user, and the position in the user's sequence, of targets; int64 [targets]."""
         users = np.searchsorted(self._ends, numbers, side="right")
         return users, FIRST_REASONING_TARGET + numbers - self._starts[users]
 

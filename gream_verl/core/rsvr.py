@@ -1,8 +1,9 @@
 """RSVR, the residual-sensitive verifiable reward (arXiv 2510.20815), as pure functions.
 
-The truth has H base levels; i leading tokens of the answer agree with it. The match is 1 for the whole SID, 0.95 when
-the base path is right but the collision token is not, else sqrt(i / H). The reward is the match times a format gate of
-0 or 1.
+1. The match. The truth has H base levels; i leading tokens of the answer agree with it. The match is 1 for the whole
+   SID, 0.95 when the base path is right but the collision token is not, else sqrt(i / H).
+2. The format gate, 0 or 1.
+3. The reward is the match times the gate.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Reward:
 
     Attributes:
         score: The reward.
-        acc: 1 when the response passes the gate with exactly the true SID, else 0.
-        format: 1 when the response has the form of its mode, else 0.
+        acc: 1 for exactly the true SID in a response that passes the gate, else 0.
+        format: 1 for a response in the form of its mode, else 0.
         match: The match before the gate.
         depth: Leading tokens of the answer that agree with the truth.
-        valid_item: 1 when the answer is an item of the index, else 0. Without an index, 1 for every well-formed answer.
+        valid_item: 1 for an item of the index, else 0.
     """
 
     score: float
@@ -51,13 +52,10 @@ class Reward:
 def strict_answer(response: str, mode: Mode) -> SemanticId | None:
     """Return the answer of a response that has exactly the form of its mode, else None.
 
-    Reasoning: one ``<think>...</think>`` block, free text without tags, one ``<answer>SID</answer>``, the end. Direct:
-    one SID and nothing else.
+    Reasoning is ``<think>...</think>``, text without tags, ``<answer>SID</answer>``; direct is one SID.
 
     >>> strict_answer("<think>likes horror</think>hence<answer><|a_1|><|b_2|></answer>", "reasoning")
     ('<|a_1|>', '<|b_2|>')
-    >>> strict_answer("<think><answer><|a_1|><|b_2|></answer></think>", "reasoning") is None
-    True
     """
     if mode == "direct":
         return parse_sid(response)
@@ -84,12 +82,7 @@ def matching_depth(answer: SemanticId, truth: SemanticId) -> int:
 
 
 def match_score(answer: SemanticId, truth: SemanticId, base_levels: int) -> float:
-    """Return the agreement of ``answer`` with ``truth``, 0 to 1.
-
-    Args:
-        answer: The SID answered; empty when there is none.
-        truth: The SID of the target.
-        base_levels: Levels that every SID has, H; ``truth`` may have one collision token more.
+    """Return the match of ``answer``, empty for none, with ``truth``, whose base levels are H, 0 to 1.
 
     >>> match_score(("<|a_1|>", "<|b_2|>"), ("<|a_1|>", "<|b_3|>"), 2)
     0.7071067811865476
@@ -115,20 +108,21 @@ def score_response(
     Args:
         response: The decoded response without its end-of-sequence token.
         truth: The SID of the target.
-        mode: The form that the prompt asked for.
+        mode: The mode of the prompt.
         format: ``strict`` gates on the whole form; ``reference`` pays any answer that the authors' search finds.
         base_levels: Levels that every SID has; by default those of ``index``, and all tokens of ``truth`` without one.
-        index: The items.
-        require_valid_item: Whether an answer that is no item of ``index`` fails the gate.
+        index: The items; without them every well-formed answer is a valid item.
+        require_valid_item: An answer that is no item of ``index`` fails the gate.
 
     >>> score_response("<|a_1|><|b_9|>", ("<|a_1|>", "<|b_2|>"), mode="direct").score
     0.7071067811865476
     """
+    # 1. Read the answer. One that fails the gate still has a match, so that group filtering sees how close it came.
     levels = min(base_levels or (index.base_levels if index else len(truth)), len(truth))
     found = reference_answer(response, mode)
     well_formed = strict_answer(response, mode) if format == "strict" else found
-    # A response that fails the gate still has a match, so that group filtering sees how close it came.
     answer = well_formed or found or ()
+    # 2. The gate, and the parts of the reward.
     valid_item = bool(answer) and (index is None or answer in index.items)
     gate = well_formed is not None and (valid_item or not require_valid_item)
     match = match_score(answer, truth, levels)

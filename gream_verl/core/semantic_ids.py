@@ -85,11 +85,8 @@ class ItemIndex:
     """The SID of every item.
 
     Attributes:
-        sids: Item id to its SID. Items keep the order of the file.
+        sids: Item id to its SID, in the order of the file; well formed, and none a prefix of another.
         source: The file of the index, for messages.
-
-    Raises:
-        InputError: When SIDs are malformed, shared, or prefixes of one another.
     """
 
     sids: Mapping[str, SemanticId]
@@ -120,11 +117,7 @@ class ItemIndex:
         return len(self.sids)
 
     def text(self, item: str) -> str:
-        """Return the SID of ``item`` as text.
-
-        Raises:
-            InputError: When the item is not in the index.
-        """
+        """Return the SID of ``item`` as text."""
         try:
             return "".join(self.sids[item])
         except KeyError:
@@ -163,11 +156,10 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
     """Check that SIDs are well formed, no two alike and none a prefix of another."""
     codes = _codes(sids)
     if codes is None:
-        item, sid = next((item, sid) for item, sid in sids.items() if not _is_well_formed(sid))
+        item, sid = next((item, sid) for item, sid in sids.items() if parse_sid("".join(map(str, sid))) != tuple(sid))
         raise InputError(
-            f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one "
-            "token per level, in order, such as ['<|a_1|>', '<|b_7|>']; tokens such as <a_0> are read by "
-            "`gream index import`"
+            f"{source}: item {reprlib.repr(item)} has a malformed SID {reprlib.repr(list(sid))}; expected one token "
+            "per level, such as ['<|a_1|>', '<|b_7|>']; read other tokens with `gream index import`"
         )
     # In lexicographic order, equal SIDs are neighbours, and a SID comes right after its prefix.
     order = np.lexsort(codes.T[::-1])
@@ -178,7 +170,7 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
         count = int((np.append(shared, False) | np.insert(shared, 0, False)).sum())
         raise InputError(
             f"{source}: items {one!r} and {other!r} share the SID {''.join(sids[one])} ({count:,} items share theirs); "
-            "resolve collisions with one more token each, as `gream index import --resolve` does"
+            "give each one more token with `gream index import --resolve`"
         )
     lengths = (codes > 0).sum(axis=1)
     base_levels = lengths.min()
@@ -195,35 +187,32 @@ def _validate(sids: Mapping[str, SemanticId], source: str) -> None:
 
 
 def _codes(sids: Mapping[str, SemanticId]) -> np.ndarray | None:
-    """Return the codes of all SIDs, int32 [items, levels], 0 after the end; None when a SID is malformed.
-
-    Each distinct token is parsed once: millions of SIDs hold some thousand tokens.
-    """
+    """Return the codes of all SIDs, int32 [items, levels], 0 after the end; None when a SID is malformed."""
+    # 1. All tokens in one list.
     tokens = list(chain.from_iterable(sids.values()))
     lengths = np.fromiter(map(len, sids.values()), np.int64, len(sids))
     if not lengths.all() or not all(issubclass(kind, str) for kind in set(map(type, tokens))):
         return None
+    # 2. Each distinct token is parsed once: millions of SIDs hold some thousand tokens.
     number = {token: position for position, token in enumerate(dict.fromkeys(tokens))}
     parsed = list(map(parse_token, number))
     if None in parsed:
         return None
     table = np.array(parsed, np.int32)
     level, code = table[np.fromiter(map(number.__getitem__, tokens), np.int64, len(tokens))].T
+    # 3. The level of a token must be its position in its SID.
     position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     if (level != position).any():
         return None
+    # 4. One row per SID.
     codes = np.zeros((len(sids), lengths.max()), np.int32)
     codes[np.repeat(np.arange(len(sids)), lengths), position] = code
     return codes
 
 
-def _is_well_formed(sid: Sequence[object]) -> bool:
-    return all(isinstance(token, str) for token in sid) and parse_sid("".join(map(str, sid))) == tuple(sid)
-
-
 def _first_pair(sids: Mapping[str, SemanticId], order: np.ndarray, pairs: np.ndarray) -> tuple[str, str]:
     """Return the items of a pair of neighbours in ``order``: the pair whose second item comes first in the file."""
     found = np.flatnonzero(pairs)
-    place = found[np.argmin(order[found + 1])]
+    first = found[np.argmin(order[found + 1])]
     items = list(sids)
-    return items[order[place]], items[order[place + 1]]
+    return items[order[first]], items[order[first + 1]]

@@ -50,14 +50,9 @@ def leave_one_out(length: int) -> UserSplit:
 
 
 def by_time(times: Sequence[int], validation_from: int, test_from: int) -> UserSplit:
-    """Return the split of a user by two moments.
+    """Return the split of a user with interactions at these rising times.
 
-    An interaction is held out from its moment on. One without an earlier interaction cannot be predicted.
-
-    Args:
-        times: Times of the user's interactions, rising.
-        validation_from: First moment of validation.
-        test_from: First moment of the test, not earlier.
+    Validation and test begin at the two moments. An interaction without an earlier one cannot be predicted.
 
     >>> by_time([1, 2, 5, 6, 9], 5, 8)
     UserSplit(training=2, validation=2, test=4)
@@ -70,10 +65,7 @@ def by_time(times: Sequence[int], validation_from: int, test_from: int) -> UserS
 def read_interactions(path: str | os.PathLike[str], remedy: str = REMEDY) -> dict[str, list[str]]:
     """Read ``<D>.inter.json``: the items of every user, in time order.
 
-    Ids of items that are written as numbers, as in LC-Rec, become text.
-
-    Raises:
-        InputError: When the file is missing or malformed; the message ends in ``remedy``.
+    Ids of items that are written as numbers, as in LC-Rec, become text. An InputError ends in ``remedy``.
     """
     raw = read_json(path, remedy)
     if not isinstance(raw, dict):
@@ -90,9 +82,6 @@ def read_splits(interactions: str | os.PathLike[str], sequences: Mapping[str, Se
     Args:
         interactions: ``<D>.inter.json``.
         sequences: Its content.
-
-    Raises:
-        InputError: When the split is malformed, or of other interactions.
     """
     path = Path(str(interactions).removesuffix(INTERACTIONS) + SPLIT)
     if not path.is_file():

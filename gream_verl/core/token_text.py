@@ -17,16 +17,10 @@ MASKED_BAR = "\N{BROKEN BAR}"
 
 
 class TokenText:
-    """A table with the text of every token id: reading a response is one look-up per token.
+    """A table with the text of every token id of a fast tokenizer: reading a response is one look-up per token.
 
     The bars of every token that is no SID token are masked, so that a response that spells a SID letter by letter
     contains none. Ids without a token (rows of a padded vocabulary) read as U+FFFD.
-
-    Args:
-        tokenizer: A fast tokenizer that knows the SID tokens.
-
-    Raises:
-        InputError: When the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,29 +39,25 @@ class TokenText:
             last = len(self.pieces) - 1  # the entry of unknown ids
             return "".join(self.pieces[min(number, last)] for number in ids)
 
-    def ground_truth(self, reward_model: Mapping[str, Any] | None, place: str) -> SemanticId:
-        """Return the SID of the target in a row's column ``reward_model``; ``place`` begins an error."""
+    def ground_truth(self, reward_model: Mapping[str, Any] | None, row_label: str) -> SemanticId:
+        """Return the SID of the target in a row's column ``reward_model``; ``row_label`` begins an error."""
         text = (reward_model or {}).get("ground_truth")
         truth = parse_sid(text) if isinstance(text, str) else None
         if truth is None:
             raise InputError(
-                f"{place}: reward_model.ground_truth is {text!r}; expected a SID such as '<|a_1|><|b_7|>'; "
-                "make the file with `gream data rl`"
+                f"{row_label}: reward_model.ground_truth is {text!r}, no SID; make the file with `gream data rl`"
             )
-        self.check(truth, place)
+        self.check(truth, row_label)
         return truth
 
-    def check(self, sid_tokens: Iterable[str], place: str) -> None:
-        """Refuse what is not one token of the tokenizer; ``place`` begins the error."""
+    def check(self, sid_tokens: Iterable[str], label: str) -> None:
+        """Refuse what is not one token of the tokenizer; ``label`` begins the error."""
         for token in sid_tokens:
             if token in self._checked:
                 continue
             ids = self._tokenizer.encode(token, add_special_tokens=False)
             if len(ids) != 1 or self.read(ids) != token:
-                raise InputError(
-                    f"{place}: {token} is not one token of the tokenizer; "
-                    "extend the model with `gream model extend` and train that one"
-                )
+                raise InputError(f"{label}: {token} is not one token of the tokenizer; run `gream model extend`")
             self._checked.add(token)
 
 
@@ -75,9 +65,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the text of every id, and U+FFFD as a last entry for unknown ids."""
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     if decoder is None:
-        raise InputError(
-            f"{tokenizer.name_or_path}: not a fast tokenizer; save it with tokenizer.json, and load that one"
-        )
+        raise InputError(f"{tokenizer.name_or_path}: not a fast tokenizer; use one with a tokenizer.json")
     tokens = tokenizer.get_vocab()
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     # After an anchor, because some decoders drop the space at the beginning of a text.

@@ -1,6 +1,6 @@
 """The parts that verl 0.9.1 and vLLM need on a machine without an accelerator; inert everywhere else.
 
-One file per concern; each names the file and line of verl or vLLM that it works around. None of it is specific to
+One file per concern, with the file and line of verl or vLLM that it works around. None of it is specific to
 recommendation: it is a candidate for upstreaming.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def is_active() -> bool:
-    """Return whether torch was built without any accelerator.
+    """Return True when torch was built without any accelerator.
 
     The build decides, not the hardware: the head node of a GPU cluster may have no GPU and must be left alone.
     """
@@ -18,10 +18,7 @@ def is_active() -> bool:
 
 
 def activate() -> None:
-    """Prepare this process, and those it starts, for training on a CPU; do nothing with an accelerator.
-
-    The verl plugin calls it at ``import verl``, in every process.
-    """
+    """Prepare this process, and those it starts, for training on a CPU; called at ``import verl`` in every process."""
     if not is_active():
         return
     from gream_verl.core import cpu_environment

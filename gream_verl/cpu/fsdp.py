@@ -6,9 +6,7 @@ The reference model is built with ``CPUOffloadPolicy(pin_memory=True)``
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
-from typing import Any
 
 from gream_verl.core.import_hooks import when_imported
 
@@ -19,10 +17,5 @@ def register() -> None:
 
 
 def _patch(transformer_impl: ModuleType) -> None:
-    transformer_impl.CPUOffloadPolicy = partial(  # type: ignore[attr-defined]
-        _unpinned, transformer_impl.CPUOffloadPolicy
-    )
-
-
-def _unpinned(policy: type, pin_memory: bool = False) -> Any:
-    return policy(pin_memory=False)
+    policy = transformer_impl.CPUOffloadPolicy
+    transformer_impl.CPUOffloadPolicy = lambda pin_memory=True: policy(pin_memory=False)  # type: ignore[attr-defined]

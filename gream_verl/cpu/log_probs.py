@@ -24,14 +24,11 @@ def _patch(torch_functional: ModuleType) -> None:
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probability of each label.
+    """Return the log-probability of each label, shape [...].
 
     Args:
         logits: Shape [..., vocabulary].
         labels: Token ids, shape [...].
-
-    Returns:
-        Log-probabilities, shape [...].
     """
     flat = functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="none")
     return -flat.reshape(labels.shape)

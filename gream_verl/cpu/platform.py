@@ -1,7 +1,4 @@
-"""The platform ``cpu``, which verl lacks (verl/plugin/platform/platform_manager.py:83).
-
-Import verl before this module.
-"""
+"""The platform ``cpu``, which verl lacks (verl/plugin/platform/platform_manager.py:83). Import verl before it."""
 
 from __future__ import annotations
 
@@ -31,11 +28,6 @@ def _resident_bytes(*_: Any) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _free_and_total_bytes(*_: Any) -> tuple[int, int]:
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
-
-
 def _nothing(*_: Any, **__: Any) -> None:
     pass
 
@@ -51,14 +43,9 @@ def _make_device_module() -> ModuleType:
     namespace.update({name: value for name, value in vars(torch.cpu).items() if not name.startswith("__")})
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         namespace[name] = _resident_bytes
-    for name in (
-        "empty_cache",
-        "ipc_collect",
-        "reset_accumulated_memory_stats",
-        "reset_peak_memory_stats",
-        "set_device",
-        "set_per_process_memory_fraction",
-    ):
+    for name in ("empty_cache", "ipc_collect", "set_device", "set_per_process_memory_fraction"):
+        namespace[name] = _nothing
+    for name in ("reset_accumulated_memory_stats", "reset_peak_memory_stats"):
         namespace[name] = _nothing
     namespace.update(
         current_device=lambda: torch.device("cpu"),
@@ -68,7 +55,7 @@ def _make_device_module() -> ModuleType:
         is_available=lambda: True,
         manual_seed=torch.manual_seed,
         manual_seed_all=torch.manual_seed,
-        mem_get_info=_free_and_total_bytes,
+        mem_get_info=lambda *_: (psutil.virtual_memory().available, psutil.virtual_memory().total),
         set_rng_state=lambda state, *_: torch.set_rng_state(state),
     )
     sys.modules[module.__name__] = module
@@ -83,11 +70,11 @@ class PlatformCPU(PlatformBase):
     device_module = _make_device_module()
 
     def is_available(self) -> bool:
-        """Return True: there is always a CPU."""
+        """Return True."""
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Return whether verl may choose this platform by itself."""
+        """Return True where verl may choose this platform by itself."""
         return is_active()
 
     def current_device(self) -> torch.device:
@@ -99,16 +86,14 @@ class PlatformCPU(PlatformBase):
         return 1
 
     def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
-        """Return that there is no compute capability."""
+        """Return no compute capability."""
         return None, None
 
     def manual_seed(self, seed: int) -> None:
         """Seed torch."""
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        """Seed torch."""
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
     def communication_backend_name(self) -> str:
         """Return the backend of ``torch.distributed``."""

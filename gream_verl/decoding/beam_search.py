@@ -25,17 +25,11 @@ if TYPE_CHECKING:
 
 Score = Literal["vocabulary", "items"]
 NOTHING = float("-inf")
-ROWS_AT_ONCE = 256
-"""Rows of logits that are copied to float32 at a time."""
+ROWS_AT_ONCE = 256  # rows of logits that are copied to float32 at a time
 
 
 class Prefix:
-    """The beginning that all prompts share, computed once.
-
-    Args:
-        model: A causal language model in evaluation mode.
-        tokens: Its token ids; may be empty.
-    """
+    """The beginning that all prompts share, computed once; ``tokens`` are its token ids, perhaps none."""
 
     @torch.inference_mode()
     def __init__(self, model: PreTrainedModel, tokens: Sequence[int] = ()) -> None:
@@ -55,25 +49,17 @@ class Prefix:
         return cache
 
 
-_Found = tuple[Tensor, Tensor]
-"""Complete SIDs of a batch of users, best first: rows of the index and scores, both [users, beams]."""
+_Found = tuple[Tensor, Tensor]  # rows of the index and scores of complete SIDs, best first, both [users, beams]
 
 
 @dataclass
 class _Beams:
-    """Unfinished SIDs of a batch of users.
+    """Unfinished SIDs of a batch of users, all [users, beams]."""
 
-    Attributes:
-        nodes: int64 [users, beams]; the node of the tree that each beam has reached.
-        scores: float32 [users, beams]; its log-probability, best first, -inf when the beam is dead.
-        tokens: int64 [users, beams]; its last token.
-        parents: int64 [users, beams]; the beam of the previous step that it continues.
-    """
-
-    nodes: Tensor
-    scores: Tensor
-    tokens: Tensor
-    parents: Tensor
+    nodes: Tensor  # int64: the node of the tree that each beam has reached
+    scores: Tensor  # float32: its log-probability, best first, -inf when the beam is dead
+    tokens: Tensor  # int64: its last token
+    parents: Tensor  # int64: the beam of the previous step that it continues
 
 
 @torch.inference_mode()
@@ -116,9 +102,6 @@ def beam_search(
     Returns:
         ``items`` int64 [users, beams], rows of the index from best to worst, -1 where fewer were found, and ``scores``
         float32 [users, beams], -inf there.
-
-    Raises:
-        InputError: When a logit is not a number.
     """
     users, device = len(input_ids), input_ids.device
     prefix = prefix or Prefix(model)
@@ -238,11 +221,7 @@ def _close(tree: PrefixTree, depth: int, nodes: Tensor, scores: Tensor, closed: 
 
 
 def check_output_layer(model: PreTrainedModel, tree: PrefixTree) -> None:
-    """Check that the model's logits are those of its output layer alone, which the score ``items`` relies on.
-
-    Raises:
-        InputError: When the model changes its logits afterwards, such as by a cap or a factor.
-    """
+    """Refuse a model that changes the logits of its output layer, such as by a cap; the score ``items`` needs them."""
     token = tree.tokens[:1, None]
     with torch.inference_mode():
         ours, whole = (_Head(model, tree, score)(input_ids=token) for score in ("items", "vocabulary"))

@@ -22,11 +22,7 @@ ROOT = 0
 
 
 def sid_ids(index: ItemIndex, tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> dict[str, int]:
-    """Return the token id of every SID token of an index; ``model`` names the tokenizer in errors.
-
-    Raises:
-        InputError: When a SID token is not one token of the tokenizer.
-    """
+    """Return the token id of every SID token of an index; ``model`` names the tokenizer in errors."""
     TokenText(tokenizer).check(index.tokens, model)
     return dict(zip(index.tokens, tokenizer.convert_tokens_to_ids(index.tokens), strict=True))
 
@@ -47,25 +43,16 @@ class PrefixTree:
 
     Nodes are numbered level by level and, inside a level, in the order of their parents; node 0 is the root. Edge ``e``
     therefore always ends in node ``e + 1``, and the children of a node are a slice (arXiv 2602.22647 stores a dense
-    table for the first levels instead).
-
-    Attributes:
-        firsts: int64 [depth + 2]; the first node at every depth, and the number of nodes.
-        offsets: int64 [nodes + 1]; the edges of node ``n`` are ``offsets[n]`` up to ``offsets[n + 1]``.
-        tokens: int64 [edges]; the token id on each edge, ascending within a node.
-        rows: int64 [nodes]; the row in the index of the item that ends in this node, -1 for inner nodes.
-        parents: int64 [nodes]; the node above, -1 for the root.
-        leaves: int64 [items]; the node in which the item of each row ends.
-        leaf_counts: int64 [nodes]; the number of items below (a leaf counts itself).
+    table for the first levels instead). All tensors are int64.
     """
 
-    firsts: Tensor
-    offsets: Tensor
-    tokens: Tensor
-    rows: Tensor
-    parents: Tensor
-    leaves: Tensor
-    leaf_counts: Tensor
+    firsts: Tensor  # [depth + 2]; the first node at every depth, and the number of nodes
+    offsets: Tensor  # [nodes + 1]; the edges of node n are offsets[n] up to offsets[n + 1]
+    tokens: Tensor  # [edges]; the token id on each edge, ascending within a node
+    rows: Tensor  # [nodes]; the row in the index of the item that ends in this node, -1 for inner nodes
+    parents: Tensor  # [nodes]; the node above, -1 for the root
+    leaves: Tensor  # [items]; the node in which the item of each row ends
+    leaf_counts: Tensor  # [nodes]; the number of items below (a leaf counts itself)
 
     @classmethod
     def from_index(cls, index: ItemIndex, token_ids: Mapping[str, int]) -> PrefixTree:
@@ -78,13 +65,10 @@ class PrefixTree:
 
     @classmethod
     def from_paths(cls, paths: np.ndarray) -> PrefixTree:
-        """Build the tree of integer paths.
+        """Build the tree of integer paths, none a prefix of another.
 
         Args:
             paths: int64 [items, depth]; the token ids of each item from the root, -1 after its end.
-
-        Raises:
-            ValueError: When two paths are equal or one is a prefix of another.
         """
         # 1. Sort the paths, and find the first level at which each leaves the one before it.
         order = np.lexsort(paths.T[::-1])

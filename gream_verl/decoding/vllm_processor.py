@@ -32,15 +32,13 @@ OPTIONS = "additional_config.gream"
 class ConstraintOptions(BaseModel):
     """Options under ``additional_config.gream``.
 
-    Attributes:
-        index_file: ``<D>.index.json``, the items that may be answered.
-        mode: ``reasoning``: after ``<answer>`` a real item, then ``</answer>``, then the end. ``direct``: a real item
-            and the end. ``off``: only requests that ask for it are constrained.
+    ``reasoning`` allows after ``<answer>`` a real item, ``</answer>`` and the end, ``direct`` a real item and the end.
+    With ``off`` only requests that ask for it are constrained.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    index_file: str
+    index_file: str  # <D>.index.json, the items that may be answered
     mode: Constraint = "reasoning"
 
 
@@ -93,21 +91,14 @@ class ConstrainedAnswer(LogitsProcessor):
 
 
 class Slots:
-    """The state of the request in each slot of the batch.
-
-    Attributes:
-        outputs: The tokens sampled so far, for each slot with a constrained request: vLLM's own, growing lists.
-        states: int64 [slots]; ``off`` in a slot without a constrained request.
-        seen: int64 [slots]; the number of tokens that the state has followed.
-        direct: bool [slots]; True for a request in direct mode.
-    """
+    """The state of the request in each slot of the batch."""
 
     def __init__(self, automaton: AnswerAutomaton, size: int) -> None:
         self.automaton = automaton
-        self.outputs: dict[int, list[int]] = {}
-        self.states = np.full(size, automaton.off, dtype=np.int64)
-        self.seen = np.zeros(size, dtype=np.int64)
-        self.direct = np.zeros(size, dtype=bool)
+        self.outputs: dict[int, list[int]] = {}  # tokens of each constrained request: vLLM's own, growing lists
+        self.states = np.full(size, automaton.off, dtype=np.int64)  # `off` without a constrained request
+        self.seen = np.zeros(size, dtype=np.int64)  # number of tokens that the state has followed
+        self.direct = np.zeros(size, dtype=bool)  # True for a request in direct mode
 
     def clear(self, slot: int) -> None:
         """Forget the request in a slot."""

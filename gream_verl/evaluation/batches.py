@@ -15,8 +15,7 @@ Extra = TypeVar("Extra")
 Batch = Sequence[tuple[Sequence[int], Extra]]
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
-SIGNS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-"""Words in the errors of an accelerator, and of the machine, when memory runs out."""
+SIGNS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # in the errors of an accelerator and the machine
 
 
 def pad_left(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -37,33 +36,21 @@ class HalvedBatches(Generic[Extra, Result]):
         self.work, self.size, self.kept = work, size, kept
 
     def __call__(self, items: Batch[Extra]) -> list[Result]:
-        """Return the result of every item, in their order.
-
-        Raises:
-            InputError: When a single item does not fit into memory.
-        """
+        """Return the result of every item, in their order; refuse one that does not fit into memory alone."""
         # The longest first: memory runs out in the first batch or never.
-        order = sorted(range(len(items)), key=lambda place: -len(items[place][0]))
+        order = sorted(range(len(items)), key=lambda row: -len(items[row][0]))
         results: dict[int, Result] = {}
         while len(results) < len(items):
-            places = order[len(results) : len(results) + self.size]
-            done = self._attempt([items[place] for place in places])
-            if done is None:  # the error, which holds the memory, is gone only outside the except block
-                torch.cuda.empty_cache()
-            else:
-                results.update(zip(places, done, strict=True))
-        return [results[place] for place in range(len(items))]
-
-    def _attempt(self, batch: Batch[Extra]) -> Sequence[Result] | None:
-        try:
-            return self.work(batch)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS):
-                raise
-            if len(batch) == 1:
-                raise InputError(
-                    f"no memory for a batch of one with {self.kept}; use fewer or a larger machine"
-                ) from error
-            self.size = len(batch) // 2
-            logger.warning("out of memory: batches of %d from now on, %s as before", self.size, self.kept)
-            return None
+            rows = order[len(results) : len(results) + self.size]
+            try:
+                results.update(zip(rows, self.work([items[row] for row in rows]), strict=True))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in SIGNS):
+                    raise
+                if len(rows) == 1:
+                    raise InputError(f"no memory for one sequence with {self.kept}; use fewer") from error
+                self.size = len(rows) // 2
+                logger.warning("out of memory: batches of %d from now on, %s as before", self.size, self.kept)
+            torch.cuda.empty_cache()  # here, because the error, which holds the memory, is gone
+        return [results[row] for row in range(len(items))]

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gream_verl.core.semantic_ids import SemanticId
 from gream_verl.core.token_text import TokenText
 from gream_verl.evaluation.options import Merge
-from gream_verl.evaluation.sampling import Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,13 +54,6 @@ def tokens_up_to_answer(
     ended = len(response) > 0 and response[-1] == tokenizer.eos_token_id
     added = up_to_answer(text)[0].removeprefix(text)
     return [*response[: len(response) - ended], *tokenizer.encode(added, add_special_tokens=False)], False
-
-
-def answer_score(response: Response, reader: TokenText, sid: SemanticId) -> float:
-    """Return the log-probability of the SID tokens of a well-formed response's answer, given the chain before them."""
-    levels = set(sid)  # only </answer> follows the answer, so its tokens are the last of these
-    places = [place for place, token in enumerate(response.tokens) if reader.read([token]) in levels]
-    return float(sum(response.logprobs[place] for place in places[-len(sid) :]))
 
 
 def merge_rankings(rankings: Sequence[Mapping[str, float]], k: int, merge: Merge = "mean") -> dict[str, float]:

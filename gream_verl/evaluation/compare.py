@@ -24,19 +24,15 @@ LEGEND = (
 )
 TESTS = " Third line: difference from {}. Fourth: p of a two-sided sign-flip test over users, not corrected for others."
 
-Differences = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Name of a result to metric to ``metrics.paired_difference``."""
+Differences = Mapping[str, Mapping[str, Mapping[str, float]]]  # result to metric to paired_difference
 
 
 def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
     """Read the results to compare, by label, baselines first.
 
-    Args:
-        arguments: Runs (their ``evaluation``), folders of results, or single files, each as PATH or ``NAME=PATH``.
-
-    Returns:
-        Label to evaluation. A label is NAME of a file, else ``<run or NAME>/<file>``, and ``<file>`` alone for a
-        single argument and for a baseline. A baseline that several runs have, with the same lists, appears once.
+    The arguments are runs (their ``evaluation``), folders of results, or single files, each as PATH or ``NAME=PATH``. A
+    label is NAME of a file, else ``<run or NAME>/<file>``, and ``<file>`` alone for a single argument and for a
+    baseline. A baseline that several runs have, with the same lists, appears once.
     """
     results: dict[str, Evaluation] = {}
     for argument in arguments:
@@ -63,7 +59,7 @@ def read_results(arguments: Sequence[str]) -> dict[str, Evaluation]:
 
 
 def paired_differences(results: Mapping[str, Evaluation], baseline: Evaluation, *, seed: int = 0) -> Differences:
-    """Return the ``paired_difference`` from a baseline of every main metric, of all other comparable results."""
+    """Return the ``paired_difference`` of every comparable result from a baseline, for every main metric."""
     row_of = {row["user"]: number for number, row in enumerate(baseline.rows)}
     found = {}
     for name, evaluation in results.items():
@@ -80,12 +76,9 @@ def paired_differences(results: Mapping[str, Evaluation], baseline: Evaluation, 
 
 
 def results_table(results: Mapping[str, Evaluation], differences: Differences | None = None, other: str = "") -> Group:
-    """Return results as a table of at most 80 columns, with the meaning of its columns below.
+    """Return results by name as a table of at most 80 columns, with the meaning of its columns below.
 
-    Args:
-        results: Name to evaluation.
-        differences: Of some of the results, from ``other``; they go into the cells with their p-values.
-        other: Text for the recommender to which the differences are.
+    The cells hold the ``differences`` of results from the one named ``other``.
     """
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
     table.add_column("", overflow="fold")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,10 @@ from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.ranking import ItemRanker, Users, encode, shared_prefix
+from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
-
-SCORES = {
-    "vocabulary": "sum of log-probabilities over the whole vocabulary, no length penalty",
-    "items": "sum of log-probabilities over the tokens that lead to items, no length penalty",
-}
 
 
 class _Worker:
@@ -37,31 +32,26 @@ class _Worker:
         self.ranker = ItemRanker(model, load_tokenizer(folder), index, options, prefix)
 
     def __call__(self, users: Users) -> list[dict[str, Any]]:
+        """Return the rows of some users."""
+        sids, levels = self.index.sids, self.index.base_levels
         rankings = self.ranker.rank([(ids, prompt.history if self.drop_history else ()) for prompt, ids in users])
-        return [self._row(prompt, ranking) for (prompt, _), ranking in zip(users, rankings, strict=True)]
-
-    def _row(self, prompt: Prompt, ranking: Mapping[str, float]) -> dict[str, Any]:
-        sids, truth = self.index.sids, self.index.sids[prompt.target]
-        return {
-            "user": prompt.user,
-            "target": prompt.target,
-            "history_length": len(prompt.history),
-            "recommended": list(ranking),
-            "scores": [round(score, 5) for score in ranking.values()],
-            "rsvr": match_score(sids[next(iter(ranking))], truth, self.index.base_levels) if ranking else 0.0,
-        }
+        return [
+            {
+                "user": prompt.user,
+                "target": prompt.target,
+                "history_length": len(prompt.history),
+                "recommended": list(ranking),
+                "scores": [round(score, 5) for score in ranking.values()],
+                "rsvr": match_score(sids[next(iter(ranking))], sids[prompt.target], levels) if ranking else 0.0,
+            }
+            for (prompt, _), ranking in zip(users, rankings, strict=True)
+        ]
 
 
 def evaluate_direct(
     model_folder: Path, prompts: Sequence[Prompt], index: ItemIndex, options: EvaluationOptions
 ) -> Evaluation:
-    """Rank all items for every test user by the log-probability of their SIDs.
-
-    Metrics are Recall, NDCG, Precision and MRR at 1, 5 and 10, and ``rsvr``, the mean RSVR of the first item.
-
-    Raises:
-        InputError: When a file cannot be used, or an item or SID token is missing from the index or the tokenizer.
-    """
+    """Rank all items for every user by the log-probability of their SIDs; ``rsvr`` is that of the first item."""
     begin = time.perf_counter()
     tokenizer = load_tokenizer(model_folder)
     config = load_decoding_config(model_folder, tokenizer)
@@ -70,14 +60,14 @@ def evaluate_direct(
     users = sorted(zip(prompts, sequences, strict=True), key=lambda user: -len(user[1]))
     pieces = [users[start : start + size] for start in range(0, len(users), size)]
     results = in_shards(partial(_Worker, model_folder, index, prefix, options), pieces, options.shards)
-    done = {row["user"]: row for _, rows in track(results, "Direct mode", len(pieces)) for row in rows}
+    done = {row["user"]: row for rows in track(results, "Direct mode", len(pieces)) for row in rows}
     rows = [done[prompt.user] for prompt in prompts]
     settings = {
         "mode": "direct",
         "model": os.fspath(model_folder),
         "index": index.source,
         **options.model_dump(include={"beams", "drop_history", "batch_size", "shards"}),
-        "score": SCORES[options.score],
+        "score": f"sum of log-probabilities {OVER[options.score]}, no length penalty",
         "users": len(prompts),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "seconds": round(time.perf_counter() - begin, 2),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,22 +15,16 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from rich.progress import track
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import FLOORS, Evaluation
 
-WINDOW = 10
-RECENT = 20
 USERS_AT_ONCE = 256
 
 
-def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WINDOW) -> sp.csr_array:
-    """Count which items lie near which others in the sequences of users, float64 [items, items].
-
-    Two items d positions apart, at most ``window``, add 1/d to each other.
-    """
+def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = 10) -> sp.csr_array:
+    """Count the items near each other, float64 [items, items]: d positions apart, at most ``window``, add 1/d."""
     flat, user = _flatten(train)
     one_way = sp.csr_array((items, items), dtype=np.float64)
     for distance in range(1, min(window, len(flat) - 1) + 1):
@@ -39,9 +34,7 @@ def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = WI
     return sp.csr_array(one_way + one_way.T)
 
 
-def cooccurrence_scores(
-    counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = RECENT
-) -> sp.csr_array:
+def cooccurrence_scores(counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = 20) -> sp.csr_array:
     """Score items by their counts [items, candidates] with the last items of each history, float64 [users, candidates].
 
     The item k positions back weighs 1/k, up to ``recent``.
@@ -56,28 +49,18 @@ def cooccurrence_scores(
 def recommend(
     scores: sp.csr_array, dropped: Sequence[Sequence[int]], order: NDArray[np.int64], k: int
 ) -> list[list[int]]:
-    """Return the k best items of each user, fewer where fewer are left.
+    """Return the k best items of each user by ``scores`` [users, candidates], fewer where fewer are left.
 
-    Args:
-        scores: [users, candidates], stored entries above 0.
-        dropped: Items that are never recommended to each user; those that are no candidates are ignored.
-        order: [candidates]; of two items with equal scores the one that is first here wins.
-        k: Length of the lists.
+    ``dropped`` items are not recommended to their user. Of equal scores the first in ``order`` [candidates] wins.
     """
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
     lists: list[list[int]] = []
     for user, gone in enumerate(dropped):
-        taken = np.zeros(len(order), dtype=bool)
-        taken[[item for item in gone if item < len(order)]] = True
         stored = slice(*scores.indptr[user : user + 2])
-        scored, values = scores.indices[stored], scores.data[stored]
-        free = ~taken[scored]
-        best = scored[free][np.lexsort((rank[scored[free]], -values[free]))[:k]]
-        # Items without a score follow, in the given order.
-        taken[scored] = True
-        rest = order[: k + len(gone) + len(scored)]
-        lists.append(np.append(best, rest[~taken[rest]][: k - len(best)]).tolist())
+        values = np.zeros(len(order))
+        values[scores.indices[stored]] = scores.data[stored]
+        values[[item for item in gone if item < len(order)]] = -1.0
+        best = order[np.argsort(-values[order], kind="stable")[:k]]
+        lists.append(best[values[best] >= 0].tolist())
     return lists
 
 
@@ -90,25 +73,17 @@ def evaluate_floors(
     k: int = 30,
     seed: int = 0,
 ) -> dict[str, Evaluation]:
-    """Evaluate ``popularity`` and ``co-occurrence`` on the users of some prompts.
+    """Evaluate ``popularity`` and ``co-occurrence`` on the users of some prompts; ``k`` is the length of the lists.
 
-    Args:
-        inter_file: ``<D>.inter.json``.
-        prompts: The users; of either mode, only items matter.
-        items: Items that may be recommended, those of the index. Others count in training and in histories.
-        protocol: Protocol of the prompts; its ``drop_history`` is followed.
-        k: Length of the recommended lists.
-        seed: Seed of the order among items of equal score and popularity.
+    Only ``items``, those of the index, are recommended; others count in training and in histories. The ``protocol``
+    decides on dropping the history, the ``seed`` on the order among items of equal score and popularity.
     """
     sequences = read_interactions(inter_file)
     candidates = sorted(items)
-    others = {item for sequence in sequences.values() for item in sequence}.difference(candidates)
+    others = set(chain(*sequences.values(), *(prompt.history for prompt in prompts))).difference(candidates)
     number_of = {item: number for number, item in enumerate([*candidates, *sorted(others)])}
     train = [[number_of[item] for item in part] for part in training_parts(inter_file, sequences).values()]
-    try:
-        histories = [[number_of[item] for item in prompt.history] for prompt in prompts]
-    except KeyError as error:
-        raise InputError(f"a prompt has item {error}, which is not in {inter_file}; make both together") from None
+    histories = [[number_of[item] for item in prompt.history] for prompt in prompts]
 
     many = len(candidates)
     popularity = np.bincount(_flatten(train)[0], minlength=len(number_of))[:many]
@@ -121,10 +96,11 @@ def evaluate_floors(
         lists["popularity"] += recommend(sp.csr_array((len(chunk), many)), dropped, order, k)
         lists["co-occurrence"] += recommend(cooccurrence_scores(counts, chunk), dropped, order, k)
     settings = {"interactions": os.fspath(inter_file), "k": k, "seed": seed, "protocol": dict(protocol)}
-    found = {
-        floor: [{"recommended": [candidates[number] for number in best]} for best in lists[floor]] for floor in lists
-    }
-    return {floor: baseline_evaluation(floor, prompts, rows, settings) for floor, rows in found.items()}
+    evaluations = {}
+    for floor, numbers in lists.items():
+        rows = [{"recommended": [candidates[number] for number in best]} for best in numbers]
+        evaluations[floor] = baseline_evaluation(floor, prompts, rows, settings)
+    return evaluations
 
 
 def baseline_evaluation(
@@ -140,6 +116,6 @@ def baseline_evaluation(
 
 
 def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all entries one after another, and the number of the sequence of each."""
+    """Return all entries in one array, and the number of the sequence of each, both int64 [entries]."""
     flat = np.array([item for sequence in sequences for item in sequence], dtype=np.int64)
     return flat, np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])

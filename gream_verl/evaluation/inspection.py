@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.files import require_file
 from gream_verl.core.rsvr import matching_depth, reference_answer
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, find_sids, parse_sid
 
@@ -22,10 +23,10 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
     if path.is_dir():
         steps = [file for file in path.glob("*.jsonl") if file.stem.isdigit()]
         path = max(steps, key=lambda file: int(file.stem), default=path / "<step>.jsonl")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; {REMEDY}")
     try:
-        rows = pl.read_ndjson(path, infer_schema_length=None).select("step", "score", "input", "output", "gts")
+        rows = pl.read_ndjson(require_file(path, REMEDY), infer_schema_length=None).select(
+            "step", "score", "input", "output", "gts"
+        )
         return rows.drop_nulls().sort("score", maintain_order=True).to_dicts()
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not rollouts of verl ({error}); {REMEDY}") from error

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import hold
@@ -15,18 +15,12 @@ from gream_verl.core.files import hold
 class ProgressFile:
     """A JSON line with all that decides a row, then one per finished user; a line cut short by a kill is dropped.
 
-    The file is locked until it is closed; None as its path keeps the rows in memory. ``rows`` maps each finished user
-    to their row.
-
-    Raises:
-        InputError: When another evaluation writes the file, or it has another header and ``overwrite`` is False.
+    The file is locked until it is closed. ``rows`` maps each finished user to their row. A file with another header is
+    refused without ``overwrite``.
     """
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
-        self._file: IO[bytes] | None = None
-        if path is None:
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         hold(self._file, f"{path}: another evaluation is writing it; wait for it, or choose another --name")
@@ -52,12 +46,9 @@ class ProgressFile:
 
     def close(self) -> None:
         """Unlock the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def _append(self, lines: bytes) -> None:
-        if self._file is None:
-            return
         try:
             self._file.write(lines)
             self._file.flush()

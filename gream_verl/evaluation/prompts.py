@@ -1,8 +1,7 @@
 """Prompts of held-out users and their protocol.
 
-Prompts are read from our parquet files or the authors', or made from the interactions. A row of the authors' files
-names neither user nor item nor history; all three are read from its semantic IDs. The protocol says who the users are,
-what they are shown and what is ranked for them: two results are comparable when their protocols agree.
+Prompts are read from a parquet file, ours or the authors', or made from the interactions. The protocol says who the
+users are, what they are shown and what is ranked for them. Two results are comparable when their protocols agree.
 """
 
 from __future__ import annotations
@@ -30,25 +29,18 @@ from gream_verl.evaluation.results import Evaluation
 
 AS_IN_FILE = "as in the file"
 MODES: tuple[Mode, ...] = ("direct", "reasoning")
-HISTORY = 20
-"""Items that a made prompt shows by default, as in `gream data rl`."""
+HISTORY = 20  # items that a made prompt shows by default, as in `gream data rl`
 REMEDY = "make it with `gream data rl`"
 DEFAULTS = EvaluationOptions()
-_SIDS = re.compile(rf"{SID_TOKEN.pattern}(?:.{{0,6}}?{SID_TOKEN.pattern})*", re.DOTALL)
-"""A history: SIDs with short texts between them."""
+_SIDS = re.compile(rf"{SID_TOKEN.pattern}(?:.{{0,6}}?{SID_TOKEN.pattern})*", re.DOTALL)  # short texts between them
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One user to recommend for.
 
-    Attributes:
-        user: User id.
-        target: The item that comes next in truth.
-        history: All items before the target, in time order; only those shown where the file holds no more.
-        messages: The conversation so far, as ``{"role", "content"}``.
-        truth: The SID of the target, as text.
-        whole: Whether the history is complete, and not only the items in the messages.
+    ``target`` is the item that comes next, ``truth`` its SID as text. ``history`` has all items before it, in time
+    order, or only those in the messages where the file holds no more (``whole`` is False).
     """
 
     user: str
@@ -62,22 +54,16 @@ class Prompt:
 def read_prompts(
     path: str | os.PathLike[str], mode: Mode, options: EvaluationOptions = DEFAULTS, index: ItemIndex | None = None
 ) -> tuple[list[Prompt], int]:
-    """Read the prompts of one mode from a parquet file with verl's columns.
+    """Read the prompts of one mode from a parquet file with verl's columns, and count its rows of this mode.
 
-    The mode of a row is ``extra_info.type``; where no row has a mode, all are taken. Where a row lacks them, the target
-    is the ground truth, a SID alone or in ``<answer>``; the history is the SIDs in the last user turn; the user is the
-    number of the row, from 0.
+    The mode of a row is ``extra_info.type``; where no row has a mode, all are taken. The authors' rows name neither
+    user nor items: the user is then the number of the row, from 0, the target the ground truth, a SID alone or in
+    ``<answer>``, and the history the SIDs in the last user turn.
 
-    Args:
-        path: ``<D>-test.parquet``, ``<D>-val.parquet``, or another such file.
-        mode: ``direct`` or ``reasoning``.
-        options: Uses ``limit``, ``seed`` and ``skip_missing``; the same sample of users in both modes.
-        index: The items, needed where rows do not name theirs. Targets are checked against it.
-
-    Returns:
-        The prompts, and the number of prompts in the file.
+    ``options`` give ``limit``, ``seed`` and ``skip_missing``. The ``index`` is needed where rows do not name their
+    items; targets are checked against it.
     """
-    table, modes = _read_table(path, "prompt", "reward_model")
+    table, modes = _read_table(path)
     is_untyped = not set(MODES) & set(modes)
     chosen = [number for number, found in enumerate(modes) if found == mode or is_untyped]
     if not chosen:
@@ -85,15 +71,15 @@ def read_prompts(
     sample = _sample(chosen, options)
     prompts = []
     for number, row in zip(sample, table[sample].iter_rows(named=True), strict=True):
-        place = f"{path}: row {number}"
-        prompt = _read_row(row, number, None if index is None else index.items, place)
-        if index is None or _has_sid(prompt.target, index, place, options):
+        row_label = f"{path}: row {number}"
+        prompt = _read_row(row, number, {} if index is None else index.items, row_label)
+        if index is None or _has_sid(prompt.target, index, row_label, options):
             prompts.append(prompt)
     return _checked(prompts, path), len(chosen)
 
 
 def modes_of(path: str | os.PathLike[str]) -> tuple[Mode, ...]:
-    """Return the modes that the rows of a parquet file are for; both where the rows name none."""
+    """Return the modes of the rows of a parquet file, both where they name none."""
     _, found = _read_table(path)
     return tuple(mode for mode in MODES if mode in found) or MODES
 
@@ -101,10 +87,9 @@ def modes_of(path: str | os.PathLike[str]) -> tuple[Mode, ...]:
 def make_prompts(
     inter_file: str | os.PathLike[str], mode: Mode, options: EvaluationOptions, index: ItemIndex
 ) -> tuple[list[Prompt], int]:
-    """Make the prompts for the held-out interaction of every user from ``<D>.inter.json``.
+    """Make the prompts for the held-out interaction of every user from ``<D>.inter.json``; see :func:`read_prompts`.
 
-    The words are those of `gream data rl`, except where ``history``, ``template`` or ``system`` are given. All else is
-    as in :func:`read_prompts`.
+    The words are those of `gream data rl`, except where ``history``, ``template`` or ``system`` are given.
     """
     sequences = read_interactions(inter_file)
     held_out = [
@@ -127,11 +112,8 @@ def make_prompts(
 def read_protocol(
     data: DataFolder, options: EvaluationOptions, mode: Mode, index: ItemIndex
 ) -> tuple[list[Prompt], dict[str, Any]]:
-    """Return the prompts of a mode and their protocol, ready for JSON, in the order in which to show it.
-
-    The prompts are those of the named file, else those of the data folder's file where no wording is asked for, else
-    they are made from the interactions.
-    """
+    """Return the prompts of a mode and their protocol, ready for JSON, in the order in which to show it."""
+    # The prompts of the named file, else of the data folder's where no wording is asked for, else made ones.
     file = options.prompts or (data.test if options.split == "test" else data.val_of(mode))
     is_worded = (options.history, options.template, options.system) != (None, None, None)
     is_read = options.prompts is not None or (file.is_file() and not is_worded)
@@ -175,24 +157,23 @@ def refuse_to_lose(path: Path, prompts: list[Prompt], protocol: dict[str, Any]) 
         raise InputError(f"{path}: holds another result ({'; '.join(reasons)}); choose a --name or add --overwrite")
 
 
-def _read_table(path: str | os.PathLike[str], *columns: str) -> tuple[pl.DataFrame, list[Any]]:
-    """Read some columns of a parquet file, ``extra_info`` where it has one, and ``extra_info.type`` of every row."""
-    path = require_file(path, REMEDY)
+def _read_table(path: str | os.PathLike[str]) -> tuple[pl.DataFrame, list[Any]]:
+    """Read a parquet file, and ``extra_info.type`` of every row, None without one."""
     try:
-        info = pl.read_parquet_schema(path).get("extra_info")
-        table = pl.read_parquet(path, columns=[*columns, *(["extra_info"] if info is not None else [])])
+        table = pl.read_parquet(require_file(path, REMEDY))
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not a file of test prompts ({error}); {REMEDY}") from error
+    info = table.schema.get("extra_info")
     has_type = isinstance(info, pl.Struct) and "type" in info.to_schema()
     return table, table["extra_info"].struct.field("type").to_list() if has_type else [None] * table.height
 
 
-def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, str] | None, place: str) -> Prompt:
-    """Return the prompt of a row; ``place`` begins the messages of errors."""
+def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, str], row_label: str) -> Prompt:
+    """Return the prompt of a row; ``row_label`` begins the messages of errors."""
 
     def item_of(sid: SemanticId) -> str:
-        if items is None or sid not in items:
-            raise InputError(f"{place}: {''.join(sid)} is no item of the index; give the index of this file")
+        if sid not in items:
+            raise InputError(f"{row_label}: {''.join(sid)} is no item of the index; give the index of this file")
         return items[sid]
 
     info = row.get("extra_info") or {}
@@ -200,11 +181,13 @@ def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, st
         turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in row["prompt"]]
         truth = str(row["reward_model"]["ground_truth"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{place}: expected prompt [{{role, content}}] and reward_model.ground_truth") from error
+        raise InputError(f"{row_label}: expected prompt [{{role, content}}] and reward_model.ground_truth") from error
     # The authors wrap the target: it is the last <answer>, or the whole text without one.
     sid = parse_sid(truth.rpartition("<answer>")[2].partition("</answer>")[0].strip())
     if sid is None:
-        raise InputError(f"{place}: reward_model.ground_truth is {truth!r}; expected a SID such as '<|a_1|><|b_7|>'")
+        raise InputError(
+            f"{row_label}: reward_model.ground_truth is {truth!r}; expected a SID such as '<|a_1|><|b_7|>'"
+        )
     item, history, user = info.get("item"), info.get("history"), info.get("user")
     past = map(item_of, find_sids(_last_question(turns))) if history is None else map(str, history)
     return Prompt(
@@ -221,10 +204,12 @@ def _last_question(turns: Sequence[Mapping[str, str]]) -> str:
     return next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
 
 
-def _has_sid(target: str, index: ItemIndex, place: str, options: EvaluationOptions) -> bool:
-    """Return whether a target has a semantic ID; refuse one that has none unless such users are to be left out."""
+def _has_sid(target: str, index: ItemIndex, row_label: str, options: EvaluationOptions) -> bool:
+    """Return True when a target has a semantic ID; refuse one without unless such users are to be left out."""
     if target not in index.sids and not options.skip_missing:
-        raise InputError(f"{place}: the target {target!r} is not in {index.source}; add it, or set skip_missing: true")
+        raise InputError(
+            f"{row_label}: the target {target!r} is not in {index.source}; add it, or set skip_missing: true"
+        )
     return target in index.sids
 
 

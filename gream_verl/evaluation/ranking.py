@@ -19,8 +19,8 @@ from gream_verl.evaluation.prompts import Prompt
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-Users = Sequence[tuple[Prompt, Sequence[int]]]
-"""Users with the token ids of their prompts."""
+OVER = {"vocabulary": "over the whole vocabulary", "items": "over the tokens that lead to items"}
+Users = Sequence[tuple[Prompt, Sequence[int]]]  # with the token ids of their prompts
 
 
 def encode(
@@ -28,15 +28,13 @@ def encode(
 ) -> list[list[int]]:
     """Return the token ids of every prompt, up to where the assistant begins to answer.
 
-    Raises:
-        InputError: When the prompts were made with another index, the tokenizer has no chat template, or the model
-            has fewer than ``room`` positions left after a prompt.
+    Refuses prompts of another index, and prompts that leave the model fewer than ``room`` positions.
     """
     for prompt in prompts:
         if (sid := index.text(prompt.target)) != prompt.truth:
             raise InputError(
-                f"{index.source}: item {prompt.target!r} is {sid} but {prompt.truth} in the prompts, which were "
-                "made with another index; make them again with `gream data rl`"
+                f"{index.source}: item {prompt.target!r} is {sid} but {prompt.truth} in the prompts; make them again "
+                "with `gream data rl`"
             )
     if tokenizer.chat_template is None:
         raise InputError(f"{tokenizer.name_or_path}: has no chat template; copy chat_template.jinja to it")
@@ -47,8 +45,8 @@ def encode(
     longest, positions = max(map(len, sequences)), config.max_position_embeddings
     if longest + room > positions:
         raise InputError(
-            f"{config.name_or_path}: the longest prompt has {longest} tokens and {room} more are needed, but the "
-            f"model takes {positions}; make the prompts again with a shorter history"
+            f"{config.name_or_path}: takes {positions} tokens, but the longest prompt has {longest} and needs {room} "
+            "more; make the prompts again with a shorter history"
         )
     return sequences
 
@@ -67,11 +65,9 @@ def shared_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
 class ItemRanker:
     """Rank the items of an index by the log-probability of their SIDs after a prompt.
 
-    Out of memory, it halves the ``batch_size`` of the options and keeps the beams. The tokens of
-    ``prefix``, with which all prompts begin, are computed once.
-
-    Raises:
-        InputError: When the tokenizer lacks a SID token, or the model's logits cannot be scored as asked.
+    ``rank`` takes the token ids of each prompt and the items that must not be recommended. It returns the items of each
+    with their scores, best first. Out of memory, it halves the batch and keeps the beams. The tokens of ``prefix``,
+    with which all prompts begin, are computed once.
     """
 
     def __init__(
@@ -87,25 +83,12 @@ class ItemRanker:
         if options.score == "items":
             check_output_layer(model, self.tree)
         self.items = list(index.sids)
-        self.batches = HalvedBatches(self._rank_batch, options.batch_size, f"{options.beams} beams")
+        self.rank = HalvedBatches(self._rank_batch, options.batch_size, f"{options.beams} beams")
         self._row_of = {item: row for row, item in enumerate(self.items)}
-        self._prefix, self._prefix_tokens = Prefix(model, prefix), list(prefix)
-
-    def rank(self, prompts: Batch[Iterable[str]]) -> list[dict[str, float]]:
-        """Return for every prompt its items with their scores, best first.
-
-        Args:
-            prompts: Token ids of each prompt, including the prefix, and the items that must not be recommended.
-
-        Raises:
-            InputError: When a single prompt does not fit into memory.
-        """
-        return self.batches(prompts)
+        self._prefix = Prefix(model, prefix)
 
     def _rank_batch(self, batch: Batch[Iterable[str]]) -> list[dict[str, float]]:
-        length = len(self._prefix_tokens)
-        if any(list(ids[:length]) != self._prefix_tokens or len(ids) == length for ids, _ in batch):
-            raise ValueError("a prompt does not begin with the prefix, or ends with it")
+        length = self._prefix.length
         ids, mask = pad_left([ids[length:] for ids, _ in batch])
         rows = [sorted({self._row_of[item] for item in items if item in self._row_of}) for _, items in batch]
         longest, device = max(map(len, rows)), self.model.device

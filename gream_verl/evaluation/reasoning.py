@@ -1,12 +1,7 @@
 """Reasoning mode: think freely, then recommend real items.
 
-Each user gets one or more sampled chains, and the answer of each is scored as SRPO scores it. Then items are ranked:
-
-* ``beam``: the tokens of each chain are kept up to ``<answer>``, and a beam search over the SIDs of real items ranks
-  the continuations.
-* ``reference``: the sampled answers by the log-probability of the whole response, as the authors rank.
-
-``chains.merge_rankings`` merges the rankings of several chains.
+Each user gets one or more sampled chains, and the answer of each is scored as SRPO scores it. Then items are ranked,
+by a beam search over real items after each chain, or by the sampled answers as the authors do.
 """
 
 from __future__ import annotations
@@ -38,45 +33,28 @@ from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_m
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.progress import ProgressFile
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.ranking import ItemRanker, Users, encode, shared_prefix
+from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
 from gream_verl.evaluation.results import Evaluation
-from gream_verl.evaluation.sampling import HuggingFaceSampler, Response, VllmSampler
+from gream_verl.evaluation.sampling import PROCESSOR, HuggingFaceSampler, Response, VllmSampler
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 
-BATCHES_PER_PIECE = 4
-"""For engines that fill their own batches and would idle at the end of every piece."""
+BATCHES_PER_PIECE = 4  # for engines that fill their own batches and would idle at the end of every piece
+# Options that decide a row; the others decide its speed.
 DECISIVE = {"engine", "ranking", "merge", "constrained", "beams", "score", "drop_history", "seed", "served_model",
             "chains", "temperature", "top_p", "max_tokens"}  # fmt: skip
-"""Options that decide a row; the others decide its speed."""
-SCORES = {
-    "beam": "probability of the SID after the chain, over the whole vocabulary",
-    "reference": "probability of the whole response, over the whole vocabulary",
-}
+SCORES = {"beam": "probability of the SID after the chain", "reference": "probability of the whole response"}
 MERGED = {"mean": "mean over chains", "max": "best chain"}
 
 
 def evaluate_reasoning(
-    model_folder: Path,
-    prompts: Sequence[Prompt],
-    index: ItemIndex,
-    options: EvaluationOptions,
-    *,
-    progress_file: Path | None = None,
+    model_folder: Path, prompts: Sequence[Prompt], index: ItemIndex, options: EvaluationOptions, progress_file: Path
 ) -> Evaluation:
     """Sample chains of thought for every user, score their answers, and rank real items.
 
-    Finished users are added to ``progress_file``, a piece at a time; a later call goes on with it. The model needs no
-    weights for the engine ``server`` without a beam search.
-
-    Returns:
-        Metrics of the sampled answers, means over chains and users: ``rsvr``, ``match``, ``format``, ``acc``,
-        ``valid_item`` (see ``gream_verl.core.rsvr.Reward``), ``reached_answer``, ``tokens`` (without the end of the
-        sequence) and ``pass@k`` for k = 1, 5, 10 up to the chains, and all chains; of the ranking: Recall, NDCG,
-        Precision and MRR. Rows as in ``_row`` and ``_chain``, with ``recommended`` and ``scores``.
-
-    Raises:
-        InputError: When a file, an option or a server cannot be used.
+    Finished users are added to ``progress_file``, a piece at a time; a later call goes on with it. Metrics of the
+    sampled answers are means over chains and users: those of ``core.rsvr.Reward``, ``reached_answer``, ``tokens``
+    (without the end of the sequence) and ``pass@k``.
     """
     begin = time.perf_counter()
     if options.ranking == "reference":
@@ -89,7 +67,7 @@ def evaluate_reasoning(
     config = load_decoding_config(model_folder, tokenizer)
     users = list(zip(prompts, encode(prompts, index, tokenizer, config, room), strict=True))
     decisive = options.model_dump(include=DECISIVE)
-    header = {**decisive, **_inputs(model_folder, users, index, tokenizer.eos_token_id)} if progress_file else {}
+    header = {**decisive, **_inputs(model_folder, users, index, tokenizer.eos_token_id)}
     with closing(ProgressFile(progress_file, header, overwrite=options.overwrite)) as done:
         kept = sum(prompt.user in done.rows for prompt in prompts)
         if kept:
@@ -97,13 +75,13 @@ def evaluate_reasoning(
             get_console().print(message, style="green", highlight=False, markup=False, soft_wrap=True)
         _recommend_missing(model_folder, users, index, options, done)
         rows = [done.rows[prompt.user] for prompt in prompts]
-    of_items = ", of items only" if options.score == "items" else ""
+    over = OVER[options.score if options.ranking == "beam" else "vocabulary"]
     settings = {
         "mode": "reasoning",
         "model": os.fspath(model_folder),
         "index": index.source,
         **decisive,
-        "score": f"{MERGED[options.merge]}: {SCORES[options.ranking]}{of_items}",
+        "score": f"{MERGED[options.merge]}: {SCORES[options.ranking]} {over}",
         "batch_size": options.batch_size,
         "users": len(prompts),
         "endpoint": options.endpoint,
@@ -130,7 +108,7 @@ def _recommend_missing(
         sequences = [sequence for _, sequence in users]
         make_worker = partial(_Recommender, folder, index, options, shared_prefix(sequences), max(map(len, sequences)))
         results = in_shards(make_worker, missing, options.shards)
-        for _, rows in track(results, "Reasoning mode", len(missing)):
+        for rows in track(results, "Reasoning mode", len(missing)):
             done.add(rows)
 
 
@@ -159,85 +137,73 @@ class _Recommender:
             self.sampler = HuggingFaceSampler(model, options, eos, automaton)
         else:
             memory = 0.9 if model is None else 0.6  # the model of the beam search needs the rest
-            constrained_to = index if options.constrained else None
-            self.sampler = VllmSampler(folder, options, eos, longest_prompt, memory, constrained_to)
+            self.sampler = VllmSampler(folder, options, eos, longest_prompt, memory, index)
 
     def __call__(self, piece: Users) -> list[dict[str, Any]]:
         """Return the rows of some users."""
         options = self.options
         seeds = [zlib.crc32(f"{options.seed}:{prompt.user}".encode()) for prompt, _ in piece]
         responses = self.sampler.sample([sequence for _, sequence in piece], seeds)
-        rows = [self._row(prompt, sampled) for (prompt, _), sampled in zip(piece, responses, strict=True)]
+        rows: list[dict[str, Any]] = []
+        for (prompt, _), sampled in zip(piece, responses, strict=True):
+            scored = [self._chain(prompt, response) for response in sampled]
+            row = {"user": prompt.user, "target": prompt.target, "history_length": len(prompt.history)}
+            rows.append({**row, "rsvr": sum(chain["rsvr"] for chain in scored) / len(scored), "chains": scored})
         if options.beams:
-            rankings = self._search(piece, responses) if self.ranker else self._answers(responses)
-            for (prompt, _), row, found in zip(piece, rows, rankings, strict=True):
-                dropped = set(prompt.history if options.drop_history else ())
-                allowed = [{item: value for item, value in one.items() if item not in dropped} for one in found]
-                merged = chains.merge_rankings(allowed, options.beams, options.merge)
+            rankings = self._search(piece, responses) if self.ranker else self._answers(piece, responses)
+            for row, found in zip(rows, rankings, strict=True):
+                merged = chains.merge_rankings(found, options.beams, options.merge)
                 row["recommended"] = list(merged)
                 row["scores"] = [round(value, 5) for value in merged.values()]
         return rows
 
-    def _row(self, prompt: Prompt, responses: Sequence[Response]) -> dict[str, Any]:
-        sampled = [self._chain(prompt, response) for response in responses]
-        return {
-            "user": prompt.user,
-            "target": prompt.target,
-            "history_length": len(prompt.history),
-            "rsvr": sum(chain["rsvr"] for chain in sampled) / len(sampled),
-            "chains": sampled,
-        }
-
     def _chain(self, prompt: Prompt, response: Response) -> dict[str, Any]:
+        """Return the part of a row that one chain gives."""
         ids = [token for token in response.tokens if token != self.tokenizer.eos_token_id]
         read = self.reader.read(ids)
         reward = score_response(read, self.index.sids[prompt.target], index=self.index)
         sid = strict_answer(read, "reasoning")
-        if sid is not None and sid not in self.index.items:
-            if self.options.constrained and self.options.engine == "server":
-                raise InputError(
-                    f"{self.options.endpoint}: does not constrain answers to {self.index.source}; start vLLM with the "
-                    "logits processor gream_verl.decoding.vllm_processor:ConstrainedAnswer, or leave answers free"
-                )
-            sid = None
-        score = chains.answer_score(response, self.reader, sid) if sid and response.logprobs else None
+        item = None if sid is None else self.index.items.get(sid)
+        if sid is not None and item is None and self.options.constrained:
+            raise InputError(f"{self.options.endpoint}: does not constrain answers; start vLLM with {PROCESSOR}")
         return {
             "text": self.tokenizer.decode(ids, skip_special_tokens=False),
             "rsvr": reward.score,
             **{name: getattr(reward, name) for name in ("match", "format", "acc", "valid_item")},
             "reached_answer": float(chains.up_to_answer(read)[1]),
             "tokens": len(ids),
-            "item": self.index.items[sid] if sid else None,
-            "answer_score": None if score is None else round(score, 5),
+            "item": item,
             "response_score": round(float(sum(response.logprobs)), 5) if response.logprobs else None,
         }
 
-    def _answers(self, responses: Sequence[Sequence[Response]]) -> list[list[dict[str, float]]]:
+    def _dropped(self, prompt: Prompt) -> Sequence[str]:
+        return prompt.history if self.options.drop_history else ()
+
+    def _answers(self, piece: Users, responses: Sequence[Sequence[Response]]) -> list[list[dict[str, float]]]:
         """Return the answer of each chain of each user, found and scored as the authors do.
 
         Their evaluation sums the log-probabilities of all tokens (Indolent-Kawhi/GRRM, eval/test_ddp_reason.py), which
         favours short chains.
         """
         if any(response.tokens and not response.logprobs for sampled in responses for response in sampled):
-            raise InputError(f"{self.options.endpoint}: sends no log-probabilities to rank by; use --ranking beam")
+            raise InputError(f"{self.options.endpoint}: sends no log-probabilities to rank by; set ranking: beam")
 
-        def ranking(response: Response) -> dict[str, float]:
+        def ranking(prompt: Prompt, response: Response) -> dict[str, float]:
             sid = reference_answer(self.reader.read(response.tokens), "reasoning")
-            return {self.index.items[sid]: float(sum(response.logprobs))} if sid in self.index.items else {}
+            item = None if sid is None else self.index.items.get(sid)
+            return {} if item is None or item in self._dropped(prompt) else {item: float(sum(response.logprobs))}
 
-        return [[ranking(response) for response in sampled] for sampled in responses]
+        pairs = zip(piece, responses, strict=True)
+        return [[ranking(prompt, response) for response in sampled] for (prompt, _), sampled in pairs]
 
     def _search(self, piece: Users, responses: Sequence[Sequence[Response]]) -> list[list[dict[str, float]]]:
         """Return the items that a beam search finds after each chain of each user."""
         assert self.ranker is not None
-        begun = [
-            (
-                [*sequence, *chains.tokens_up_to_answer(response.tokens, self.reader, self.tokenizer)[0]],
-                prompt.history if self.options.drop_history else (),
-            )
-            for (prompt, sequence), sampled in zip(piece, responses, strict=True)
-            for response in sampled
-        ]
+        begun = []
+        for (prompt, sequence), sampled in zip(piece, responses, strict=True):
+            for response in sampled:
+                kept, _ = chains.tokens_up_to_answer(response.tokens, self.reader, self.tokenizer)
+                begun.append(([*sequence, *kept], self._dropped(prompt)))
         ranked, size = self.ranker.rank(begun), self.options.chains
         return [ranked[start : start + size] for start in range(0, len(ranked), size)]
 
@@ -257,11 +223,9 @@ def _inputs(folder: Path, users: Users, index: ItemIndex, eos: int) -> dict[str,
     """Return digests of the model, the items and the prompts, and the device, which decide rows like the options."""
     prompts = [[prompt.user, prompt.target, prompt.history, list(sequence)] for prompt, sequence in users]
     asked = json.dumps([list(index.sids.items()), prompts, eos])
-    files = (
-        file for ending in ("*.safetensors", "*.bin", "config.json", "tokenizer.json") for file in folder.glob(ending)
-    )
+    endings = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
     return {
-        "files": {file.name: fingerprint(file) for file in files},
+        "files": {file.name: fingerprint(file) for ending in endings for file in sorted(folder.glob(ending))},
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }

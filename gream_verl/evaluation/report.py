@@ -29,21 +29,16 @@ from gream_verl.evaluation.compare import paired_differences, protocol_table, re
 from gream_verl.evaluation.results import MODEL_MODES, Evaluation
 
 _SID = re.compile(r"<\|a_[1-9][0-9]*\|>(?:<\|[b-z]_[1-9][0-9]*\|>)*")
-SRPO_CURVES = (
+SRPO_CURVES = (  # title, unit, and pattern of verl's name
     ("SRPO: mean reward of rollouts", "RSVR", r"critic/(rewards|score)/mean"),
     ("SRPO: mean reward on validation", "RSVR", r"val-(core|aux)/.*/reward/mean@\d+"),
     ("SRPO: response length", "tokens", r"response_length/mean"),
     ("SRPO: KL to SFT", "KL", r"actor/kl_loss"),
 )
-"""Title, unit, and pattern of verl's name of each curve."""
 
 
 def write_report(run: RunFolder, *, seed: int = 0) -> Group:
-    """Write ``report.html`` and ``metrics.json`` of a run, from the results and logs that it has.
-
-    Returns:
-        The table of results, for the terminal.
-    """
+    """Write ``report.html`` and ``metrics.json`` of a run from its results and logs; return the table of results."""
     saved = read_results([str(run.evaluation)])
     results = {name: one for name, one in saved.items() if one.settings.get("protocol", {}).get("split") != "val"}
     results = results or saved
@@ -118,7 +113,7 @@ def _plot(title: str, x: str, y: str, series: Mapping[str, Sequence[tuple[float,
 
 
 def _as_html(table: RenderableType) -> Markup:
-    """Return what the terminal shows, as HTML."""
+    """Return the output of the terminal, as HTML."""
     console = Console(width=160, record=True, file=io.StringIO(), force_terminal=True)
     console.print(table)
     return Markup(console.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
@@ -138,7 +133,7 @@ def _index_figures(index: ItemIndex) -> dict[str, Any]:
 
 
 def _examples(run: RunFolder, results: Mapping[str, Evaluation], index: ItemIndex, seed: int) -> list[dict[str, Any]]:
-    """Return five users of the last result with chains, drawn at random, so that nobody picks the good ones."""
+    """Return five users of the last result with chains, drawn at random."""
     shown = [one for one in results.values() if all({"chains", "recommended"} <= row.keys() for row in one.rows)]
     if not shown:
         return []

@@ -22,13 +22,11 @@ from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import RANKING, bootstrap_mean, coverage, rank_of, ranking_metrics, user_metric
 
 FLOORS = ("popularity", "co-occurrence")
-MODEL_MODES = ("direct", "reasoning")
-"""``settings["mode"]`` of a language model; anything else is a baseline."""
+MODEL_MODES = ("direct", "reasoning")  # settings["mode"] of a language model; anything else is a baseline
+# Settings of the protocol that comparable results share, the first two also baselines, which read no prompt. Template
+# and mode are part of the model.
 DECISIVE = ("drop_history", "items", "seen", "history")
-"""Settings of the protocol that comparable results share, the first two also baselines, which read no prompt. Template
-and mode are part of the model."""
-MAIN_METRICS = ("recall@10", "ndcg@10", "rsvr")
-"""Metrics with intervals and tests."""
+MAIN_METRICS = ("recall@10", "ndcg@10", "rsvr")  # with intervals and tests
 REMEDY = "run `gream evaluate` again"
 
 
@@ -36,18 +34,14 @@ REMEDY = "run `gream evaluate` again"
 class Evaluation:
     """One recommender on one set of users.
 
-    Attributes:
-        metrics: Name to mean over users.
-        settings: Everything that decides the result, and the machine.
-        rows: One mapping per user, with at least ``user``, ``target`` (an item) and, where items were ranked,
-            ``recommended`` (items, best first).
-        intervals: Metric to both ends of its 95% bootstrap interval; see :func:`measure`.
+    ``rows`` has one mapping per user, with at least ``user``, ``target`` (an item) and, where items were ranked,
+    ``recommended`` (items, best first).
     """
 
-    metrics: Mapping[str, float]
-    settings: Mapping[str, Any]
+    metrics: Mapping[str, float]  # means over users
+    settings: Mapping[str, Any]  # everything that decides the result, and the machine
     rows: Sequence[Mapping[str, Any]]
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # 95%, bootstrap; see measure
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
@@ -60,13 +54,13 @@ class Evaluation:
         return max((len(row.get("recommended", ())) for row in self.rows), default=0)
 
     def reaches(self, k: int) -> bool:
-        """Return whether the first k ranks are known: lists are that long, or ended before the length asked for."""
+        """Return True when the first k ranks are known: lists are that long, or ended before the length asked for."""
         asked = self.settings.get("beams") or self.settings.get("k") or self.depth
         return self.depth > 0 and (0 < k <= self.depth or self.depth < asked)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is no language model but popularity, co-occurrence or SASRec."""
+        """True for popularity, co-occurrence and SASRec, False for a language model."""
         return self.settings.get("mode") not in MODEL_MODES
 
     def values(self, metric: str) -> NDArray[np.float64] | None:
@@ -139,27 +133,14 @@ def training_counts(inter_file: str | os.PathLike[str], items: Collection[str]) 
 
 
 def measure(
-    evaluation: Evaluation,
-    items: Collection[str],
-    counts: Counter[str],
-    *,
-    cutoffs: Sequence[int] = (),
-    seed: int = 0,
+    evaluation: Evaluation, items: Collection[str], counts: Counter[str], *, cutoffs: Sequence[int] = (), seed: int = 0
 ) -> Evaluation:
     """Add metrics at more cutoffs, metrics that need the data set, and intervals; drop what the lists do not reach.
 
-    Args:
-        evaluation: Result of ``evaluate_direct`` and its like.
-        items: Items that may be recommended, those of the index.
-        counts: From ``training_counts``.
-        cutoffs: More lengths of lists.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The evaluation with, of its ranking, ``coverage@10``; ``novelty@10``, the mean of -log2 p of the recommended
-        items with p = (count + 1) / (interactions + items) (Zhou et al., "Solving the apparent diversity-accuracy
-        dilemma of recommender systems", 2010); 95% ``intervals`` of the main metrics; and in every row
-        ``target_popularity``, the count of the target.
+    ``novelty@10`` is the mean of -log2 p of the recommended items with p = (count + 1) / (interactions + items) (Zhou
+    et al., "Solving the apparent diversity-accuracy dilemma of recommender systems", 2010). Every row gets
+    ``target_popularity``, the count of the target. The ``items`` are those of the index, the ``counts`` from
+    ``training_counts``, the ``seed`` is that of the bootstrap.
     """
     metrics = dict(evaluation.metrics)
     if evaluation.depth:
@@ -169,13 +150,12 @@ def measure(
         shown, total = Counter(chain.from_iterable(some[:10] for some in lists)), counts.total() + len(counts)
         bits = sum(times * -log2((counts[item] + 1) / total) for item, times in shown.items())
         metrics["novelty@10"] = bits / shown.total()
-
-    def is_known(metric: str) -> bool:
-        name, _, cutoff = metric.partition("@")
-        return not cutoff or name == "pass" or evaluation.reaches(int(cutoff))
-
     values = {metric: evaluation.values(metric) for metric in MAIN_METRICS}
     intervals = {metric: bootstrap_mean(some, seed=seed) for metric, some in values.items() if some is not None}
-    known = {metric: value for metric, value in metrics.items() if is_known(metric)}
+    known = {
+        metric: value
+        for metric, value in metrics.items()
+        if "@" not in metric or metric.startswith("pass@") or evaluation.reaches(int(metric.partition("@")[2]))
+    }
     rows = [{**row, "target_popularity": counts[row["target"]]} for row in evaluation.rows]
     return replace(evaluation, metrics=known, rows=rows, intervals=intervals)

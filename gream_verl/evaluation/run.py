@@ -23,19 +23,11 @@ from gream_verl.model.loading import resolve_model
 
 
 def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOptions) -> Group:
-    """Evaluate a checkpoint in the modes asked for, and the floors, and save the results.
+    """Evaluate a checkpoint in the modes asked for, and the floors; save the results and return tables of them.
 
     The files are ``NAME-<mode>.json`` and ``<floor>.json`` in ``RUN/evaluation``; on the validation split
-    ``NAME-val-<mode>.json`` and ``<floor>-val.json``.
-
-    Args:
-        run: The run; its data decide the users.
-        checkpoint: A Hugging Face folder or verl's folder of checkpoints. None: ``RUN/srpo`` if it holds a checkpoint,
-            else ``RUN/sft``.
-        options: All options.
-
-    Returns:
-        Tables of the results and of their protocol, for the terminal.
+    ``NAME-val-<mode>.json`` and ``<floor>-val.json``. The checkpoint is a Hugging Face folder or verl's folder of
+    checkpoints; None takes ``RUN/srpo`` if it holds a checkpoint, else ``RUN/sft``.
     """
     checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
     folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)
@@ -62,14 +54,14 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     for floor, evaluation in floors.items():
         save(f"{floor}{suffix}", evaluation)
     for mode, (prompts, protocol) in asked.items():
+        progress = run.evaluation / f".{files[mode]}.progress.jsonl"
         if mode == "direct":
             evaluation = evaluate_direct(folder, prompts, index, options)
         else:
-            progress = run.evaluation / f".{files[mode]}.progress.jsonl"
-            evaluation = evaluate_reasoning(folder, prompts, index, options, progress_file=progress)
+            evaluation = evaluate_reasoning(folder, prompts, index, options, progress)
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
         save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
-        (run.evaluation / f".{files[mode]}.progress.jsonl").unlink(missing_ok=True)  # the results hold all of it
+        progress.unlink(missing_ok=True)  # the results hold all of it
 
     saved = read_folder(run.evaluation)
     new = {file: saved[file] for file in files.values()}

@@ -1,10 +1,7 @@
 """Sampling of chains of thought, by vLLM or by a plain loop over a Hugging Face model (a server: ``server.py``).
 
-No ``generation_config.json`` decides a result, and every prompt has its own seed: a chain does not depend on the other
-prompts of its batch.
-
-Log-probabilities are the model's own: at temperature 1, over the whole vocabulary, before top-p and before the
-constraint on answers, however the tokens were drawn.
+No ``generation_config.json`` decides a result, and each prompt has its own seed, whatever its batch. Log-probabilities
+are the model's own: at temperature 1, over the whole vocabulary, before top-p and the constraint on answers.
 """
 
 from __future__ import annotations
@@ -31,23 +28,21 @@ from gream_verl.evaluation.options import EvaluationOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROCESSOR = "gream_verl.decoding.vllm_processor:ConstrainedAnswer"
+
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled response: its token ids, including the end-of-sequence token when it reached its end.
+    """A sampled response."""
 
-    ``logprobs`` has the log-probability of each token given those before it, or is empty when a server sends none.
-    """
-
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
+    tokens: Sequence[int]  # with the end-of-sequence token when it reached its end
+    logprobs: Sequence[float]  # of each token given those before it; empty when a server sends none
 
 
 class HuggingFaceSampler:
-    """Sample with a Hugging Face model: slower on many prompts, but nothing to start and little memory.
+    """Sample with a Hugging Face model, in batches that are halved when memory runs out.
 
-    Out of memory, it halves the batch size of the options. The automaton allows only real items; None leaves answers
-    free.
+    The automaton allows only real items; None leaves answers free.
     """
 
     def __init__(
@@ -128,19 +123,10 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
 
 
 class VllmSampler:
-    """Sample with vLLM's offline engine inside this process.
-
-    ``memory`` is the engine's share of an accelerator's; ``constrained_to`` must be an index with a file.
-    """
+    """Sample with vLLM's offline engine inside this process; ``memory`` is its share of an accelerator's."""
 
     def __init__(
-        self,
-        folder: Path,
-        options: EvaluationOptions,
-        eos: int,
-        longest_prompt: int,
-        memory: float,
-        constrained_to: ItemIndex | None = None,
+        self, folder: Path, options: EvaluationOptions, eos: int, longest_prompt: int, memory: float, index: ItemIndex
     ) -> None:
         cpu = not torch.cuda.is_available()
         if cpu:
@@ -149,12 +135,6 @@ class VllmSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM, SamplingParams
 
-        constraint: dict[str, Any] = {}
-        if constrained_to is not None:
-            constraint = {
-                "logits_processors": ["gream_verl.decoding.vllm_processor:ConstrainedAnswer"],
-                "additional_config": {"gream": {"index_file": constrained_to.source, "mode": "reasoning"}},
-            }
         length = longest_prompt + options.max_tokens
         self.engine = LLM(
             model=os.fspath(folder),
@@ -168,14 +148,13 @@ class VllmSampler:
             max_num_seqs=options.batch_size,
             gpu_memory_utilization=memory,
             enforce_eager=cpu,
-            **constraint,
+            logits_processors=[PROCESSOR] if options.constrained else None,
+            additional_config={"gream": {"index_file": index.source}} if options.constrained else {},
         )
         self.parameters = partial(
             SamplingParams,
             n=options.chains,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            max_tokens=options.max_tokens,
+            **options.model_dump(include={"temperature", "top_p", "max_tokens"}),
             # Otherwise vLLM adds the end-of-sequence tokens of generation_config.json, even with
             # generation_config="vllm" (vllm/sampling_params.py:660).
             ignore_eos=True,

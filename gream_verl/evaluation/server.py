@@ -1,11 +1,8 @@
-r"""Sampling of chains of thought by a server that speaks the OpenAI API.
+"""Sampling of chains of thought by a server that speaks the OpenAI API.
 
 A vLLM server (it says so in ``/v1/models``) gets and sends token ids. Any other server gets and sends text, without
-log-probabilities. Each chain is a request with its own seed. To constrain answers, start vLLM with the processor:
-
-    vllm serve MODEL --generation-config vllm \
-        --logits-processors gream_verl.decoding.vllm_processor:ConstrainedAnswer \
-        --additional-config '{"gream": {"index_file": "data/beauty.index.json", "mode": "off"}}'
+log-probabilities. Each chain is a request with its own seed. vLLM's options for constrained answers are in
+docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -28,11 +25,7 @@ if TYPE_CHECKING:
 
 
 class ServerSampler:
-    """Sample with the server at ``options.endpoint``.
-
-    Raises:
-        InputError: When the server cannot be reached, lacks the model, or fails for good.
-    """
+    """Sample with the server at ``options.endpoint``."""
 
     def __init__(self, options: EvaluationOptions, tokenizer: PreTrainedTokenizerBase) -> None:
         self.options, self.tokenizer = options, tokenizer
@@ -48,14 +41,14 @@ class ServerSampler:
 
     async def _sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
         chains = range(self.options.chains)
-        jobs = [(place, chain) for place in range(len(sequences)) for chain in chains]
+        jobs = [(row, chain) for row in range(len(sequences)) for chain in chains]
         async with self.server.client() as client:
 
             async def respond(job: tuple[int, int]) -> Response:
                 return await self._respond(client, sequences[job[0]], seeds[job[0]] + job[1])
 
             found = {job: response async for job, response in as_done(jobs, respond, self.options.concurrency)}
-        return [[found[place, chain] for chain in chains] for place in range(len(sequences))]
+        return [[found[row, chain] for chain in chains] for row in range(len(sequences))]
 
     async def _respond(self, client: openai.AsyncOpenAI, sequence: Sequence[int], seed: int) -> Response:
         """Return one chain after a prompt, and refuse one that the server cut short."""
@@ -66,10 +59,8 @@ class ServerSampler:
         response = Response(tokens or self.tokenizer.encode(choice.text, add_special_tokens=False), logprobs or [])
         length = usage.completion_tokens if usage else self.options.max_tokens
         if choice.finish_reason == "length" and length < self.options.max_tokens:
-            raise InputError(
-                f"{self.endpoint}: the server ended a response after {length} of {self.options.max_tokens} tokens; "
-                "start it with a longer context, and vLLM with --generation-config vllm"
-            )
+            cut = f"the server ended a response after {length} of {self.options.max_tokens} tokens"
+            raise InputError(f"{self.endpoint}: {cut}; start it with a longer context and --generation-config vllm")
         if usage and usage.prompt_tokens != len(sequence):
             warnings.warn(f"{self.endpoint}: counts other tokens in a prompt; check its tokenizer", stacklevel=2)
         return response
@@ -90,16 +81,9 @@ class ServerSampler:
         else:
             prompt = self.tokenizer.decode(sequence, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             extra |= {"repeat_penalty": 1.0}  # llama.cpp's name for it
-        neutral = {
-            "top_k": -1,
-            "min_p": 0,
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
-            "repetition_penalty": 1,
-            "n": 1,
-        }
+        neutral = {"top_k": -1, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
         sampling = self.options.model_dump(include={"temperature", "top_p", "max_tokens"})
-        body = {**neutral, **sampling, "seed": seed, **extra}
+        body = {**neutral, **sampling, "n": 1, "seed": seed, **extra}
         try:
             completion = await client.completions.create(model=self.model, prompt=prompt, extra_body=body)
         except openai.APIError as error:
@@ -122,12 +106,12 @@ class ServerSampler:
             wanted = next(iter(models))
         if wanted is None or (models and wanted not in models):
             names = ", ".join(sorted(models)) or "none"
-            raise InputError(f"{self.endpoint}: no model {wanted!r} there but {names}; name one with --served-model")
+            raise InputError(f"{self.endpoint}: no model {wanted!r} there but {names}; set served_model to one")
         return wanted, models.get(wanted) == "vllm"
 
     def _input_error(self, error: Exception) -> InputError:
-        """Return the error of a request that failed for good; finished users stay in the progress file."""
+        """Return the error of a request that failed for good."""
         found = self.server.error(error) if isinstance(error, openai.APIError) else FailedError(repr(error))
         if isinstance(found, InputError):
             return found
-        return InputError(f"{self.endpoint}: {found}; correct that and call again, which goes on with finished users")
+        return InputError(f"{self.endpoint}: {found}; call again, which goes on with finished users")

@@ -14,33 +14,24 @@ from gream_verl.core.errors import InputError
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
-RESTARTS = 3
-"""Restarts of a worker that was killed from outside; an error of its own ends the evaluation at once."""
+RESTARTS = 3  # of a worker that was killed from outside; an error of its own ends the evaluation at once
 
 
 def in_shards(
     make_worker: Callable[[], Callable[[Piece], Result]], pieces: Sequence[Piece], shards: int = 1
-) -> Iterator[tuple[int, Result]]:
-    """Yield the number, from 0, and the result of every piece as soon as it is done, in any order.
+) -> Iterator[Result]:
+    """Yield the result of every piece as soon as it is done, in any order.
 
     One shard works in this process. Several are Ray actors with one GPU each, or one core where the cluster has no GPU.
     ``RAY_ADDRESS`` names a running cluster; without it, Ray starts on this machine. A killed worker is started again
     and its piece is done again. Each worker, perhaps on another machine, calls ``make_worker`` once for its function.
-
-    Raises:
-        InputError: When a worker raises it, the cluster has too few GPUs or cores, or workers die.
     """
-    if shards > 1:
-        yield from _with_ray(make_worker, pieces, min(shards, len(pieces)))
+    if shards == 1:
+        yield from map(make_worker(), pieces)
         return
-    worker = make_worker()
-    for number, piece in enumerate(pieces):
-        yield number, worker(piece)
-
-
-def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[Any], shards: int) -> Iterator[Any]:
     import torch
 
+    shards = min(shards, len(pieces))
     local = "RAY_ADDRESS" not in os.environ
     if local and not torch.cuda.is_available():
         set_defaults()
@@ -55,16 +46,16 @@ def _with_ray(make_worker: Callable[[], Callable[[Any], Any]], pieces: Sequence[
         resources = ray.cluster_resources()
         kind = "GPU" if resources.get("GPU") else "CPU"
         if shards > resources.get(kind, 0):
-            raise InputError(f"--shards {shards}: Ray has {resources.get(kind, 0):.0f} {kind}s; ask for fewer")
+            raise InputError(f"shards: {shards}: Ray has {resources.get(kind, 0):.0f} {kind}s; ask for fewer")
         remote = ray.remote(_Actor).options(
             num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS, max_task_retries=RESTARTS
         )
         pool = ActorPool([remote.remote(make_worker, kind) for _ in range(shards)])
-        yield from pool.map_unordered(lambda actor, piece: actor.work.remote(*piece), list(enumerate(pieces)))
+        yield from pool.map_unordered(lambda actor, piece: actor.work.remote(piece), list(pieces))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from (None if isinstance(error.cause, InputError) else error)
     except ray.exceptions.RayActorError as error:
-        raise InputError(f"a Ray worker died ({error}), maybe for lack of memory; ask for fewer --shards") from error
+        raise InputError(f"a Ray worker died ({error}), maybe for lack of memory; ask for fewer shards") from error
     finally:
         if started_here:
             ray.shutdown()
@@ -77,9 +68,9 @@ class _Actor:
         self.make_worker, self.kind = make_worker, kind
         self.worker: Callable[[Any], Any] | None = None
 
-    def work(self, number: int, piece: Any) -> tuple[int, Any]:
-        """Return the number and the result of a piece."""
+    def work(self, piece: Any) -> Any:
+        """Return the result of a piece."""
         if self.kind == "CPU":
             set_defaults()  # one thread each
         self.worker = self.worker or self.make_worker()
-        return number, self.worker(piece)
+        return self.worker(piece)

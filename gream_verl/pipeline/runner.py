@@ -40,6 +40,7 @@ class Step:
         makes: Files that are there once it is done.
         checkpoints: Folder of a training, from which the framework goes on after a stop. Checkpoints of other inputs
             are moved aside, to ``<folder>.previous``, and the output goes to ``RUN/logs`` instead of the terminal.
+        timeout: Seconds after which it is stopped.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Step:
     reads: Sequence[Path] = ()
     makes: Sequence[Path] = ()
     checkpoints: Path | None = None
+    timeout: float = 7200.0
 
 
 def stamp_file(folder: Path, name: str) -> Path:
@@ -101,7 +103,7 @@ def _digest(step: Step) -> str:
 def _execute(step: Step, log: Path, console: Console) -> None:
     """Run the command of a step to its end; nothing that it started outlives this call or this process."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    logged = step.checkpoints is not None
+    logged, deadline = step.checkpoints is not None, time.monotonic() + step.timeout
     # the commands of this interpreter come first, and output is not held back
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with log.open("wb") as output, console.status("") if logged else contextlib.nullcontext() as status:
@@ -115,17 +117,19 @@ def _execute(step: Step, log: Path, console: Console) -> None:
             preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM),  # PR_SET_PDEATHSIG: end with the parent
         )
         try:
-            while process.poll() is None:
+            while process.poll() is None and time.monotonic() < deadline:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
                 if status is not None:
                     status.update(f"{log}: {''.join(log_lines(log)[-1:])}"[: max(20, console.width - 8)])
+            code = process.poll()
         finally:
             _stop(process)
     missing = ", ".join(str(path) for path in step.makes if not path.exists())
-    if process.returncode == 0 and not missing:
+    if code == 0 and not missing:
         return
-    reason = f"failed with exit status {process.returncode}" if process.returncode else f"did not make {missing}"
+    reason = f"failed with exit status {code}" if code else f"did not make {missing}"
+    reason = f"took more than {step.timeout:.0f} s and was stopped" if code is None else reason
     tail = [*log_lines(log)[-LOG_TAIL:], f"the whole log is {log}"] if logged else []
     raise InputError("\n".join([*tail, f"step {step.name!r} {reason}; earlier steps are kept"]))
 

@@ -40,7 +40,7 @@ class BgaeOptions(BaseModel):
 
     @classmethod
     def from_config(cls, algorithm: Mapping[str, Any] | None) -> BgaeOptions:
-        """Return the options of the node ``algorithm``; an InputError names a wrong key."""
+        """Return the options in the node ``algorithm``."""
         return checked_options(cls, "algorithm.bgae", (algorithm or {}).get("bgae"))
 
 
@@ -51,13 +51,10 @@ def bgae_advantage(rewards: Tensor, groups: Tensor, active: Tensor, options: Bga
     0 for a group without hits, and for one with so many that every draw of K holds one.
 
     Args:
-        rewards: Rewards, shape [rows].
+        rewards: Rewards, shape [rows]; the advantages have their type and shape.
         groups: Number of the group of each row, from 0, shape [rows].
         active: False for padding rows, which count in no group and get 0, shape [rows].
         options: K, weight of the bonus, reward of a hit.
-
-    Returns:
-        Advantages in the type of ``rewards``, shape [rows].
     """
     # 1. Sums over the active rows of each group, shape [groups].
     reward = rewards.double()
@@ -77,6 +74,7 @@ def bgae_advantage(rewards: Tensor, groups: Tensor, active: Tensor, options: Bga
     # 3. The bonus, which only depends on the group and on hit or miss.
     of_hit, of_miss = _bonus(n, total(hit), options.k)
     bonus = torch.where(hit, of_hit[groups], of_miss[groups])
+    # 4. Their sum; padding rows get nothing.
     advantage = centred / (deviation + EPSILON)[groups] + options.weight * bonus
     return torch.where(active, advantage, 0.0).to(rewards.dtype)
 
@@ -101,16 +99,12 @@ def _choose_ratio(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
 
 
 def group_statistics(rewards: Tensor, groups: Tensor, options: BgaeOptions) -> dict[str, float]:
-    """Return statistics of the learning signal in a batch, for the log of a training step.
+    """Return the learning signal of a batch: two shares of groups, hits per group, mean size of the weighted bonus.
 
     Args:
         rewards: Rewards, shape [rows].
         groups: Number of the group of each row, from 0, without gaps, shape [rows].
         options: Those of the estimator.
-
-    Returns:
-        ``groups_without_hit`` and ``groups_without_advantage``, shares of the groups; ``hits_mean``, hits per group;
-        ``bonus_abs_mean``, mean size of the weighted bonus over the rows.
     """
     reward, active = rewards.double(), torch.ones_like(groups, dtype=torch.bool)
     full = bgae_advantage(reward, groups, active, options)
@@ -132,16 +126,13 @@ def compute_bgae(
     config: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Return advantages and returns for verl's trainer (``algorithm.adv_estimator=bgae``).
+    """Return advantages and returns, which are the same, for verl's trainer (``algorithm.adv_estimator=bgae``).
 
     Args:
         token_level_rewards: Rewards, shape [rows, tokens].
         response_mask: 1 for tokens of the response, shape [rows, tokens]; a padding row has none.
         index: The prompt (group) of each row, shape [rows].
         config: The ``algorithm`` node; its ``bgae`` holds the options.
-
-    Returns:
-        The advantage of each row on all its response tokens, twice, shape [rows, tokens].
     """
     numbers: dict[Any, int] = {}
     groups = torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in index], dtype=torch.long)

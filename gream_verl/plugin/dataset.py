@@ -29,9 +29,6 @@ class SemanticIdDataset(RLHFDataset):
     Every ground truth must be a well-formed SID, every SID token of truth and prompt one token of the tokenizer, and,
     where ``data.index_file`` names an item index, every SID an item of it. ``data.filter_overlong_prompts`` and
     ``data.truncation`` have no effect.
-
-    Raises:
-        InputError: Naming file, row and token, or a key of the configuration that verl does not read.
     """
 
     def _read_files_and_tokenize(self) -> None:
@@ -58,7 +55,7 @@ class SemanticIdDataset(RLHFDataset):
 
     def _check_room(self, prompt: Prompt, row: str) -> None:
         """Refuse a prompt that is too long even with its latest item only."""
-        # A token has at least one byte: this bound spares most prompts the tokenizer.
+        # A token has at least one byte: with this bound, most prompts need no tokenizer.
         roles = tuple(turn["role"] for turn in prompt)
         if roles not in self._tokens_of_template:
             self._tokens_of_template[roles] = self._count_tokens([{**turn, "content": ""} for turn in prompt])
@@ -66,25 +63,21 @@ class SemanticIdDataset(RLHFDataset):
         if most <= self.max_prompt_length or self._fits(prompt):
             return
         if not self._fits(_without(prompt, len(prompt[_longest(prompt)]["content"]))):
-            raise InputError(
-                f"{row}: the prompt is longer than data.max_prompt_length={self.max_prompt_length} even with its "
-                "latest item only; raise it, or leave the row out"
-            )
+            limit = f"data.max_prompt_length={self.max_prompt_length}"
+            raise InputError(f"{row}: the prompt is longer than {limit} even with its latest item only; raise it")
 
     def __getitem__(self, item: int) -> dict[str, Any]:
+        """Return a row whose prompt lost as many of its oldest items as it takes to fit."""
         row: dict[str, Any] = super().__getitem__(item)
-        row["raw_prompt"] = self._shortened(row["raw_prompt"])
+        prompt: Prompt = row["raw_prompt"]
+        if not self._fits(prompt):
+            # The fewest items to drop, by bisection: ``too_few`` does not fit, ``enough`` does.
+            too_few, enough = 0, len(find_sids(prompt[_longest(prompt)]["content"])) - 1
+            while enough - too_few > 1:
+                middle = (too_few + enough) // 2
+                too_few, enough = (too_few, middle) if self._fits(_without(prompt, middle)) else (middle, enough)
+            row["raw_prompt"] = _without(prompt, enough)
         return row
-
-    def _shortened(self, prompt: Prompt) -> Prompt:
-        """Return the prompt without as many of its oldest items as it takes to fit ``data.max_prompt_length``."""
-        if self._fits(prompt):
-            return prompt
-        too_few, enough = 0, max(len(find_sids(prompt[_longest(prompt)]["content"])) - 1, 0)
-        while enough - too_few > 1:
-            middle = (too_few + enough) // 2
-            too_few, enough = (too_few, middle) if self._fits(_without(prompt, middle)) else (middle, enough)
-        return _without(prompt, enough)
 
     def _fits(self, prompt: Prompt) -> bool:
         return self._count_tokens(prompt) <= self.max_prompt_length
@@ -118,6 +111,4 @@ def _columns(files: Sequence[str], prompt_key: str) -> Iterator[tuple[str, Promp
                     yield f"{file}: row {number}", prompt or [], reward_model
                     number += 1
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{file}: cannot be read as verl parquet ({error}); make it with `gream data rl`"
-            ) from error
+            raise InputError(f"{file}: no verl parquet ({error}); make it with `gream data rl`") from error

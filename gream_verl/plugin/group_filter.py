@@ -28,26 +28,21 @@ OPTIONS = "trainer.v1.sampler.sampler_kwargs"
 RESTART = "Start the run again: it goes on from its last checkpoint"
 HANGS = f"If steps take that long, validation and checkpoint included, raise {OPTIONS}.step_timeout. Else: {RESTART}"
 
-EvictionReasons = tuple[set[str], set[str], set[str], Counter]
-
 
 class GroupFilterOptions(BaseModel):
     """Options below ``trainer.v1.sampler.sampler_kwargs``; the recipes copy some of them from other nodes.
 
     Attributes:
-        metric: Key of ``reward_extra_info`` to compare within a group, ``reward`` for the reward itself; None for no
-            filter.
+        metric: Key of ``reward_extra_info`` to compare within a group, or ``reward``; None for no filter.
         train_batch_size: Prompts of a training step.
         max_num_gen_batches: Batches of ``train_batch_size`` prompts that a training step may generate.
         max_inflight_gen_batches: Batches that may be generated at the same time.
-        max_failed_share: Share of ``train_batch_size`` that may fail in a step: groups without any response, because
-            the rollout engine or the reward raised. They are replaced; more of them stop the training.
-        when_exhausted: ``fill``: the last uniform groups fill the batch up; they have no advantage, so the step learns
-            from the other groups. ``raise``: stop the training.
-        bgae: Options of the advantage estimator, to log the learning signal of a batch (``bgae/...``); None logs
-            nothing. Needs rewards at sampling time, so None with a reward model that shares the actor's GPUs.
-        step_timeout: Seconds from one call for a batch to the next, validation and checkpoints included, after which
-            the training is ended because it hangs; None for never.
+        max_failed_share: Share of ``train_batch_size`` that may fail in a step, without any response, and be replaced.
+        when_exhausted: ``fill`` the batch up with uniform groups, which have no advantage, or ``raise`` an error.
+        bgae: Options of the advantage estimator, to log the learning signal (``bgae/...``). None logs nothing, as a
+            reward model that shares the actor's GPUs needs, because its rewards come too late.
+        step_timeout: Seconds from one batch to the next, validation and checkpoint included, after which the training
+            hangs and is ended; None for never.
         poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
     """
 
@@ -63,30 +58,23 @@ class GroupFilterOptions(BaseModel):
     step_timeout: float | None = Field(default=None, gt=0)
     poll_interval: float = Field(default=0.2, gt=0)
 
-    @classmethod
-    def from_config(cls, sampler_kwargs: Mapping[str, Any]) -> GroupFilterOptions:
-        """Return the options of the node; an InputError names a wrong key."""
-        return checked_options(cls, OPTIONS, sampler_kwargs)
-
 
 class BoundedGroupFilter(ReplayBuffer):
     """verl's synchronous sampler with a budget of prompts per step.
 
-    A uniform group is evicted only while the groups at hand and those the budget still allows fill a batch. So every
-    step gets its full batch: groups that teach something first, and uniform ones only when the budget is spent. The log
-    has the uniform groups kept and the share of groups evicted, ``evicted / (evicted + batch)``.
-
-    Groups that failed are replaced, whatever the budget; verl would train without them, also when a dead rollout engine
-    fails them all, and then wait for that engine forever.
+    1. A uniform group is evicted while the other groups and the budget can fill a batch.
+    2. Groups that failed are replaced, whatever the budget. Too many of them stop the training; verl would train
+       without them, and wait for a dead rollout engine forever.
+    3. A batch takes groups that teach something first, and uniform ones only when the budget is spent.
     """
 
     def __init__(self, *, trainer_mode: str, sampler_kwargs: Mapping[str, Any], refill_fn: Any, **kwargs: Any) -> None:
         if trainer_mode != "sync":
             raise InputError(
-                f"trainer.v1.trainer_mode: BoundedGroupFilter works with 'sync' only, got {trainer_mode!r}; "
+                f"trainer.v1.trainer_mode={trainer_mode}: BoundedGroupFilter works with 'sync' only; "
                 "set trainer.v1.sampler.custom_sampler.path and name to null"
             )
-        self.options = GroupFilterOptions.from_config(sampler_kwargs)
+        self.options = checked_options(GroupFilterOptions, OPTIONS, sampler_kwargs)
         timeout = self.options.step_timeout
         self._watchdog = Watchdog(timeout, f"gream-verl: no new batch for {timeout} s. {HANGS}") if timeout else None
         self._budget = 0
@@ -105,12 +93,7 @@ class BoundedGroupFilter(ReplayBuffer):
         )
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
-        """Wait for a batch and return it, with metrics; see ``ReplayBuffer.sample``.
-
-        Raises:
-            InputError: When the budget is spent, too few groups teach something, and ``when_exhausted`` is ``raise``.
-            RuntimeError: When too many groups fail.
-        """
+        """Wait for a batch and return it, with metrics; see ``ReplayBuffer.sample``."""
         if self._watchdog is not None:
             self._watchdog.feed()
         # The trainer has already asked for one batch.
@@ -137,20 +120,12 @@ class BoundedGroupFilter(ReplayBuffer):
 
     def _generate_within_budget(self, prompts: int) -> None:
         prompts = min(prompts, self._budget)
-        if prompts <= 0:
-            return
-        self._budget -= prompts
-        try:
+        if prompts > 0:
+            self._budget -= prompts
             self._generate(prompts)
-        except InputError:  # of the dataset
-            raise
-        except ValueError as error:  # verl fetches single prompts only where it expects refills
-            raise InputError(
-                f"{error}; set trainer.v1.sampler.sync_refill_failed_groups=true, which BoundedGroupFilter needs"
-            ) from error
 
-    def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> EvictionReasons:
-        stale, uniform, failed, counts = super()._terminal_eviction_reasons(global_steps, partition_id)
+    def _terminal_eviction_reasons(self, global_steps: int, partition_id: str) -> tuple[set, set, set, Counter]:
+        stale, uniform, failed, _ = super()._terminal_eviction_reasons(global_steps, partition_id)
         self._failed += len(failed)
         self._budget += len(failed)
         if self._failed > self.options.max_failed_share * self.options.train_batch_size:
@@ -158,8 +133,6 @@ class BoundedGroupFilter(ReplayBuffer):
                 f"{self._failed} groups of step {global_steps} failed, more than {OPTIONS}.max_failed_share="
                 f"{self.options.max_failed_share} of a batch; the messages above say why. {RESTART}"
             )
-        if not uniform:
-            return stale, uniform, failed, counts
         # Evict only as many uniform groups as the others and the budget can replace.
         states = (self.pending_keys, self.running_keys, self.finished_keys, self.failure_keys)
         groups = sum(len(keys[partition_id]) for keys in states)
@@ -178,9 +151,8 @@ class BoundedGroupFilter(ReplayBuffer):
             return super()._select_prompt_uids(partition_id, kept, batch_size)
         if self.options.when_exhausted == "raise":
             raise InputError(
-                f"algorithm.filter_groups: only {len(kept)} of {batch_size} groups differ in "
-                f"{self.options.metric!r} after {self.options.max_num_gen_batches} generation batches; raise "
-                "max_num_gen_batches or rollout.n, or set when_exhausted=fill"
+                f"algorithm.filter_groups: only {len(kept)} of {batch_size} groups differ in {self.options.metric!r} "
+                f"after {self.options.max_num_gen_batches} batches; raise max_num_gen_batches"
             )
         self._uniform_kept = missing
         kept.update(self._first(partition_id, uniform, missing))

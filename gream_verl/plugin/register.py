@@ -1,8 +1,7 @@
 """The one entry point of gream-verl in verl: ``import verl`` loads it in every process (group ``verl.plugins``).
 
-It registers what verl finds by name: the advantage estimator ``bgae``, the reward manager ``rsvr`` and, without an
-accelerator, the platform ``cpu``. What verl finds by path (dataset, sampler) needs no registration. Nothing of verl is
-imported here: each part registers itself when verl imports the module it belongs to.
+It registers the advantage estimator ``bgae``, the reward manager ``rsvr`` and, without an accelerator, the platform
+``cpu``: each when verl imports the module it belongs to. verl finds dataset and sampler by their paths.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from gream_verl.core.import_hooks import when_imported
 
 
 def _register_recipes(plugins: ModuleType) -> None:
-    # hydra looks for plugins in folders on sys.path only, so that it does not see an editable installation.
+    # hydra looks for plugins in folders on sys.path, and so misses an editable installation.
     from hydra.plugins.search_path_plugin import SearchPathPlugin
 
     from hydra_plugins.gream import GreamSearchPath

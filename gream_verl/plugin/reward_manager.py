@@ -1,7 +1,6 @@
 """The reward ``rsvr`` in verl's reward loop (``reward.reward_manager.name=rsvr``), or a function of yours in its place.
 
-The plugin imports this module when verl imports its reward managers; ``source: importlib`` with
-``pkg://gream_verl.plugin.reward_manager`` finds it as well. docs/reward.md shows how to change the reward.
+docs/reward.md shows how to change the reward.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager import register
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
@@ -39,12 +38,6 @@ class Overlong(BaseModel):
     buffer: int = Field(ge=1)
     factor: float = Field(default=1.0, ge=0)
 
-    @model_validator(mode="after")
-    def _buffer_fits(self) -> Overlong:
-        if self.buffer > self.max_length:
-            raise ValueError(f"buffer {self.buffer} is longer than max_length {self.max_length}")
-        return self
-
 
 class RsvrOptions(BaseModel):
     """Options below ``reward.reward_kwargs.rsvr``.
@@ -54,9 +47,9 @@ class RsvrOptions(BaseModel):
         mode: Mode of rows whose ``extra_info.type`` is neither ``reasoning`` nor ``direct``.
         index_file: ``<D>.index.json``; without it every well-formed answer is a ``valid_item``.
         base_levels: Levels that every SID has, for runs without ``index_file``.
-        require_valid_item: Whether an answer that is no item gets nothing.
-        binary: Whether only exact answers are paid, an ablation.
-        overlong: Penalty of long responses; None for none. Filter groups by ``reward`` then: ``match`` does not see it.
+        require_valid_item: Pay nothing for an answer that is no item.
+        binary: Pay exact answers only, an ablation.
+        overlong: Penalty of long responses; filter groups by ``reward`` then, because ``match`` does not have it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,18 +64,14 @@ class RsvrOptions(BaseModel):
 
     @classmethod
     def from_config(cls, config: DictConfig) -> RsvrOptions:
-        """Return the options in the whole configuration of a run.
-
-        Raises:
-            InputError: Naming a key that is unknown, has a wrong value, or would have no effect.
-        """
+        """Return the options in the whole configuration of a run; refuse keys that would have no effect."""
         refuse_unread_keys(config)
         options = checked_options(cls, OPTIONS, OmegaConf.select(config, OPTIONS))
         custom = OmegaConf.select(config, f"{CUSTOM}.path")
         if options.require_valid_item and options.index_file is None:
             raise InputError(f"{OPTIONS}.require_valid_item: needs {OPTIONS}.index_file")
         if custom and options.binary:
-            raise InputError(f"{OPTIONS}.binary: has no effect next to {CUSTOM}; leave one of them out")
+            raise InputError(f"{OPTIONS}.binary: has no effect with {CUSTOM}; leave one of them out")
         if not custom and OmegaConf.select(config, "reward.reward_model.enable"):
             raise InputError(f"reward.reward_model.enable: verl asks it instead of rsvr; combine them in a {CUSTOM}")
         for name in ("overlong_buffer_cfg", "max_resp_len"):
@@ -95,8 +84,7 @@ class RsvrOptions(BaseModel):
 class RsvrRewardManager(RewardManagerBase):
     """Scores one response at a time with RSVR, or with ``reward.custom_reward_function`` where its path is set.
 
-    A row needs ``reward_model.ground_truth`` (the SID of the target) and may say with ``extra_info.type`` whether its
-    prompt asked for ``reasoning`` or ``direct``.
+    A row has the SID of its target in ``reward_model.ground_truth``, and may have its mode in ``extra_info.type``.
     """
 
     def __init__(
@@ -134,10 +122,8 @@ class RsvrRewardManager(RewardManagerBase):
             index=self.index,
             require_valid_item=self.options.require_valid_item,
         )
-        details = asdict(reward)
-        score = details.pop("score")
-        if self.options.binary:
-            score = reward.acc
+        score = reward.acc if self.options.binary else reward.score
+        details = {name: value for name, value in asdict(reward).items() if name != "score"}
         if self.has_custom_function:
             score, more = await self._custom_score(columns, ids, reward)
             details |= more
@@ -149,7 +135,7 @@ class RsvrRewardManager(RewardManagerBase):
     async def _custom_score(
         self, columns: Mapping[str, Any], ids: list[int], reward: Reward
     ) -> tuple[float, dict[str, Any]]:
-        """Call the user's function with the arguments of verl's own managers; return its score and its other values."""
+        """Return score and other values of the user's function, which gets the arguments of verl's own managers."""
         end = self.tokenizer.eos_token_id
         arguments = {
             "data_source": columns.get("data_source"),

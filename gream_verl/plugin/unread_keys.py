@@ -27,11 +27,7 @@ RENAMED = {
 
 
 def refuse_unread_keys(config: DictConfig) -> None:
-    """Refuse a whole configuration with a reward setting that verl would ignore.
-
-    Raises:
-        InputError: Naming the key, and the one to set instead.
-    """
+    """Refuse a whole configuration with a reward setting that verl would ignore; name the one to set instead."""
     for node in LEGACY_NODES:
         for name in OmegaConf.select(config, node) or ():
             key = f"{node}.{name}"

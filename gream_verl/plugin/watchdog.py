@@ -9,17 +9,14 @@ import time
 
 
 class Watchdog:
-    """Ends this process with status 1, after ``message``, when it was not fed for ``seconds``.
+    """Ends this process with status 1 and a message when it was not fed for some seconds.
 
-    verl waits without a limit where a peer has died, for one when a rollout engine dies between sampling and the next
-    weight update (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:136). Ray tells the driver at once when
-    its trainer is gone.
+    verl waits without a limit where a peer has died, such as a rollout engine between sampling and the next weight
+    update (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:136).
     """
 
     def __init__(self, seconds: float, message: str) -> None:
-        self._seconds = seconds
-        self._message = message
-        self._fed = 0.0
+        self._seconds, self._message, self._fed = seconds, message, 0.0
         self._thread: threading.Thread | None = None
 
     def feed(self) -> None:

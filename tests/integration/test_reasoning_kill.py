@@ -34,7 +34,7 @@ def evaluate(folder: Path, progress: Path | None) -> Evaluation:
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
     options = EvaluationOptions(engine="hf", chains=2, max_tokens=20, beams=5, batch_size=6)  # pieces of three users
     index = ItemIndex.load(folder / "tiny.index.json")
-    return evaluate_reasoning(folder / "model", prompts, index, options, progress_file=progress)
+    return evaluate_reasoning(folder / "model", prompts, index, options, progress)
 
 
 def test_a_killed_process_loses_nothing_and_another_goes_on_to_the_same_rows(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def evaluate(folder: Path, index: str = "tiny.index.json", **options: Any) -> Ev
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
     sampled = {"chains": 4, "max_tokens": 40, "temperature": 0.8, "top_p": 0.95, "beams": 5, "constrained": True}
     chosen = EvaluationOptions(**(sampled | options))
-    return evaluate_reasoning(folder / "model", prompts, ItemIndex.load(folder / index), chosen)
+    with tempfile.TemporaryDirectory() as temporary:
+        progress = Path(temporary) / "progress.jsonl"
+        return evaluate_reasoning(folder / "model", prompts, ItemIndex.load(folder / index), chosen, progress)
 
 
 def without_scores(rows: Any) -> list[Any]:

@@ -53,12 +53,12 @@ actor_rollout_ref:
     log_prob_use_dynamic_bsz: true
     agent: {num_workers: 1}
 transfer_queue: {backend: {SimpleStorage: {num_data_storage_units: 1}}}
-ray_kwargs: {ray_init: {num_cpus: 16, num_gpus: 2, include_dashboard: false, object_store_memory: 500000000}}
+ray_kwargs: {ray_init: {num_cpus: 16, num_gpus: 1, include_dashboard: false, object_store_memory: 500000000}}
 trainer:
   device: cpu
   logger: [console]
-  n_gpus_per_node: 2
-  total_training_steps: 2
+  n_gpus_per_node: 1
+  total_training_steps: 1
   val_before_train: false
   test_freq: -1
   save_freq: -1
@@ -109,7 +109,7 @@ def only_verl(tmp_path_factory) -> str:
 
 def test_the_environment_has_verl_and_us_and_nothing_more(only_verl):
     script = (
-        "import importlib.util as u, gream_verl, verl; print(gream_verl.__file__);"
+        "import importlib.util as u, gream_verl; print(gream_verl.__file__);"
         "print(*[n for n in ('vllm', 'llamafactory', 'faiss', 'polars', 'hypothesis', 'recipes') if u.find_spec(n)])"
     )
     done = subprocess.run([only_verl, "-c", script], capture_output=True, text=True, timeout=100, check=True, cwd="/")
@@ -126,9 +126,9 @@ def test_a_foreign_project_trains_with_our_reward_and_advantage_by_name(only_ver
     index = make_index()
     make_tiny_model(tmp_path / "sft", index)
     teach_form(tmp_path / "sft", index)
-    rows = rl_rows(index, 16)
-    rows[1]["reward_model"]["ground_truth"] = None
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prompts.parquet")
+    prompts = rl_rows(index, 8)
+    prompts[1]["reward_model"]["ground_truth"] = None
+    pq.write_table(pa.Table.from_pylist(prompts), tmp_path / "prompts.parquet")
     (tmp_path / "foreign.yaml").write_text(CONFIG)
     printed = Training(
         tmp_path,
@@ -140,12 +140,11 @@ def test_a_foreign_project_trains_with_our_reward_and_advantage_by_name(only_ver
         python=only_verl,
     ).finish()
     assert "step:1 " in printed
-    assert "step:2 " in printed
     # The reward says which row has no ground truth; stock verl trains on the others of the batch, and on padding rows.
     assert "row 1: reward_model.ground_truth is None" in printed
-    for step, answered in ((1, 3 * 4), (2, 4 * 4)):
-        assert sum(bool(row["output"]) for row in rollouts(tmp_path, step)) == answered
-        assert len(rollouts(tmp_path, step)) == 4 * 4
-    scores = {row["score"] for step in (1, 2) for row in rollouts(tmp_path, step)}
+    rows = rollouts(tmp_path, 1)
+    assert len(rows) == 4 * 4
+    assert sum(bool(row["output"]) for row in rows) == 3 * 4
+    scores = {row["score"] for row in rows}
     assert {0.0} < scores
     assert all(0 <= score <= 1 for score in scores)

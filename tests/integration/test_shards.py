@@ -43,14 +43,6 @@ def squares(folder: Path | None = None) -> Callable[[], Worker]:
     return lambda: square
 
 
-def results(make_worker: Callable[[], Worker], count: int, shards: int) -> dict[int, tuple[int, int]]:
-    found: dict[int, tuple[int, int]] = {}
-    for number, result in in_shards(make_worker, range(count), shards):
-        assert number not in found
-        found[number] = result
-    return found
-
-
 @pytest.fixture(scope="module")
 def started():
     """Start Ray once for the tests that do not ask how it is started."""
@@ -65,25 +57,25 @@ def started():
 @pytest.mark.usefixtures("started")
 @pytest.mark.parametrize(("count", "shards"), [(7, 1), (7, 3), (2, 5), (1, 2)])
 def test_every_piece_is_done_once_by_as_many_processes_as_asked(count: int, shards: int) -> None:
-    found = results(squares(), count, shards)
-    assert {number: square for number, (square, _) in found.items()} == {n: n * n for n in range(count)}
-    processes = {process for _, process in found.values()}
+    found = list(in_shards(squares(), range(count), shards))
+    assert sorted(square for square, _ in found) == [number * number for number in range(count)]
+    processes = {process for _, process in found}
     assert processes == {os.getpid()} if shards == 1 else os.getpid() not in processes
     assert len(processes) <= min(count, shards)
 
 
 @pytest.mark.usefixtures("started")
 def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(tmp_path: Path) -> None:
-    found = results(squares(tmp_path), 10, 2)
+    found = list(in_shards(squares(tmp_path), range(10), 2))
     assert (tmp_path / "killed").exists()
-    assert sorted(square for square, _ in found.values()) == [number * number for number in range(10)]
+    assert sorted(square for square, _ in found) == [number * number for number in range(10)]
 
 
 @pytest.mark.usefixtures("started")
 @pytest.mark.parametrize("shards", [1, 2])
 def test_an_error_of_a_worker_is_the_sentence_it_is(shards: int) -> None:
     with pytest.raises(InputError, match=r"^13: cannot be squared; take another number$"):
-        results(squares(), 15, shards)
+        list(in_shards(squares(), range(15), shards))
     with pytest.raises(LookupError, match="16"):
         list(in_shards(squares(), [16, 16], shards))
 
@@ -98,8 +90,8 @@ def test_the_number_of_shards_changes_no_row(tmp_path: Path) -> None:
     direct, reasoning = (read_prompts(file, mode)[0] for mode in ("direct", "reasoning"))
     progress = tmp_path / "progress.jsonl"
     assert evaluate_direct(model, direct, index, sharded).rows == evaluate_direct(model, direct, index, alone).rows
-    expected = evaluate_reasoning(model, reasoning, index, alone).rows
-    assert evaluate_reasoning(model, reasoning, index, sharded, progress_file=progress).rows == expected
+    expected = evaluate_reasoning(model, reasoning, index, alone, tmp_path / "alone.jsonl").rows
+    assert evaluate_reasoning(model, reasoning, index, sharded, progress).rows == expected
     assert progress.read_bytes().count(b"\n") == 8
 
 
@@ -136,6 +128,6 @@ def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch:
     ray.shutdown()
     monkeypatch.setenv("RAY_ADDRESS", cluster)
     for _ in range(2):
-        assert len(results(squares(), 5, 2)) == 5
-    with pytest.raises(InputError, match="--shards 3: Ray has 2 CPUs"):
-        results(squares(), 5, 3)
+        assert len(list(in_shards(squares(), range(5), 2))) == 5
+    with pytest.raises(InputError, match="shards: 3: Ray has 2 CPUs"):
+        list(in_shards(squares(), range(5), 3))

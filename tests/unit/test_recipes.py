@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import recipes
 from gream_verl.core.errors import InputError
+from gream_verl.core.options import checked_options
 from gream_verl.plugin.bgae import BgaeOptions
-from gream_verl.plugin.group_filter import BoundedGroupFilter, GroupFilterOptions
+from gream_verl.plugin.group_filter import OPTIONS, BoundedGroupFilter, GroupFilterOptions
 from gream_verl.plugin.reward_manager import RsvrOptions
 
 BASES = (
@@ -161,9 +162,7 @@ def test_verl_accepts_the_recipe(names, no_model_on_disk):
     ("base", "typo"),
     [
         ("gream_srpo", "actor_rollout_ref.actor.klloss_coef"),
-        ("gream_srpo", "actor_rollout_ref.rollout.val_kwargs.temprature"),
         ("gream_srpo", "data.max_respose_length"),
-        ("gream_srpo_megatron", "actor_rollout_ref.actor.megatron.tensor_parallel_size"),
         ("gream_srpo_megatron", "actor_rollout_ref.actor.fsdp_config"),
         ("gream_srpo_async", "trainer.v1.separate_async.sync_step"),
     ],
@@ -295,6 +294,6 @@ def test_a_mix_in_changes_what_it_says_and_its_options_are_known(mix_in, values)
         assert OmegaConf.select(config, key) == value, key
     RsvrOptions.from_config(config)
     BgaeOptions.from_config(config.algorithm)
-    options = GroupFilterOptions.from_config(config.trainer.v1.sampler.sampler_kwargs)
+    options = checked_options(GroupFilterOptions, OPTIONS, config.trainer.v1.sampler.sampler_kwargs)
     assert options.metric == config.algorithm.filter_groups.metric
     assert options.train_batch_size == config.data.train_batch_size

@@ -20,7 +20,7 @@ EVERYTHING = dict.fromkeys(TASKS, 1.0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
-    folder = make_data(tmp_path_factory.mktemp("data"), users=60)
+    folder = make_data(tmp_path_factory.mktemp("data"), users=24)
     report = write_mix(folder, MixOptions(EVERYTHING, history=8))
     assert all(counts["made"] == counts["exist"] > 0 for counts in report.values())
     assert len(list(rows(folder))) == sum(counts["made"] for counts in report.values())

@@ -42,13 +42,13 @@ def slow_k_core(rows: Rows, core: int, shortest: int) -> Rows:
         rows = kept
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(interaction_rows, st.integers(1, 4), st.integers(1, 4))
 def test_k_core_equals_the_slow_one(rows: Rows, core: int, shortest: int) -> None:
     assert k_core(frame(rows), core, shortest).rows() == slow_k_core(rows, core, shortest)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(interaction_rows)
 def test_deduplication_keeps_the_earliest_and_the_order(rows: Rows) -> None:
     times: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -58,8 +58,10 @@ def test_deduplication_keeps_the_earliest_and_the_order(rows: Rows) -> None:
     assert deduplicate(frame(rows)).rows() == [rows[number] for number in kept]
 
 
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.sampled_from(["9", "10", "010", "x"]), st.text(max_size=2), st.integers(-(2**60), 2**60))))
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.sampled_from(["9", "10", "010", "x"]), st.sampled_from("ab"), st.integers(-(2**60), 2**60)))
+)
 def test_ordered_is_by_user_then_time_then_row(rows: Rows) -> None:
     users = sort_ids({row[0] for row in rows})
     assert ordered(frame(rows)).rows() == sorted(rows, key=lambda row: (users.index(row[0]), row[2]))
@@ -131,7 +133,7 @@ def test_statistics_of_a_known_set() -> None:
     }  # fmt: skip
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from("uvwxyz"), st.sampled_from("abcdefgh"), st.integers(0, 30)), min_size=20, max_size=80
@@ -166,12 +168,12 @@ def test_training_ends_before_the_held_out_time_of_anybody(
 
 def test_a_temporal_split_without_anybody_to_test_on_is_refused(tmp_path: Path) -> None:
     rows: Rows = [(user, item, time) for time, user in enumerate("uvwxyz") for item in "abc"]
-    with pytest.raises(InputError, match=r"leaves 0 users for validation and 0 for the test; .* or leave-one-out"):
+    with pytest.raises(InputError, match=r"leaves 0 users for validation and 0 for the test; choose other shares"):
         prepare(tables(rows), DataFolder(tmp_path, "D"), core=1, split=TimeSplit(0.3, 0.3))
     assert not list(tmp_path.glob("D.inter.json"))
     for shares in [(0.0, 0.1), (0.1, 0.0), (0.5, 0.5), (-0.1, 0.2), (float("nan"), 0.1)]:
         with pytest.raises(InputError, match="leave no training"):
-            TimeSplit(*shares)
+            prepare(tables(FULL), DataFolder(tmp_path, "D"), core=1, split=TimeSplit(*shares))
 
 
 def test_the_files_of_a_temporal_split_go_with_it(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_another_split_is_followed(folder: DataFolder) -> None:
     ("sequences", "message"),
     [
         ({"u": ["1", "2"]}, "no user has an interaction for val"),
-        ({"u": ["1", "2", "3", "4", "5", "6"]}, "no user has 5 interactions for training, as an RL row needs"),
+        ({"u": ["1", "2", "3", "4", "5", "6"]}, "no user has 5 interactions for training"),
     ],
 )
 def test_nothing_to_write_is_one_sentence(folder: DataFolder, sequences: dict, message: str) -> None:

@@ -20,7 +20,7 @@ from data_processing.indexing.diagnostics import (
     report_index,
     report_table,
 )
-from data_processing.indexing.saved_index import SavedIndex, codebooks_file
+from data_processing.indexing.saved_index import SavedIndex
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import ItemIndex
@@ -135,7 +135,7 @@ def test_the_report_holds_all_figures_as_json_and_as_a_table(folder: DataFolder)
 
 def test_an_imported_index_has_no_figures_that_need_vectors(folder: DataFolder) -> None:
     whole = report_index(folder)
-    codebooks_file(folder).unlink()
+    folder.codebooks.unlink()
     report = report_index(folder)
     assert [report[name] for name in ("distortion", "neighbours", "settings")] == [None] * 3
     assert [report[name] for name in ("collisions", "balance")] == [whole[name] for name in ("collisions", "balance")]

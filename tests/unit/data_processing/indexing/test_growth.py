@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from index_data import fake_embeddings
 
 from data_processing.indexing import growth, residual_index
+from data_processing.indexing.embed import EmbeddingSettings
 from data_processing.indexing.growth import add_items, choose_paths, drift, nearby_paths, nearest_codes
 from data_processing.indexing.residual_index import IndexSettings, build_index, residual_codes, resolve_collisions
 from data_processing.indexing.saved_index import SavedIndex, load_saved
@@ -173,6 +174,15 @@ def test_another_embedding_model_is_refused(
     with pytest.raises(InputError, match="gives other vectors than at the build"):
         add_items(folder)
     assert folder.index.read_bytes() == before
+
+
+def test_an_index_embedded_on_several_devices_grows_on_one(folder: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_index(folder, IndexSettings(levels=2, codes=8, embedding=EmbeddingSettings(devices=("cuda:0", "cuda:7"))))
+    write_data(folder, [*OLD, *NEW])
+    used = []
+    monkeypatch.setattr(growth, "embed_items", lambda items, asked: used.append(asked) or fake_embeddings(items))
+    assert add_items(folder)["new"] == 6
+    assert used == [EmbeddingSettings()]
 
 
 def test_new_texts_of_a_few_items_are_no_new_model(folder: DataFolder) -> None:

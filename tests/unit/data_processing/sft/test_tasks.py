@@ -1,4 +1,4 @@
-"""What rows say. The bytes of every task's rows are held by the digests in test_mix."""
+"""The texts of rows. The digests in test_mix hold the bytes of every task's rows."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     ("column", "values", "message"),
     [
         ("user", [[1]], r"column 'user': expected text or whole numbers, got List"),
-        ("item", [b"1"], r"column 'item': expected text for the item, got Binary"),
+        ("item", [b"1"], r"column 'item': expected text or whole numbers, got Binary"),
         ("timestamp", [[1]], r"column 'timestamp': expected numbers or dates, got List"),
         ("title", [{"en": "x"}], r"column 'title': expected text for the title, got Struct"),
         ("title", [[b"x"]], r"column 'title': expected text for the title, got List\(Binary\)"),

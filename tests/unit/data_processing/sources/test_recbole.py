@@ -74,7 +74,7 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
         (INTER + "u\ti\t1\t1\n", ITEM, "holds no rows"),
         ("user_id\titem_id\nu\ti\n", ITEM, "header field 'user_id': expected name:type"),
         ("", ITEM, "is empty"),
-        (INTER + "u\ti\t1\t1\n", ITEM + "i\tT\t1\tD\tmore\n", r"row 2 \(too many fields: 'i.*more'"),
+        (INTER + "u\ti\t1\t1\n", ITEM + "i\tT\t1\tD\tmore\n", r"row 2 \(too many fields: .*more"),
         (INTER + "u\ti\t1\t1\n", "title:token\ttitle:token_seq\n", "header field 'title' is there twice"),
         (INTER.replace("timestamp", "time"), ITEM, "no column 'timestamp'"),
         (INTER + "u\ti\t1\t1\n", ITEM.replace("movie_title", "words"), "no column 'title' for the title"),

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from data_processing.teacher.questions import Chain, ItemText, Question, UnusableError, UserTexts, json_schema
+from data_processing.teacher.questions import FORMS, Question, UnusableError, json_schema
 from gream_verl.core.data_folder import Item
 
+ItemText, UserTexts, Chain = (FORMS[what] for what in ("items", "users", "chains"))
 CHAIN = {"evidence": "Two westerns.", "preference": "Old films.", "intent": "One more of the kind.", "keep": [1, 3]}
 PAST = [Item("Shane"), Item("Jaws"), Item("The Searchers")]
 

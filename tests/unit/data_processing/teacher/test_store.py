@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from data_processing.teacher.store import Answer, AnswerStore
 from gream_verl.core.errors import InputError
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+TEXTS = st.text("a\x00\n\\\"'é\u2028\U0001f600")
 
 
 def request(number: int) -> dict[str, Any]:
@@ -102,18 +102,18 @@ def test_kill_9_while_writing_loses_and_halves_nothing(tmp_path: Path) -> None:
     path, count = tmp_path / "x.sqlite", tmp_path / "x.count"
     context = multiprocessing.get_context("fork")
     number = -1
-    for _ in range(3):
+    for _ in range(2):
         process = context.Process(target=_write_for_ever, args=(path, number + 1))
         process.start()
         deadline = time.monotonic() + 60
-        while (int(count.read_text() or 0) if count.exists() else 0) < number + 100:
+        while (int(count.read_text() or 0) if count.exists() else 0) < number + 30:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
         process.join(30)
         with closing(AnswerStore(path)) as store:
-            told = int(count.read_text() or 0)  # empty: killed between two writes
-            assert all(store.get(request(one)).text.startswith(f"answer {one} ") for one in range(told + 1))
-            number = told
+            counted = int(count.read_text() or 0)  # empty: killed between two writes
+            assert all(store.get(request(one)).text.startswith(f"answer {one} ") for one in range(counted + 1))
+            number = counted
             while store.get(request(number + 1)):
                 number += 1

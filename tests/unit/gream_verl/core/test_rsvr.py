@@ -6,13 +6,14 @@ import re
 
 import pytest
 from assets import make_index, reasoning_response
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core import rsvr
 from gream_verl.core.rsvr import match_score, reference_answer, score_response, strict_answer
 from gream_verl.core.semantic_ids import parse_sid
 
+INDEX = make_index()
 TRUTH = ("<|a_12|>", "<|b_7|>", "<|c_201|>", "<|d_3|>", "<|e_2|>")  # four base levels and a collision token
 PIECES = st.sampled_from(
     [
@@ -63,7 +64,7 @@ def test_a_collision_token_too_many_is_worth_the_base_path():
 
 
 @pytest.mark.parametrize("format_", ["strict", "reference"])
-@pytest.mark.parametrize("levels", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("levels", [1, 4])
 def test_both_formats_pay_well_formed_answers_alike_on_any_number_of_levels(format_, levels):
     truth = tuple(f"<|{letter}_5|>" for letter in "abcdef"[:levels])
     for depth in range(levels + 1):
@@ -120,7 +121,7 @@ def test_history_in_the_free_text_and_empty_parts_are_allowed():
 
 
 def test_the_index_decides_levels_and_valid_items():
-    index = make_index()
+    index = INDEX
     truth = index.sids["23"]  # in a collision: one token more
     missing = "".join(truth[:3])
     reward = score_response(missing, truth, mode="direct", index=index)
@@ -135,9 +136,10 @@ def test_without_an_index_every_well_formed_answer_counts_as_valid():
     assert score_response("no answer", TRUTH, mode="direct").valid_item == 0
 
 
+@settings(max_examples=50)
 @given(RESPONSES, MODES, FORMATS, st.booleans(), st.booleans())
 def test_no_response_raises_or_leaves_the_unit_interval(response, mode, format_, with_index, require):
-    index = make_index() if with_index else None
+    index = INDEX if with_index else None
     truth = index.sids["23"] if index else TRUTH
     reward = score_response(response, truth, mode=mode, format=format_, index=index, require_valid_item=require)
     for value in (reward.score, reward.acc, reward.format, reward.match, reward.valid_item):
@@ -167,17 +169,12 @@ def slow_match(answer: tuple[str, ...], truth: tuple[str, ...], levels: int) -> 
 
 @given(RESPONSES, MODES)
 def test_the_strict_gate_agrees_with_an_anchored_pattern(response, mode):
-    assert strict_answer(response, mode) == slow_strict_answer(response, mode)
+    answer = strict_answer(response, mode)
+    assert answer == slow_strict_answer(response, mode)
+    assert answer in (None, reference_answer(response, mode))
 
 
 @given(st.lists(st.sampled_from([*TRUTH, "<|a_1|>", "<|b_1|>", "<|d_1|>"]), max_size=6).map(tuple), st.integers(1, 4))
 def test_match_agrees_with_the_slow_definition(answer, levels):
     truth = TRUTH[: levels + 1]
     assert match_score(answer, truth, levels) == pytest.approx(slow_match(answer, truth, levels))
-
-
-@given(RESPONSES, MODES)
-def test_whatever_the_strict_gate_accepts_the_reference_search_finds_a_sid_in(response, mode):
-    answer = strict_answer(response, mode)
-    if answer is not None:
-        assert reference_answer(response, mode) == answer

@@ -11,6 +11,7 @@ codes = st.integers(min_value=1, max_value=999_999)
 levels = st.integers(min_value=0, max_value=25)
 
 
+@settings(max_examples=25)
 @given(levels, codes)
 def test_a_token_round_trips(level, code):
     assert parse_token(format_token(level, code)) == (level, code)
@@ -27,15 +28,11 @@ def test_a_token_outside_the_grammar_is_not_made(level, code):
         format_token(level, code)
 
 
+@settings(max_examples=25)
 @given(st.lists(codes, min_size=1, max_size=6))
 def test_a_sid_round_trips(path):
     tokens = tuple(format_token(level, code) for level, code in enumerate(path))
     assert parse_sid("".join(tokens)) == tokens
-
-
-@given(st.text())
-def test_parsing_never_raises(text):
-    assert parse_sid(text) is None or "".join(parse_sid(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -97,7 +94,7 @@ def test_a_broken_index_is_refused_with_its_file_named(tmp_path, sids, message):
 
 
 def plain_fault(sids):
-    """Say what is wrong with an index, None when nothing is: every pair of items is looked at."""
+    """Return the fault of an index, None for a good one, from a look at every pair of items."""
     if not all(isinstance(token, str) for sid in sids.values() for token in sid):
         return "malformed"
     if any(parse_sid("".join(sid)) != sid for sid in sids.values()):
@@ -121,7 +118,7 @@ sids_as_built = st.integers(1, 3).flatmap(lambda base: st.lists(sids_of(base, ba
 broken_sids = st.lists(sids_of(1, 2) | st.lists(broken, max_size=3).map(tuple), min_size=1, max_size=7)
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(any_sids | sids_as_built | broken_sids)
 def test_an_index_is_refused_exactly_when_a_plain_check_of_every_pair_finds_the_fault(paths):
     sids = {str(item): path for item, path in enumerate(paths)}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from assets import make_index, make_tokenizer, reasoning_response
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerFast
@@ -19,6 +19,7 @@ TEXT = TokenText(TOKENIZER)
 SPECIAL = train_tokenizer(["likes Alien.", "<answer> </answer>"], 512)
 SPECIAL.add_tokens([AddedToken(token, normalized=False, special=False) for token in ("<think>", "</think>")])
 SPECIAL.add_tokens([AddedToken(token, normalized=False, special=True) for token in INDEX.tokens])
+SPECIAL_TEXT = TokenText(SPECIAL)
 TRUTH = INDEX.sids["23"]
 SID = INDEX.text("23")
 PIECES = st.sampled_from([*TRUTH, "<think>", "</think>", "<answer>", "</answer>", "likes", " ", "\n", "<|im_end|>"])
@@ -28,20 +29,22 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+@settings(max_examples=25)
 @given(st.lists(PIECES, max_size=12).map("".join))
 def test_special_and_ordinary_sid_tokens_get_the_same_reward(text):
     # the two vocabularies have the same tokens in the same places
     ids = encode(TOKENIZER, text)
     assert ids == encode(SPECIAL, text)
-    assert score_response(TEXT.read(ids), TRUTH) == score_response(TokenText(SPECIAL).read(ids), TRUTH)
+    assert score_response(TEXT.read(ids), TRUTH) == score_response(SPECIAL_TEXT.read(ids), TRUTH)
 
 
 def test_special_sid_tokens_would_vanish_from_the_text_of_a_decode_that_skips_them():
     ids = encode(SPECIAL, reasoning_response(SID))
     assert find_tokens(SPECIAL.decode(ids, skip_special_tokens=True)) == []
-    assert score_response(TokenText(SPECIAL).read(ids), TRUTH).score == 1
+    assert score_response(SPECIAL_TEXT.read(ids), TRUTH).score == 1
 
 
+@settings(max_examples=40)
 @given(st.text(alphabet=st.characters(exclude_characters="|", max_codepoint=127)))
 def test_plain_text_reads_as_it_is_decoded(text):
     ids = encode(TOKENIZER, text)
@@ -56,7 +59,7 @@ def test_one_end_token_reads_as_nothing():
     assert TEXT.read([]) == TEXT.read([end]) == ""
 
 
-def test_ids_behind_the_vocabulary_are_unknown():
+def test_ids_outside_the_vocabulary_are_unknown():
     size = len(TOKENIZER)
     assert TEXT.read([*encode(TOKENIZER, "likes"), size, size + 99]) == "likes\ufffd\ufffd"
     assert score_response(TEXT.read([*encode(TOKENIZER, SID), size]), TRUTH, mode="direct").score == 0

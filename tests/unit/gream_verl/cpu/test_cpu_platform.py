@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -83,7 +84,7 @@ def test_offloading_never_pins_memory():
     assert policy.pin_memory is False
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.integers(1, 40), st.integers(2, 30), st.integers(0, 2**32))
 def test_log_probs_and_their_gradients_agree_with_log_softmax(rows, vocabulary, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +108,8 @@ def test_verl_uses_the_vectorised_log_probs():
 
 @cpu_only
 def test_the_cpu_wheel_of_vllm_goes_by_its_usual_name():
-    pytest.importorskip("vllm")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
     assert importlib.metadata.version("vllm").endswith("+cpu")
 
 

@@ -46,7 +46,7 @@ def test_out_of_memory_halves_the_batch_that_failed_for_good_and_logs_it(caplog:
 
 
 def test_no_memory_for_a_single_item_is_an_error() -> None:
-    with pytest.raises(InputError, match="no memory for a batch of one with 30 beams"):
+    with pytest.raises(InputError, match="no memory for one sequence with 30 beams"):
         batches(0, 4, [])(ITEMS)
 
 

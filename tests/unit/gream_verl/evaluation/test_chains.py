@@ -7,22 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gream_verl.core.token_text import TokenText
-from gream_verl.evaluation.chains import answer_score, merge_rankings, tokens_up_to_answer, up_to_answer
-from gream_verl.evaluation.sampling import Response
+from gream_verl.evaluation.chains import merge_rankings, tokens_up_to_answer, up_to_answer
 
 INDEX = make_index()
 TOKENIZER = make_tokenizer(["likes Heat hence <answer>"], INDEX)
 READER = TokenText(TOKENIZER)
-SID = INDEX.text("7")
 RANKINGS = st.lists(
     st.dictionaries(st.sampled_from("abcdef"), st.floats(-20, 0, allow_subnormal=False)), min_size=1, max_size=6
 )
-
-
-def respond(text: str) -> Response:
-    """Return a response whose n-th token, from 0, has the log-probability -2 ** n."""
-    tokens = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
-    return Response(tokens, [-(2.0**place) for place in range(len(tokens))])
 
 
 @given(RANKINGS)
@@ -45,16 +37,6 @@ def test_the_maximum_keeps_the_best_of_duplicates_and_lists_are_cut(rankings: li
     merged = merge_rankings(rankings, k, "max")
     assert list(merged.values()) == sorted(best.values(), reverse=True)[:k]
     assert all(best[item] == score for item, score in merged.items())
-
-
-@pytest.mark.parametrize("item", ["7", "23"])  # the last shares its path and has a collision token
-def test_only_the_tokens_of_the_answer_count(item: str) -> None:
-    sid = INDEX.text(item)
-    before = f"<think>{sid} likes Heat</think>{sid}{INDEX.text('3')}<answer>"
-    response = respond(f"{before}{sid}</answer>")
-    first = len(TOKENIZER(before)["input_ids"])
-    places = range(first, first + len(INDEX.sids[item]))
-    assert answer_score(response, READER, INDEX.sids[item]) == -sum(2.0**place for place in places)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,8 @@ def evaluate(world: Path, **options: object) -> Evaluation:
     return evaluate_direct(world / "model", prompts_of(world), index, EvaluationOptions(**options))
 
 
-def brute_force(world: Path, prompt: Prompt) -> list[str]:
+def brute_force(model: Any, tokenizer: Any, index: ItemIndex, prompt: Prompt) -> list[str]:
     """Rank all items but the history, by one plain forward pass for each."""
-    index = ItemIndex.load(world / "tiny.index.json")
-    tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
     text = "<|im_start|>system\nRecommend.<|im_end|>\n<|im_start|>user\n"
     text += "".join(index.texts(prompt.history)) + " Next?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text)["input_ids"]
@@ -43,9 +41,12 @@ def brute_force(world: Path, prompt: Prompt) -> list[str]:
 
 def test_all_items_but_the_history_are_ranked_as_brute_force_ranks_them(world: Path) -> None:
     evaluation = evaluate(world)
+    index = ItemIndex.load(world / "tiny.index.json")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
     for prompt, row in zip(prompts_of(world), evaluation.rows, strict=True):
         assert (row["user"], row["target"]) == (prompt.user, prompt.target)
-        assert row["recommended"] == brute_force(world, prompt)
+        assert row["recommended"] == brute_force(model, tokenizer, index, prompt)
     hits = sum(1 <= rank <= 10 for rank in evaluation.ranks)
     assert evaluation.metrics["recall@10"] == pytest.approx(hits / len(evaluation.rows))
     assert 0 <= evaluation.metrics["rsvr"] <= 1

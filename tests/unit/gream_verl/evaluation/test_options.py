@@ -31,7 +31,7 @@ def test_the_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -
         ("endpoint: http://x/v1", "no other engine takes one"),
         ("beams: 0", "reasoning mode only"),
         ("{beams: 5, cutoffs: [7]}", "only as long as beams, 5"),
-        ("cutoffs: [0]", "at least 1"),
+        ("cutoffs: [0]", "evaluation.yaml.cutoffs.0: "),
         ("template: Next?", r"has no \{history\}"),
         ("{prompts: x.parquet, history: 3}", "x.parquet: its prompts have a wording"),
     ],

@@ -54,7 +54,7 @@ def authors_row(index: ItemIndex, shown: list[str], target: str, **extra: Any) -
     }
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), history=st.integers(1, 25), limit=st.none() | st.integers(1, 8), cut=st.booleans())
 def test_made_prompts_equal_the_written_ones(
     tmp_path_factory: pytest.TempPathFactory, seed: int, history: int, limit: int | None, cut: bool
@@ -186,7 +186,7 @@ def _twice(path: Path, index: ItemIndex) -> None:
     [
         (lambda path, index: None, "no such file"),
         (_text, "not a file of test prompts"),
-        (_other_columns, "not a file of test prompts"),
+        (_other_columns, "expected prompt"),
         (_without_index, "is no item of the index; give the index"),
         (_direct_only, "no row of type 'reasoning'"),
         (_twice, "user 'u' has 2 rows"),

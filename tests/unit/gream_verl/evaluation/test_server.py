@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,12 @@ def server(running: CompletionServer) -> CompletionServer:
 
 def evaluate(folder: Path, progress: Path | None = None, **options: Any) -> Evaluation:
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
-    sampled = {"chains": CHAINS, "max_tokens": 8, "temperature": 0.9, "top_p": 0.95, "batch_size": 2, "engine": "hf"}
+    sampled = {"chains": CHAINS, "max_tokens": 4, "temperature": 0.9, "top_p": 0.95, "batch_size": 2, "engine": "hf"}
     index = ItemIndex.load(folder / "tiny.index.json")
     chosen = EvaluationOptions(**(sampled | options))
-    return evaluate_reasoning(folder / "model", prompts, index, chosen, progress_file=progress)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = progress or Path(temporary) / "progress.jsonl"
+        return evaluate_reasoning(folder / "model", prompts, index, chosen, file)
 
 
 def served(folder: Path, server: CompletionServer, progress: Path | None = None, **options: Any) -> Evaluation:
@@ -70,11 +73,11 @@ def test_any_server_gives_what_the_model_gives_here(taught: Path, server: Comple
         assert row["scores"] == pytest.approx(other["scores"], abs=1e-3)
     assert len({request["seed"] for request in server.requests}) == len(server.requests) == len(found.rows) * CHAINS
     assert {request["prompt"].count("<|im_start|>") for request in server.requests} == {2}
-    everything = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 8, "presence_penalty": 0.0, "model": "tiny"}
+    everything = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 4, "presence_penalty": 0.0, "model": "tiny"}
     everything |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "frequency_penalty": 0}
     for request in server.requests:
         assert request.items() >= everything.items()
-    with pytest.raises(InputError, match="no log-probabilities to rank by; use --ranking beam"):
+    with pytest.raises(InputError, match="no log-probabilities to rank by; set ranking: beam"):
         served(taught, server, ranking="reference", beams=30)
 
 
@@ -131,7 +134,7 @@ def test_the_only_model_is_taken_and_others_must_be_named(taught: Path, server: 
 
     assert model_of() == "tiny"
     server.models = ["tiny", "large"]
-    with pytest.raises(InputError, match="large, tiny; name one with --served-model"):
+    with pytest.raises(InputError, match="large, tiny; set served_model to one"):
         model_of()
     with pytest.raises(InputError, match="no model 'small'"):
         model_of("small")
@@ -157,7 +160,7 @@ def test_a_response_cut_short_by_the_server_is_refused(taught: Path, server: Com
         answer["usage"]["completion_tokens"] = 1
 
     server.change = cut
-    with pytest.raises(InputError, match=r"after 1 of 8 tokens; .*--generation-config vllm"):
+    with pytest.raises(InputError, match=r"after 1 of 4 tokens; .*--generation-config vllm"):
         served(taught, server)
 
 

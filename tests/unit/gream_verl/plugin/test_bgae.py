@@ -58,10 +58,10 @@ def test_bonus_equals_the_check_values(n, c, hit, miss):
 
 
 REWARDS = st.sampled_from([0.0, 0.5, 0.7071, 0.866, 0.95, 0.9995, 1.0])
-GROUPS = st.lists(st.lists(REWARDS, min_size=1, max_size=20), min_size=1, max_size=6)
+GROUPS = st.lists(st.lists(REWARDS, min_size=1, max_size=12), min_size=1, max_size=4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(GROUPS, st.integers(1, 8), st.sampled_from([0.0, 0.5, 1.0]), st.randoms(use_true_random=False))
 def test_groups_of_unequal_size_agree_with_the_slow_definition(groups, k, weight, random):
     rows = [(number, reward) for number, group in enumerate(groups) for reward in group]
@@ -71,18 +71,8 @@ def test_groups_of_unequal_size_agree_with_the_slow_definition(groups, k, weight
         members = [row for row, (owner, _) in enumerate(rows) if owner == number]
         expected = slow_group([rows[row][1] for row in members], k, weight, 0.999)
         assert computed[members].tolist() == pytest.approx(expected, abs=1e-6, rel=1e-6)
-
-
-@settings(max_examples=30)
-@given(GROUPS, st.integers(1, 8))
-def test_every_advantage_is_finite_and_every_group_of_several_sums_to_zero(groups, k):
-    rewards = [reward for group in groups for reward in group]
-    numbers = [number for number, group in enumerate(groups) for _ in group]
-    computed = advantage(rewards, numbers, k=k)
-    assert torch.isfinite(computed).all()
-    for number, group in enumerate(groups):
-        if len(group) > 1:
-            assert computed[torch.tensor(numbers) == number].sum().item() == pytest.approx(0, abs=1e-5)
+        if len(members) > 1:
+            assert sum(expected) == pytest.approx(0, abs=1e-5)
 
 
 def test_a_uniform_group_has_no_advantage():

@@ -67,7 +67,7 @@ def test_a_truth_outside_the_index_is_named(tmp_path, tokenizer):
 def test_a_file_that_is_no_verl_parquet_is_named(tmp_path, tokenizer):
     path = tmp_path / "rl.parquet"
     path.write_text("not parquet")
-    with pytest.raises(InputError, match=r"rl\.parquet: cannot be read.*gream data rl"):
+    with pytest.raises(InputError, match=r"rl\.parquet: no verl parquet.*gream data rl"):
         SemanticIdDataset(str(path), tokenizer, config(tmp_path))
 
 

@@ -7,8 +7,8 @@ SCRIPT = """
 import time
 from gream_verl.plugin.watchdog import Watchdog
 
-dog = Watchdog(2, "it hangs")
-for _ in range(12):
+dog = Watchdog(0.8, "it hangs")
+for _ in range(6):
     dog.feed()
     time.sleep(0.2)
 print("still here", flush=True)
