@@ -1,4 +1,4 @@
-"""`gream data mix`."""
+"""`gream data tasks` and `gream data mix`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def counts(file: Path) -> dict[str, int]:
 
 
 def test_alignment_tasks_alone_go_to_a_file_of_their_own(folder: DataFolder, tmp_path: Path) -> None:
-    out = gream("mix", tmp_path, "--name", "align", "--dry-run")
+    out = gream("tasks", tmp_path, "--dry-run")
     assert all(task in out for task in ("historyreconstruction", "itemsearch", "preferenceobtain"))
     assert not folder.align.exists()
-    gream("mix", tmp_path, "--name", "align", "--rows", "seqrec=50%", "--rows", "item2index=20")
+    gream("tasks", tmp_path, "--rows", "seqrec=50%", "--rows", "item2index=20")
     report = json.loads(folder.align.with_suffix(".json").read_text())
     assert counts(folder.align) == {"seqrec": round(report["seqrec"]["exist"] / 2), "item2index": 20}
 
@@ -70,7 +70,7 @@ def test_histories_are_shortened_to_what_the_trainer_takes(folder: DataFolder, t
         (["mix", "RUN", "--rows", "seqrec=many"], "seqrec=40%"),
         (["mix", "RUN", "--rows", "seqrec=9", "--name", "chains"], "none of align"),
         (["mix", "RUN", "--tokenizer", "nowhere"], "nowhere: cannot be loaded"),
-        (["mix", "RUN", "--name", "align", "--rows", "reasoning=5"], "no alignment task"),
+        (["tasks", "RUN", "--rows", "reasoning=5"], "no alignment task"),
     ],
 )
 def test_a_wrong_call_names_the_remedy(
