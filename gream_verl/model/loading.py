@@ -20,9 +20,7 @@ def resolve_model(path: Path) -> Path:
     """Return the Hugging Face folder of a checkpoint: the path itself, or the latest of verl's checkpoints there."""
     if (path / "config.json").is_file():
         return path
-    latest = require_file(
-        path / "latest_checkpointed_iteration.txt", "choose a Hugging Face model or verl's checkpoints"
-    )
+    latest = require_file(path / "latest_checkpointed_iteration.txt", "choose a model or verl's checkpoints")
     exported = path / f"global_step_{latest.read_text(encoding='utf-8').strip()}" / "actor" / "huggingface"
     if not list(exported.glob("*.safetensors")):
         raise InputError(f"{exported}: no exported model; train with checkpoint.save_contents=[...,hf_model]")

@@ -84,14 +84,8 @@ def make_tiny_model(
 ) -> dict[str, int]:
     """Write an untrained tiny Qwen3 that knows the SIDs of ``index``, and replace an earlier one.
 
-    Args:
-        texts: Training text of the tokenizer.
-        index: The item index.
-        output: Folder of the checkpoint.
-        vocabulary_size: Size of the text vocabulary, before SID tokens.
-        hidden_size: Width of the residual stream; the feed-forward width is three times that.
-        layers: Number of transformer blocks.
-        seed: Seed of every weight.
+    The tokenizer learns ``vocabulary_size`` tokens of ``texts`` and gets the SID tokens. ``hidden_size`` is the width
+    of the residual stream; each 32 of it make an attention head.
 
     Returns:
         ``parameters`` and ``vocabulary`` (with padding rows).
@@ -109,7 +103,7 @@ def make_tiny_model(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=max(1, heads // 2),
-            head_dim=hidden_size // heads,
+            head_dim=HEAD,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
             bos_token_id=None,

@@ -24,12 +24,7 @@ DEFAULT_DATASET = "ml-100k"
 class Profile:
     """The settings of one kind of model.
 
-    Attributes:
-        run: The run that the config and the recipe name.
-        config: SFT config, of ``sft_configs``.
-        recipe: SRPO recipe, of ``recipes``.
-        mix: Options of ``gream data mix``.
-        evaluation: Options of ``gream evaluate``.
+    ``run`` is the run that the SFT config and the SRPO recipe name; ``mix`` and ``evaluation`` are options of commands.
     """
 
     run: Path

@@ -60,8 +60,8 @@ def _command(run: Path, count: int, url: str, **settings: Any) -> list[str]:
         "gream_verl.cli.main",
         "data",
         "enrich",
-        "items",
         str(run),
+        "items",
         "-c",
         f"{run}/teacher.yaml",
     ]

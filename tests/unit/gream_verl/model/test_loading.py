@@ -101,5 +101,5 @@ def test_a_checkpoint_of_verl_stands_for_its_latest_export(tmp_path: Path) -> No
     for name in ("config.json", "model.safetensors"):
         write_text(exported / name, "")
     assert resolve_model(tmp_path / "srpo") == resolve_model(exported) == exported
-    with pytest.raises(InputError, match="choose a Hugging Face model or verl's checkpoints"):
+    with pytest.raises(InputError, match="choose a model or verl's checkpoints"):
         resolve_model(tmp_path)

@@ -259,7 +259,7 @@ def test_the_tiny_model_replaces_an_earlier_one_and_no_other(files):
     _, index, output = files
     sizes = {"vocabulary_size": 320, "hidden_size": 16, "layers": 1}
     made = [make_tiny_model(TEXTS, INDEX, output, **sizes) for _ in range(2)]
-    assert made[0] == made[1] == {"vocabulary": 320, "parameters": 8528}
+    assert made[0] == made[1] == {"vocabulary": 320, "parameters": 9584}
     with pytest.raises(InputError, match="`gream model tiny` did not write it"):
         make_tiny_model(TEXTS, INDEX, index.parent / "base", **sizes)
 
