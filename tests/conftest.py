@@ -11,11 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ENGINES, SFT = "engines", "sft"
-SFT_FILES = ("test_sft", "test_lora", "test_smollm2")
-"""Beginnings of the names of files that run LLaMA-Factory or a model, but no vLLM and no Ray."""
+SFT_FILES = ("test_sft", "test_lora", "test_smollm2", "test_extras")
+"""Beginnings of the names of files that start no vLLM and no Ray."""
 
 # Two cores shared with others: a slow example is no failure. The same examples every time: CI does not roll dice.
-hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("project")
 
 
