@@ -49,13 +49,12 @@ Thought = Annotated[str, Field(min_length=3, max_length=500), AfterValidator(_pl
 Sentence = Annotated[str, Field(min_length=3, max_length=200), AfterValidator(_plain)]
 Sentences = Annotated[list[Sentence], Field(min_length=1, max_length=3)]
 Numbers = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=50)]
+THOUGHTS = ("evidence", "preference", "intent")
 STRICT = ConfigDict(extra="forbid")
 FORMS: Mapping[What, type[BaseModel]] = {
-    "items": create_model("ItemText", __config__=STRICT, description=Paragraph),
-    "users": create_model("UserTexts", __config__=STRICT, preferences=Sentences, queries=Sentences),
-    "chains": create_model(
-        "Chain", __config__=STRICT, evidence=Thought, preference=Thought, intent=Thought, keep=Numbers
-    ),
+    "items": create_model("ItemText", __config__=STRICT, description=(Paragraph, ...)),
+    "users": create_model("UserTexts", __config__=STRICT, preferences=(Sentences, ...), queries=(Sentences, ...)),
+    "chains": create_model("Chain", __config__=STRICT, **dict.fromkeys(THOUGHTS, (Thought, ...)), keep=(Numbers, ...)),
 }
 """Form of the answer to each kind of question.
 

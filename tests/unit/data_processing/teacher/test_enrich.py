@@ -291,4 +291,4 @@ def test_a_data_set_without_subjects_is_refused(folder: DataFolder) -> None:
     write_json(folder.inter, {"0": ["1", "2", "3"]})
     for what in ("users", "chains"):
         with pytest.raises(InputError, match="no user has enough interactions for training"):
-            Questions(folder, what)  # type: ignore[arg-type]
+            Questions(folder, what)
