@@ -81,22 +81,21 @@ def results_table(results: Mapping[str, Evaluation], differences: Differences | 
     The cells hold the ``differences`` of results from the one named ``other``.
     """
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
-    table.add_column("", overflow="fold")
+    table.add_column("", min_width=15, overflow="fold")
     known = {metric for evaluation in results.values() for metric in evaluation.metrics} | {"valid_item"}
     columns: dict[str, str] = {}
     for name, heading in HEADINGS.items():
-        # A terminal has room for three lengths of lists, the longest, and for two with wide differences.
+        # A terminal has room for three lengths of the recall, two with wide differences, and the longest of the others.
         cutoffs = sorted(int(metric.partition("@")[2]) for metric in known if metric.startswith(f"{name}@"))
-        columns |= {
-            f"{name}@{k}": f"{heading}@{k}" for k in cutoffs[-2 if differences else -3 :] if name != "ndcg" or k >= 5
-        }
+        shown = cutoffs[-2 if differences else -3 :] if name == "recall" else cutoffs[-1:]
+        columns |= {f"{name}@{k}": f"{heading}@{k}" for k in shown}
         columns |= {name: heading} if name in known else {}
-    for heading in [*columns.values(), "Users"]:
+    for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for name, evaluation in results.items():
         found = (differences or {}).get(name, {})
         cells = (_cell(evaluation, metric, found.get(metric)) for metric in columns)
-        table.add_row(Text(name.replace("/", "/\n", 1)), *cells, f"{len(evaluation.rows):,}")
+        table.add_row(Text(name.replace("/", "/\n", 1)), *cells)
     return Group(table, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
 
 

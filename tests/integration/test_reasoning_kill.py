@@ -30,7 +30,7 @@ evaluate(Path(sys.argv[3]), Path(sys.argv[4]))
 """
 
 
-def evaluate(folder: Path, progress: Path | None) -> Evaluation:
+def evaluate(folder: Path, progress: Path) -> Evaluation:
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
     options = EvaluationOptions(engine="hf", chains=2, max_tokens=20, beams=5, batch_size=6)  # pieces of three users
     index = ItemIndex.load(folder / "tiny.index.json")
@@ -61,4 +61,4 @@ def test_a_killed_process_loses_nothing_and_another_goes_on_to_the_same_rows(tmp
     resumed = evaluate(tmp_path, progress)
     assert resumed.settings["users_from_progress"] == len(done) - 1
     assert progress.read_bytes().splitlines(keepends=True)[: len(done)] == done
-    assert list(resumed.rows) == list(evaluate(tmp_path, None).rows)
+    assert list(resumed.rows) == list(evaluate(tmp_path, tmp_path / "whole.jsonl").rows)
