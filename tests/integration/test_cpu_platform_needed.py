@@ -26,9 +26,15 @@ import importlib.metadata, inspect, json, os
 
 import verl
 import torch.distributed
+try:
+    torch.empty(1).pin_memory()
+    pin_error = ""
+except RuntimeError as error:
+    pin_error = str(error)
+
 from verl.plugin.platform import PlatformRegistry, get_platform
 
-facts = {"platform": get_platform().device_name}
+facts = {"platform": get_platform().device_name, "pin_error": pin_error}
 
 from verl.utils import torch_functional
 facts["log_probs"] = inspect.getsource(torch_functional.logprobs_from_logits_v2)
@@ -86,11 +92,8 @@ def test_process_group_verl_asks_for_gloo_twice(stock):
 
 
 def test_fsdp_verl_pins_memory_and_torch_cannot_without_an_accelerator(stock):
-    import torch
-
     assert stock["pins"]
-    with pytest.raises(RuntimeError, match="accelerator"):
-        torch.empty(1).pin_memory()
+    assert "accelerator" in stock["pin_error"]
 
 
 def test_log_probs_verl_loops_over_rows(stock):
