@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from assets import rl_rows
+from assets import make_index, make_tiny_model, rl_rows, teach_form
 
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation.metrics import ranking_metrics
@@ -33,6 +33,16 @@ def write_prompts(path: Path, index: ItemIndex, users: int) -> Path:
             rows.append(row)
     pl.DataFrame(rows).write_parquet(path)
     return path
+
+
+def make_taught_run(folder: Path, users: int) -> Path:
+    """Write a model that answers in the right form, though half of its items left the index, and its prompts."""
+    known, index = make_index(), make_index(items=12)
+    index.save(folder / "tiny.index.json")
+    make_tiny_model(folder / "model", known)
+    teach_form(folder / "model", known, steps=100)
+    pl.DataFrame(rl_rows(index, users)).write_parquet(folder / "tiny-test.parquet")
+    return folder
 
 
 def make_evaluation(

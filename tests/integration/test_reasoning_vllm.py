@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 import torch
-from assets import make_index, make_tiny_model, rl_rows, teach_form
+from evaluation_files import make_taught_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import vllm_server
 
@@ -33,14 +32,10 @@ USERS = 9
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers in the right form, of which most items have left the catalogue."""
+    """The taught model, with a hostile generation config."""
     folder = tmp_path_factory.mktemp("taught")
-    known, index = make_index(), make_index(items=12)
-    index.save(folder / "tiny.index.json")
-    make_tiny_model(folder / "model", known)
-    teach_form(folder / "model", known, steps=100)
+    make_taught_run(folder, USERS)
     (folder / "model" / "generation_config.json").write_text(json.dumps(LEAKING | ENDS))
-    pl.DataFrame(rl_rows(index, USERS)).write_parquet(folder / "tiny-test.parquet")
     return folder
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import polars as pl
 import pytest
-from assets import make_index, make_tiny_model, rl_rows, teach_form
-from evaluation_files import write_prompts
+from assets import make_index, make_tiny_model
+from evaluation_files import make_taught_run, write_prompts
 
 USERS = 7
 
@@ -26,10 +25,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that answers in the right form, while half of the items it knows have left the index."""
-    folder = tmp_path_factory.mktemp("taught")
-    known, index = make_index(), make_index(items=12)
-    index.save(folder / "tiny.index.json")
-    make_tiny_model(folder / "model", known)
-    teach_form(folder / "model", known, steps=100)
-    pl.DataFrame(rl_rows(index, USERS)).write_parquet(folder / "tiny-test.parquet")
-    return folder
+    return make_taught_run(tmp_path_factory.mktemp("taught"), USERS)
