@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from gream_verl.core.semantic_ids import ItemIndex, SemanticId, parse_sid
 
 Mode = Literal["reasoning", "direct"]
@@ -91,6 +93,40 @@ def match_score(answer: SemanticId, truth: SemanticId, base_levels: int) -> floa
         return 1.0
     depth = matching_depth(answer, truth)
     return BASE_PATH_MATCH if depth >= base_levels else (depth / base_levels) ** 0.5
+
+
+def prefix_matches(truth: SemanticId, base_levels: int) -> np.ndarray:
+    """Return the match r_i of an answer whose first i tokens are right and whose next one is wrong, shape [tokens + 1].
+
+    >>> prefix_matches(("<|a_1|>", "<|b_2|>"), 2).round(2).tolist()
+    [0.0, 0.71, 1.0]
+    """
+    depths = np.arange(len(truth) + 1)
+    matches = np.where(depths < base_levels, np.sqrt(depths / base_levels), BASE_PATH_MATCH)
+    matches[-1] = 1.0
+    return matches
+
+
+def expected_values(probabilities: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Return the expected reward V_i of an answer after i right tokens, shape [..., tokens + 1].
+
+    RSVR pays for a matched prefix, so the next token decides: the true one leads to V_(i+1), any other one is paid r_i.
+    V_i = p_(i+1) V_(i+1) + (1 - p_(i+1)) r_i. V_0 is the expected RSVR of a chain of thought.
+
+    Args:
+        probabilities: p_i of each true token after the true ones before it, shape [..., tokens].
+        rewards: r_i of an answer that goes wrong after i right tokens; the last one is that of the whole SID, shape
+            [tokens + 1]. See ``prefix_matches``.
+
+    >>> expected_values(np.array([0.5, 0.5]), np.array([0.0, 0.7, 1.0])).tolist()
+    [0.425, 0.85, 1.0]
+    """
+    values = np.empty((*probabilities.shape[:-1], len(rewards)))
+    values[..., -1] = rewards[-1]
+    for i in reversed(range(len(rewards) - 1)):
+        p = probabilities[..., i]
+        values[..., i] = p * values[..., i + 1] + (1 - p) * rewards[i]
+    return values
 
 
 def score_response(
