@@ -1,4 +1,6 @@
-"""Constrained rollouts in vLLM: chains run free, answers are real items.
+"""Processors of vLLM: answers that are real items, and the probabilities of given tokens.
+
+``ConstrainedAnswer`` lets chains run free and allows only real items as answers.
 
 The engine takes it by name, and the item index by vLLM's ``additional_config``:
 
@@ -8,6 +10,8 @@ The engine takes it by name, and the item index by vLLM's ``additional_config``:
 A single request switches it by ``SamplingParams(extra_args={"gream": "off"})``. It is no entry point, because vLLM
 keeps the tokens sampled so far only for processors that the engine argument names
 (vllm/v1/worker/gpu_model_runner.py:726).
+
+``TruthScorer`` answers the requests of ``truth_scoring``. It comes last in ``logits_processors``.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from gream_verl.core.options import checked_options
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
+from gream_verl.decoding.truth_scoring import force
 
 Constraint = Literal["reasoning", "direct", "off"]
 OPTIONS = "additional_config.gream"
@@ -135,3 +140,55 @@ class Slots:
             slots, tokens = np.array(new).T
             self.states[slots] = self.automaton.advance(self.states[slots], tokens, self.direct[slots])
             self.seen[slots] += 1
+
+
+class TruthScorer(LogitsProcessor):
+    """Forces the tokens of the scoring requests of a batch."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        # the given tokens, the temperature, and the tokens so far: vLLM's own, growing list
+        self.slots: dict[int, tuple[list[int], float, list[int]]] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Raise ``ValueError`` for a scoring request of more tokens than it gives."""
+        given = (sampling_params.extra_args or {}).get("gream_truth")
+        if given is not None and not 0 < (sampling_params.max_tokens or 0) <= len(given):
+            raise ValueError(
+                f"max_tokens is {sampling_params.max_tokens}; expected 1 to {len(given)}, as gream_truth has"
+            )
+
+    def is_argmax_invariant(self) -> bool:
+        """Greedy sampling is forced, too."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follow the requests that vLLM adds to the batch, removes from it and moves within it."""
+        if batch_update is None:
+            return
+        for slot in batch_update.removed:
+            self.slots.pop(slot, None)
+        for slot, parameters, _, output in batch_update.added:
+            self.slots.pop(slot, None)
+            if extra := parameters.extra_args:
+                # a request that was interrupted comes again with the rest of max_tokens
+                given = extra.get("gream_truth", [])[-(parameters.max_tokens or 0) :]
+                self.slots[slot] = (given, extra.get("gream_temperature", 1.0), output)
+        for source, target, direction in batch_update.moved:
+            moved, other = self.slots.pop(source, None), self.slots.pop(target, None)
+            self.slots |= {target: moved} if moved else {}
+            self.slots |= {source: other} if other and direction == MoveDirectionality.SWAP else {}
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Force the next token of every scoring request; ``logits`` are [requests, vocabulary]."""
+        due = [
+            (slot, given[len(output)], temperature)
+            for slot, (given, temperature, output) in self.slots.items()
+            if len(output) < len(given)
+        ]
+        if due:
+            slots, tokens, temperatures = (
+                torch.tensor(column, device=logits.device) for column in zip(*due, strict=True)
+            )
+            logits[slots] = force(logits[slots], tokens, temperatures)
+        return logits

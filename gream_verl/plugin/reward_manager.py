@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
 from verl import DataProto
@@ -20,13 +21,14 @@ from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
-from gream_verl.core.rsvr import Format, Mode, Reward, overlong_penalty, score_response
-from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.rsvr import Format, Mode, Reward, overlong_penalty, prefix_matches, score_response
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId
 from gream_verl.core.token_text import TokenText
 from gream_verl.plugin.unread_keys import refuse_unread_keys
 
 OPTIONS = "reward.reward_kwargs.rsvr"
 CUSTOM = "reward.custom_reward_function"
+SCORER = "gream_verl.decoding.vllm_processor:TruthScorer"
 
 
 class Overlong(BaseModel):
@@ -50,6 +52,7 @@ class RsvrOptions(BaseModel):
         require_valid_item: Pay nothing for an answer that is no item.
         binary: Pay exact answers only, an ablation.
         overlong: Penalty of long responses; filter groups by ``reward`` then, because ``match`` does not have it.
+        expected: Pay the chain by expected RSVR and each answer token by what it changes, see ``plugin.agent_loop``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +64,7 @@ class RsvrOptions(BaseModel):
     require_valid_item: bool = False
     binary: bool = False
     overlong: Overlong | None = None
+    expected: bool = False
 
     @classmethod
     def from_config(cls, config: DictConfig) -> RsvrOptions:
@@ -74,10 +78,59 @@ class RsvrOptions(BaseModel):
             raise InputError(f"{OPTIONS}.binary: has no effect with {CUSTOM}; leave one of them out")
         if not custom and OmegaConf.select(config, "reward.reward_model.enable"):
             raise InputError(f"reward.reward_model.enable: verl asks it instead of rsvr; combine them in a {CUSTOM}")
+        if options.expected:
+            refuse_sampled_settings(config)
         for name in ("overlong_buffer_cfg", "max_resp_len"):
             if OmegaConf.select(config, f"reward.reward_kwargs.{name}") is not None:
                 raise InputError(f"reward.reward_kwargs.{name}: rsvr does not read it; set {OPTIONS}.overlong instead")
         return options
+
+    def mode_of(self, extra_info: Mapping[str, Any]) -> Mode:
+        """Return the mode of a row."""
+        return extra_info["type"] if extra_info.get("type") in get_args(Mode) else self.mode
+
+    def score(self, response: str, truth: SemanticId, extra_info: Mapping[str, Any], index: ItemIndex | None) -> Reward:
+        """Return the reward of one response; see ``score_response``."""
+        return score_response(
+            response,
+            truth,
+            mode=self.mode_of(extra_info),
+            format=self.format,
+            base_levels=self.base_levels,
+            index=index,
+            require_valid_item=self.require_valid_item,
+        )
+
+    def prefix_rewards(self, truth: SemanticId, index: ItemIndex | None) -> np.ndarray:
+        """Return the rewards of answers that go wrong after i true tokens, then that of the SID, shape [tokens + 1]."""
+        levels = self.base_levels or (index.base_levels if index else len(truth))
+        rewards = prefix_matches(truth, min(levels, len(truth)))
+        return np.floor(rewards) if self.binary else rewards
+
+
+def refuse_sampled_settings(config: DictConfig) -> None:
+    """Refuse settings under which the probabilities of the true tokens are not those of the reward."""
+    engine = "actor_rollout_ref.rollout"
+    needed = {
+        f"{CUSTOM}.path": None,
+        f"{engine}.name": "vllm",
+        f"{engine}.agent.default_agent_loop": "gream",
+        f"{engine}.logprobs_mode": "processed_logprobs",
+        f"{engine}.top_p": 1.0,
+        f"{engine}.top_k": -1,
+        "algorithm.bgae.expected": True,
+    }
+    for key, value in needed.items():
+        if (found := OmegaConf.select(config, key)) != value:
+            remedy = f"set {key}={value}" if value is not None else "leave it out"
+            raise InputError(
+                f"{key} is {found}: {OPTIONS}.expected does not go with it; {remedy}, or set expected=false"
+            )
+    processors = OmegaConf.select(config, f"{engine}.engine_kwargs.vllm.logits_processors") or [""]
+    if processors[-1] != SCORER:
+        raise InputError(
+            f"{engine}.engine_kwargs.vllm.logits_processors: {OPTIONS}.expected needs {SCORER}, as the last"
+        )
 
 
 @register("rsvr")
@@ -113,15 +166,8 @@ class RsvrRewardManager(RewardManagerBase):
         label = f"{columns.get('data_source')}: row {extra_info.get('index')}"
         response = row.batch["responses"]
         ids: list[int] = response[: int(row.batch["attention_mask"][-len(response) :].sum())].tolist()
-        reward = score_response(
-            self.text.read(ids),
-            self.text.ground_truth(columns.get("reward_model"), label),
-            mode=extra_info["type"] if extra_info.get("type") in get_args(Mode) else self.options.mode,
-            format=self.options.format,
-            base_levels=self.options.base_levels,
-            index=self.index,
-            require_valid_item=self.options.require_valid_item,
-        )
+        truth = self.text.ground_truth(columns.get("reward_model"), label)
+        reward = self.options.score(self.text.read(ids), truth, extra_info, self.index)
         score = reward.acc if self.options.binary else reward.score
         details = {name: value for name, value in asdict(reward).items() if name != "score"}
         if self.has_custom_function:
