@@ -78,8 +78,14 @@ class RsvrOptions(BaseModel):
             raise InputError(f"{OPTIONS}.binary: has no effect with {CUSTOM}; leave one of them out")
         if not custom and OmegaConf.select(config, "reward.reward_model.enable"):
             raise InputError(f"reward.reward_model.enable: verl asks it instead of rsvr; combine them in a {CUSTOM}")
+        bgae = OmegaConf.select(config, "algorithm.bgae") or {}
         if options.expected:
             refuse_sampled_settings(config)
+        elif options.overlong and 1 - options.overlong.factor < bgae.get("success", 0) and bgae.get("weight"):
+            raise InputError(
+                f"{OPTIONS}.overlong.factor: a long exact hit is paid {1 - options.overlong.factor:g}, which is no hit "
+                "for algorithm.bgae.success; take a factor below 0.05 and a success just above 0.95"
+            )
         for name in ("overlong_buffer_cfg", "max_resp_len"):
             if OmegaConf.select(config, f"reward.reward_kwargs.{name}") is not None:
                 raise InputError(f"reward.reward_kwargs.{name}: rsvr does not read it; set {OPTIONS}.overlong instead")
@@ -111,7 +117,7 @@ class RsvrOptions(BaseModel):
 def refuse_sampled_settings(config: DictConfig) -> None:
     """Refuse settings under which the probabilities of the true tokens are not those of the reward."""
     engine = "actor_rollout_ref.rollout"
-    needed = {
+    needed: dict[str, Any] = {
         f"{CUSTOM}.path": None,
         f"{engine}.name": "vllm",
         f"{engine}.agent.default_agent_loop": "gream",
@@ -120,17 +126,17 @@ def refuse_sampled_settings(config: DictConfig) -> None:
         f"{engine}.top_k": -1,
         "algorithm.bgae.expected": True,
     }
+    processors = f"{engine}.engine_kwargs.vllm.logits_processors"
+    found = {key: OmegaConf.select(config, key) for key in needed}
+    found[f"{processors}[-1]"], needed[f"{processors}[-1]"] = (
+        (OmegaConf.select(config, processors) or [None])[-1],
+        SCORER,
+    )
     for key, value in needed.items():
-        if (found := OmegaConf.select(config, key)) != value:
-            remedy = f"set {key}={value}" if value is not None else "leave it out"
+        if found[key] != value:
             raise InputError(
-                f"{key} is {found}: {OPTIONS}.expected does not go with it; {remedy}, or set expected=false"
+                f"{key} is {found[key]}: {OPTIONS}.expected needs {value}; or add the mix-in sampled_reward"
             )
-    processors = OmegaConf.select(config, f"{engine}.engine_kwargs.vllm.logits_processors") or [""]
-    if processors[-1] != SCORER:
-        raise InputError(
-            f"{engine}.engine_kwargs.vllm.logits_processors: {OPTIONS}.expected needs {SCORER}, as the last"
-        )
 
 
 @register("rsvr")

@@ -7,6 +7,7 @@ from assets import make_index, make_tiny_model, rl_rows, teach_form
 
 from gream_verl.core.rsvr import score_response
 from gream_verl.core.token_text import TokenText
+from gream_verl.decoding.truth_scoring import decompress, scoring_parameters
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -39,7 +40,10 @@ def engine(tmp_path_factory):
         max_num_seqs=5,  # fewer than requests, so that requests come, go and move
         gpu_memory_utilization=0.3,
         enforce_eager=True,
-        logits_processors=["gream_verl.decoding.vllm_processor:ConstrainedAnswer"],
+        logits_processors=[
+            f"gream_verl.decoding.vllm_processor:{name}" for name in ("ConstrainedAnswer", "TruthScorer")
+        ],
+        logprobs_mode="processed_logprobs",
         additional_config={"gream": {"index_file": str(folder / "tiny.index.json"), "mode": "reasoning"}},
     )
 
@@ -109,3 +113,45 @@ def test_a_request_with_an_unknown_mode_is_refused(engine):
 
     with pytest.raises(VLLMValidationError, match=r"extra_args\['gream'\] is 'loose'"):
         rewards(engine, "loose")
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_scoring_requests_return_the_probabilities_of_the_model(engine, constrained):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+
+    tokenizer, temperature = engine.get_tokenizer(), 0.7
+    model = AutoModelForCausalLM.from_pretrained(engine.llm_engine.model_config.model, dtype=torch.float32).eval()
+    prompts, truths = [], []
+    for row in rl_rows(TAUGHT, 12):
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        prompts.append(ids + tokenizer.encode("<think>likes it</think><answer>", add_special_tokens=False))
+        truths.append(tokenizer.convert_tokens_to_ids(list(INDEX.sids["3"])))
+    parameters = []
+    for truth in truths:
+        wanted = scoring_parameters(truth, temperature)
+        wanted["extra_args"] |= {} if constrained else {"gream": "off"}
+        parameters.append(SamplingParams(**wanted, logprobs=0, detokenize=False))
+    # among requests that sample, so that both kinds share a batch
+    sampling = SamplingParams(temperature=0.8, max_tokens=9, seed=1, detokenize=False)
+    mixed = [one for prompt in prompts for one in (prompt, prompt)]
+    asked = [one for scoring in parameters for one in (scoring, sampling)]
+    outputs = engine.generate([{"prompt_token_ids": ids} for ids in mixed], asked, use_tqdm=False)[::2]
+
+    children: dict[tuple[int, ...], set[int]] = {}
+    for sid in INDEX.sids.values():
+        ids = tokenizer.convert_tokens_to_ids(list(sid))
+        for level, token in enumerate(ids):
+            children.setdefault(tuple(ids[:level]), set()).add(token)
+    for output, prompt, truth in zip(outputs, prompts, truths, strict=True):
+        answer = output.outputs[0]
+        assert list(answer.token_ids) == truth
+        found = decompress([step[token].logprob for step, token in zip(answer.logprobs, truth, strict=True)])
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + truth])).logits[0, len(prompt) - 1 : -1].double() / temperature
+        for level, token in enumerate(truth):
+            row = logits[level]
+            allowed = sorted(children[tuple(truth[:level])]) if constrained else range(len(row))
+            expected = float((row[token] - row[list(allowed)].logsumexp(0)).exp())
+            assert found[level] == pytest.approx(expected, rel=2e-3, abs=1e-6)

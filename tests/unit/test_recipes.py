@@ -30,8 +30,9 @@ BASES = (
     "gream_srpo_megatron",
     "gream_srpo_async",
     "gream_srpo_lora",
+    "gream_srpo_reference",
 )
-MIX_INS = ("constrained", "direct", "no_bonus", "binary_reward", "no_filter")
+MIX_INS = ("constrained", "direct", "no_bonus", "binary_reward", "no_filter", "sampled_reward")
 MEGATRON_64 = ("gream_srpo_megatron", "megatron_64_gpus")
 FILES = Path(recipes.__file__).parent / "recipe"
 
@@ -145,7 +146,7 @@ def test_verl_accepts_the_recipe(names, no_model_on_disk):
         trainer.replay_buffer, ReplayBufferAsync if names == ("gream_srpo_async",) else BoundedGroupFilter
     )
     if names == ("gream_srpo_async",):
-        assert trainer.replay_buffer.filter_groups_metric == "match"
+        assert trainer.replay_buffer.filter_groups_metric == config.algorithm.filter_groups.metric
         assert trainer.parameter_sync_step == 4
     assert RsvrOptions.from_config(config).format == "strict"
     assert BgaeOptions.from_config(config.algorithm).k == 4
@@ -238,7 +239,8 @@ def test_verl_still_cannot_train_rows_of_the_embedding_with_lora():
 
 
 def test_the_gpu_recipe_has_the_authors_settings():
-    config = recipe("gream_srpo")
+    config = recipe("gream_srpo_reference")
+    assert not config.reward.reward_kwargs.rsvr.expected
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     assert (rollout.n, rollout.temperature, config.data.train_batch_size, actor.ppo_mini_batch_size) == (10, 1, 256, 64)
     assert (actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.weight_decay) == (2e-6, 10, 0.1)
@@ -274,7 +276,8 @@ def test_every_recipe_is_a_base_a_mix_in_or_a_part():
     ("mix_in", "values"),
     [
         ("no_bonus", {"algorithm.bgae.weight": 0.0}),
-        ("binary_reward", {"reward.reward_kwargs.rsvr.binary": True, "algorithm.filter_groups.metric": "acc"}),
+        ("binary_reward", {"reward.reward_kwargs.rsvr.binary": True, "algorithm.filter_groups.metric": "expected"}),
+        ("sampled_reward", {"algorithm.bgae.expected": False, "algorithm.filter_groups.metric": "match"}),
         ("no_filter", {"algorithm.filter_groups.enable": False, "trainer.v1.sampler.sampler_kwargs.metric": None}),
         (
             "direct",

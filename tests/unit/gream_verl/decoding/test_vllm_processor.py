@@ -14,7 +14,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from gream_verl.core.errors import InputError
 from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
-from gream_verl.decoding.vllm_processor import ConstrainedAnswer, Slots
+from gream_verl.decoding.truth_scoring import decompress
+from gream_verl.decoding.vllm_processor import ConstrainedAnswer, Slots, TruthScorer
 
 INDEX = make_index()
 TOKENIZER = make_tokenizer(["likes Alien.", "<answer> </answer>"], INDEX)
@@ -129,3 +130,54 @@ def test_wrong_options_are_named(given, message):
 
     with pytest.raises(InputError, match=message):
         ConstrainedAnswer(Config(), torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scoring_requests_are_forced_wherever_vllm_moves_them(seed):
+    draw, made = random.Random(seed), TruthScorer.__new__(TruthScorer)
+    made.slots = {}
+    torch.manual_seed(seed)
+    batch: dict[int, tuple[list[int], list[int]] | None] = {}  # slot -> given tokens and those so far; None: no scoring
+    forced = 0
+    for _ in range(80):
+        removed = [
+            slot
+            for slot, request in batch.items()
+            if draw.random() < 0.1 or (request and not request[0][len(request[1]) :])
+        ]
+        for slot in removed:
+            del batch[slot]
+        added = []
+        for slot in set(range(SLOTS)) - set(batch):
+            if draw.random() < 0.5:
+                given, output = [draw.randrange(30) for _ in range(5)], []
+                scored = draw.random() < 0.6
+                rest = draw.randrange(1, 6)  # an interrupted request asks for the rest
+                batch[slot] = (given[-rest:], output) if scored else None
+                extra = {"gream_truth": given, "gream_temperature": 0.5} if scored else None
+                added.append((slot, SamplingParams(max_tokens=rest, extra_args=extra), None, output))
+        moved, slots = [], list(batch)
+        if len(slots) > 1 and draw.random() < 0.5:
+            source, target = draw.sample(slots, 2)
+            moved = [(source, target, MoveDirectionality.SWAP)]
+            batch[source], batch[target] = batch[target], batch[source]
+        made.update_state(BatchUpdate(SLOTS, removed, added, moved))
+        logits = torch.randn(SLOTS, 30)
+        after = made.apply(logits.clone())
+        for slot in range(SLOTS):
+            request = batch.get(slot)
+            if request is None:
+                assert torch.equal(after[slot], logits[slot])
+                continue
+            token = request[0][len(request[1])]
+            assert after[slot].argmax() == token
+            p = float(decompress([after[slot].log_softmax(-1)[token]])[0])
+            assert p == pytest.approx(float((logits[slot] / 0.5).softmax(-1)[token]), rel=1e-4)
+            request[1].append(token)
+            forced += 1
+    assert forced > 40
+
+
+def test_a_scoring_request_asks_for_no_more_tokens_than_it_gives():
+    with pytest.raises(ValueError, match=r"max_tokens is 3; expected 1 to 2, as gream_truth has"):
+        TruthScorer.validate_params(SamplingParams(max_tokens=3, extra_args={"gream_truth": [1, 2]}))

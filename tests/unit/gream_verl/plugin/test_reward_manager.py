@@ -29,13 +29,14 @@ INDEX = make_index()
 TRUTH, CLOSE = INDEX.text("23"), INDEX.text("20")
 NO_ITEM = "".join(INDEX.sids["23"][:3])
 DETAILS = {"acc": 1.0, "format": 1.0, "match": 1.0, "depth": 4.0, "valid_item": 1.0}
+EXPECTED = ("reward.reward_kwargs.rsvr.expected=true",)
 PAGE = (Path(__file__).parents[4] / "docs/reward.md").read_text()
 
 
 @cache
 def recipe() -> DictConfig:
     with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose("ppo_trainer", ["+recipe=gream_srpo_cpu"])
+        return compose("ppo_trainer", ["+recipe=[gream_srpo_cpu,sampled_reward]"])
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,21 @@ def test_binary_pays_exact_answers_only_and_the_mode_is_an_option(make_manager, 
         (["+reward_model.reward_kwargs.max_resp_len=9"], r"reward_kwargs: .*set reward\.reward_kwargs"),
         (["reward_model.model.path=x"], r"reward_model\.model: .*set reward\.reward_model\.model_path"),
         (["sandbox_fusion.url=x"], r"sandbox_fusion\.url: .*set reward\.sandbox_fusion\.url"),
+        (
+            ["+reward.reward_kwargs.rsvr.overlong={max_length:9,buffer:3,factor:0.04}"],
+            r"overlong\.factor: a long exact hit is paid 0\.96, which is no hit for algorithm\.bgae\.success",
+        ),
+        ([*EXPECTED, "reward.custom_reward_function.path=${gream.run}/mine.py"], r"path is .*mine\.py: .* needs None"),
+        ([*EXPECTED, "actor_rollout_ref.rollout.top_p=0.9"], r"top_p is 0\.9: .*expected needs 1\.0"),
+        (
+            [*EXPECTED, "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent"],
+            "default_agent_loop is tool_agent",
+        ),
+        ([*EXPECTED, "algorithm.bgae.expected=false"], r"algorithm\.bgae\.expected is False: .* needs True"),
+        (
+            [*EXPECTED, "actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors=[x:Y]"],
+            r"logits_processors\[-1\] is x:Y: .* needs gream_verl\.decoding\.vllm_processor:TruthScorer",
+        ),
         (["data.reward_fn_key=source"], r"data\.reward_fn_key: .*name the column data_source"),
     ],
 )
@@ -233,7 +249,7 @@ def examples() -> dict[str, tuple[str, list[str]]]:
         block = block if command else (name, code)
         if command:
             base, *overrides = shlex.split(command)
-            assert base == "+recipe=gream_srpo_cpu"
+            assert base == "+recipe=[gream_srpo_cpu,sampled_reward]"
             found[block[0]] = block[1], overrides
     return found
 
