@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "gream_verl": set(),
     "gream_verl.core": {"gream_verl"},
     "gream_verl.cpu": {"gream_verl.core"},
-    "gream_verl.plugin": {"gream_verl.core", "gream_verl.cpu"},
+    "gream_verl.plugin": {"gream_verl.core", "gream_verl.cpu", "gream_verl.decoding"},
     "gream_verl.model": {"gream_verl.core", "gream_verl"},
     "gream_verl.decoding": {"gream_verl.core"},
     "gream_verl.evaluation": {"gream_verl.core", "gream_verl.model", "gream_verl.decoding"},

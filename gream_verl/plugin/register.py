@@ -1,7 +1,8 @@
 """The one entry point of gream-verl in verl: ``import verl`` loads it in every process (group ``verl.plugins``).
 
-It registers the advantage estimator ``bgae``, the reward manager ``rsvr`` and, without an accelerator, the platform
-``cpu``: each when verl imports the module it belongs to. verl finds dataset and sampler by their paths.
+It registers the advantage estimator ``bgae``, the reward manager ``rsvr``, the training engine of constrained rollouts
+and, without an accelerator, the platform ``cpu``: each when verl imports the module it belongs to. verl finds dataset
+and sampler by their paths.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def register() -> None:
     when_imported("verl.trainer.ppo.core_algos", _register_advantage)
     rewards = "verl.experimental.reward_loop.reward_manager"
     when_imported(rewards, lambda _: importlib.import_module("gream_verl.plugin.reward_manager"))
+    engines = "verl.workers.engine.fsdp.transformer_impl"
+    when_imported(engines, lambda _: importlib.import_module("gream_verl.plugin.constrained_engine"))
 
 
 try:

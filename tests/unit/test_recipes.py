@@ -42,6 +42,7 @@ FREE_FORM = {
     "reward.reward_kwargs": "RsvrOptions, which refuses unknown keys",
     "trainer.v1.sampler.sampler_kwargs": "GroupFilterOptions, which refuses unknown keys",
     "data.index_file": "SemanticIdDataset",
+    "actor_rollout_ref.model.fused_kernel_options.gream": "ConstraintOptions, which refuses unknown keys",
     "actor_rollout_ref.model.override_config": "the model's config.json",
     "actor_rollout_ref.rollout.engine_kwargs": "vLLM",
     "ray_kwargs.ray_init": "ray.init",
