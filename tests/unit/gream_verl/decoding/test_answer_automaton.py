@@ -67,7 +67,7 @@ def test_the_states_of_whole_responses_are_those_of_one_token_after_another(endi
     answered = ids(reasoning_response(INDEX.text("3"))[:-9])
     responses = [answered[: 3 * row] + ending for row, ending in enumerate(endings)]
     length = max(map(len, responses))
-    padded = np.array([[-1] * (length - len(tokens)) + tokens for tokens in responses])
+    padded = np.array([[-1] * (length - len(tokens)) + tokens for tokens in responses], dtype=np.int64)
     for tokens, states in zip(responses, AUTOMATON.states_before(padded, mode), strict=True):
         expected = [state_after(tokens[:column], direct=mode == "direct") for column in range(len(tokens))]
         assert states[length - len(tokens) :].tolist() == expected
