@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gream_verl.core.errors import InputError
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "<answer>", "</answer>"
 FREE = 0  # state of free text; state n, up to 7, is free text that ends in the first n characters of the tag
 ROOT = len(OPEN)  # state after the tag, and of an empty response in direct mode
+
+Constraint = Literal["reasoning", "direct", "off"]
+
+
+class ConstraintOptions(BaseModel):
+    """Options of constrained answers, the same for rollouts and for training.
+
+    ``reasoning`` allows after ``<answer>`` a real item, ``</answer>`` and the end, ``direct`` a real item and the end.
+    With ``off`` only requests to vLLM that ask for it are constrained.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index_file: str  # <D>.index.json, the items that may be answered
+    mode: Constraint = "reasoning"
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,21 @@ class AnswerAutomaton:
         taken = ~free[rows] & (self.tokens[edges] == tokens[rows])
         after[rows[taken]] = self.targets[edges[taken]]
         return np.where(direct & self.leaves[after], self.end, after)
+
+    def states_before(self, tokens: np.ndarray, mode: Constraint) -> np.ndarray:
+        """Return the state in which each token of a response is drawn, int64 [responses, length].
+
+        Args:
+            tokens: int64 [responses, length], padded on the left with -1, which changes no state.
+            mode: The mode of all responses.
+        """
+        start = {"reasoning": FREE, "direct": ROOT, "off": self.off}[mode]
+        states, direct = np.full(tokens.shape, start), np.full(len(tokens), mode == "direct")
+        opens = self.watch[FREE, tokens.clip(max=self.watch.shape[1] - 1)].any(axis=0)  # bool [length]
+        for column in range(tokens.shape[1] - 1):
+            if opens[column] or states[:, column].any():  # else free text stays free text, as in most columns
+                states[:, column + 1] = self.advance(states[:, column], tokens[:, column], direct)
+        return states
 
     def constrain(self, logits: Tensor, states: np.ndarray) -> Tensor:
         """Set the logits [n, vocabulary] of forbidden tokens to minus infinity, in place; ``states`` is int64 [n]."""

@@ -16,35 +16,20 @@ keeps the tokens sampled so far only for processors that the engine argument nam
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from gream_verl.core.options import checked_options
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton
+from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton, Constraint, ConstraintOptions
 from gream_verl.decoding.truth_scoring import force
 
-Constraint = Literal["reasoning", "direct", "off"]
 OPTIONS = "additional_config.gream"
-
-
-class ConstraintOptions(BaseModel):
-    """Options under ``additional_config.gream``.
-
-    ``reasoning`` allows after ``<answer>`` a real item, ``</answer>`` and the end, ``direct`` a real item and the end.
-    With ``off`` only requests that ask for it are constrained.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    index_file: str  # <D>.index.json, the items that may be answered
-    mode: Constraint = "reasoning"
 
 
 class ConstrainedAnswer(LogitsProcessor):

@@ -26,11 +26,10 @@ from gream_verl.core.options import checked_options
 from gream_verl.core.rsvr import expected_values, matching_depth
 from gream_verl.core.semantic_ids import ItemIndex, SemanticId
 from gream_verl.core.token_text import TokenText
+from gream_verl.decoding.answer_automaton import CLOSE, OPEN
 from gream_verl.decoding.truth_scoring import decompress, scoring_parameters
 from gream_verl.plugin.bgae import BgaeOptions, expected_hit_bonus
 from gream_verl.plugin.reward_manager import OPTIONS, RsvrOptions
-
-OPEN, CLOSE = "<answer>", "</answer>"
 
 _reader = cache(TokenText)  # verl makes an agent loop for every response
 _index = cache(ItemIndex.load)

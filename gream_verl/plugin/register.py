@@ -1,8 +1,8 @@
 """The one entry point of gream-verl in verl: ``import verl`` loads it in every process (group ``verl.plugins``).
 
-It registers the advantage estimator ``bgae``, the reward manager ``rsvr``, the agent loop ``gream`` and, without an
-accelerator, the platform ``cpu``: each when verl imports the module it belongs to. verl finds dataset and sampler by
-their paths.
+It registers the advantage estimator ``bgae``, the reward manager ``rsvr``, the agent loop ``gream``, the engine that
+trains on constrained rollouts and, without an accelerator, the platform ``cpu``: each when verl imports the module it
+belongs to. verl finds dataset and sampler by their paths.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ from types import ModuleType
 
 from gream_verl import cpu
 from gream_verl.core.import_hooks import when_imported
+
+AFTER = {
+    "verl.experimental.reward_loop.reward_manager": "reward_manager",
+    "verl.experimental.agent_loop.single_turn_agent_loop": "agent_loop",
+    "verl.workers.engine.fsdp.transformer_impl": "constrained_engine",
+}
+"""Modules of verl, and the modules of this room that register something with them."""
 
 
 def _register_recipes(plugins: ModuleType) -> None:
@@ -38,10 +45,8 @@ def register() -> None:
     cpu.activate()
     when_imported("hydra.core.plugins", _register_recipes)
     when_imported("verl.trainer.ppo.core_algos", _register_advantage)
-    rewards = "verl.experimental.reward_loop.reward_manager"
-    when_imported(rewards, lambda _: importlib.import_module("gream_verl.plugin.reward_manager"))
-    loops = "verl.experimental.agent_loop.single_turn_agent_loop"
-    when_imported(loops, lambda _: importlib.import_module("gream_verl.plugin.agent_loop"))
+    for module, ours in AFTER.items():
+        when_imported(module, lambda _, ours=ours: importlib.import_module(f"gream_verl.plugin.{ours}"))
 
 
 try:

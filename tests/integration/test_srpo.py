@@ -96,8 +96,8 @@ def test_the_weights_move_and_reach_the_rollout_engine(run, steps):
     for step in (1, 2, 3):
         assert steps[step]["actor/grad_norm"] > 0
         assert "actor/kl_loss" in steps[step]
-        # the engine restricts some tokens; from step 2 on its weights are those sent after an update
-        assert steps[step]["training/rollout_actor_probs_pearson_corr"] > 0.9
+        # from step 2 on the engine's weights are those sent after an update
+        assert steps[step]["training/rollout_actor_probs_pearson_corr"] > 0.999
     before, after = (weights(folder) for folder in (run / "sft", exported(run)))
     assert torch.isfinite(after).all()
     assert not torch.equal(before, after)

@@ -43,6 +43,7 @@ FREE_FORM = {
     "reward.reward_kwargs": "RsvrOptions, which refuses unknown keys",
     "trainer.v1.sampler.sampler_kwargs": "GroupFilterOptions, which refuses unknown keys",
     "data.index_file": "SemanticIdDataset",
+    "actor_rollout_ref.model.fused_kernel_options.gream": "ConstraintOptions, which refuses unknown keys",
     "actor_rollout_ref.model.override_config": "the model's config.json",
     "actor_rollout_ref.rollout.engine_kwargs": "vLLM",
     "ray_kwargs.ray_init": "ray.init",
@@ -288,7 +289,13 @@ def test_every_recipe_is_a_base_a_mix_in_or_a_part():
                 "actor_rollout_ref.rollout.val_kwargs.n": 1,
             },
         ),
-        ("constrained", {"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.gream.mode": "reasoning"}),
+        (
+            "constrained",
+            {
+                "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.gream.mode": "reasoning",
+                "actor_rollout_ref.model.fused_kernel_options.gream.mode": "reasoning",
+            },
+        ),
     ],
 )
 def test_a_mix_in_changes_what_it_says_and_its_options_are_known(mix_in, values):

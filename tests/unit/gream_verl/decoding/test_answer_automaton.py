@@ -59,6 +59,21 @@ def test_free_text_is_followed_character_by_character(tokens):
         assert (state[0] == ROOT) == text.endswith(OPEN)
 
 
+@given(
+    st.lists(st.lists(st.integers(0, VOCABULARY - 1), max_size=6), min_size=1), st.sampled_from(["reasoning", "direct"])
+)
+@settings(max_examples=25, deadline=None)
+def test_the_states_of_whole_responses_are_those_of_one_token_after_another(endings, mode):
+    answered = ids(reasoning_response(INDEX.text("3"))[:-9])
+    responses = [answered[: 3 * row] + ending for row, ending in enumerate(endings)]
+    length = max(map(len, responses))
+    padded = np.array([[-1] * (length - len(tokens)) + tokens for tokens in responses], dtype=np.int64)
+    for tokens, states in zip(responses, AUTOMATON.states_before(padded, mode), strict=True):
+        expected = [state_after(tokens[:column], direct=mode == "direct") for column in range(len(tokens))]
+        assert states[length - len(tokens) :].tolist() == expected
+    assert (AUTOMATON.states_before(padded, "off") == AUTOMATON.off).all()
+
+
 @pytest.mark.parametrize("pieces", [["<answer>"], list("<answer>"), ["<an", "swer>"], ["<", "<", "answer", ">"]])
 def test_the_tag_opens_the_answer_however_it_is_cut(pieces):
     tokens = [token for piece in ["<think>x</think>", *pieces] for token in ids(piece)]
