@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import make_data
 
-from data_processing.leaks import short_title
 from data_processing.sft.tasks import (
     ITEM_TASKS,
     ITEM_TEXTS,
@@ -28,7 +27,7 @@ from data_processing.sft.tasks import (
     description,
     features,
 )
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, short_title
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, TEMPLATES, messages
 from gream_verl.core.semantic_ids import ItemIndex, find_sids
 

@@ -62,6 +62,19 @@ def test_histories_are_shortened_to_what_the_trainer_takes(folder: DataFolder, t
     assert report["longest"] <= 60
 
 
+def test_a_judge_chooses_among_the_chains_of_a_row(folder: DataFolder, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", folder.read_index(folder.read_items()))
+    mixes = []
+    for arguments in ([], ["--judge", model, "--best-of", "1"], ["--judge", model]):
+        out = gream("mix", tmp_path, "--rows", "reasoning=30", *arguments)
+        assert ("Gain over the first chain" in out) == bool(arguments)
+        mixes.append(folder.mix.read_bytes())
+    assert mixes[0] == mixes[1] != mixes[2]
+    report = json.loads(folder.mix.with_suffix(".json").read_text())["reasoning"]
+    assert report["made"] == 30
+    assert report["best of"]["nats of the target"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
