@@ -93,8 +93,8 @@ def write_mix(
         raise InputError(f"{path}: no rows to write; {'allow longer ones' if options.limit else 'ask for more'}")
     if dry_run:
         return report
-    if options.best_of and len(thinking := chosen.get(REASONING, ())):
-        report[REASONING]["best of"] = options.best_of.choose(corpus, thinking, options.limit, options.seed)
+    if options.best_of and len(chosen.get(REASONING, ())):
+        report[REASONING]["best of"] = options.best_of.choose(corpus, chosen[REASONING], options.limit, options.seed)
     sizes = {task: len(specs) for task, specs in chosen.items()}
     thoughts = sizes.pop(REASONING, 0)
     order = curriculum_order(list(sizes.values()), thoughts, seed=options.seed, block=options.block)

@@ -89,7 +89,7 @@ class RuleTeacher:
         frequent = [name for name, _ in counts.most_common()]
         special = sorted(frequent, key=lambda name: -counts[name] / self._counts[name])
         # The target's trait that is most frequent in the history comes first; None when the target has no traits.
-        intents = sorted(self.traits[target], key=lambda name: -counts[name]) or [None]
+        intents: list[str | None] = [*sorted(self.traits[target], key=lambda name: -counts[name])] or [None]
         phrases, nothing, written = self._phrases, not counts, set()
         for names, by_intent, intent in product((frequent, special), (False, True), intents):
             named = ", ".join(

@@ -195,7 +195,7 @@ def test_chains_of_a_language_model_are_the_reasoning_rows(data: Data) -> None:
         (user, place): f"<think>Thought {place}.</think><answer>{index.text(sequences[user][place])}</answer>"
         for place in (last, last - 1)
     }
-    corpus = Corpus(*data, history=3, texts=TeacherTexts(chains=chains))
+    corpus = Corpus(*data, history=3, texts=TeacherTexts(chains={key: [chain] for key, chain in chains.items()}))
     made = rows(corpus, REASONING)
     assert len(made) == len(chains) == corpus.exist(REASONING)
     assert {row.assistant for row in made} == set(chains.values())
