@@ -24,8 +24,7 @@ Rows = Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)]
 Total = Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")]
 Block = Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")]
 Tokenizer = Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")]
-Judge = Annotated[Path | None, Option(metavar="MODEL", help="SFT model that chooses the chain of a row.")]
-BestOfK = Annotated[int, Option("--best-of", min=1, help="Chains per row that --judge chooses among.")]
+BestOfK = Annotated[str | None, Option(metavar="K=MODEL", help="Of K chains per row, take the best for an SFT model.")]
 Longest = Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
 
 
@@ -69,8 +68,7 @@ def mix(
     chains: Annotated[Wording, Option(help="Wording of chains by rule: short notes, or sentences.")] = "notes",
     tokenizer: Tokenizer = None,
     longest: Longest = 2048,
-    judge: Judge = None,
-    best_of: BestOfK = 4,
+    best_of: BestOfK = None,
     dry_run: DryRun = False,
     seed: Seed = 0,
     dataset: Dataset = None,
@@ -84,7 +82,7 @@ def mix(
 
     counts = _row_counts(rows) or dict(TINY_MIX)
     folder = RunFolder.open(run, dataset).data
-    limit, chooser = _length_limit(tokenizer, longest), _chooser(judge, best_of)
+    limit, chooser = _length_limit(tokenizer, longest), _chooser(best_of)
     options = MixOptions(counts, seed, total, history, block, limit, chains, chooser)
     _write(folder, options, folder.mix_of(name), dry_run)
 
@@ -113,19 +111,20 @@ def _length_limit(tokenizer: str | None, longest: int) -> LengthLimit | None:
     return LengthLimit(token_counter(load_tokenizer(tokenizer)), longest)
 
 
-def _chooser(judge: Path | None, candidates: int) -> BestOf | None:
-    """Return the choice among chains by a model, None without one."""
-    if judge is None:
+def _chooser(best_of: str | None) -> BestOf | None:
+    """Read ``K=MODEL``: the choice among K chains by a model; None without one."""
+    if best_of is None:
         return None
+    ((candidates, judge),) = pairs([best_of], "--best-of").items()
+    if not candidates.isdigit() or candidates == "0":
+        raise InputError(f"--best-of {best_of}: expected a number of chains and a model, such as 4=runs/Beauty/sft")
     from data_processing.sft.best_of import BestOf
     from data_processing.sft.lengths import render_prompts
     from gream_verl.model.answer_judge import AnswerJudge
     from gream_verl.model.loading import resolve_model
 
-    score = AnswerJudge(resolve_model(judge))
-    return BestOf(
-        lambda rows: score(render_prompts(score.tokenizer, rows), [row.assistant for row in rows]), candidates
-    )
+    score, count = AnswerJudge(resolve_model(Path(judge))), int(candidates)
+    return BestOf(lambda rows: score(render_prompts(score.tokenizer, rows), [row.assistant for row in rows]), count)
 
 
 def _row_counts(rows: list[str] | None) -> dict[str, int | float]:
