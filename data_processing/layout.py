@@ -54,7 +54,7 @@ def read_user_texts(
 
 def read_chains(
     folder: DataFolder, training: Mapping[str, Sequence[str]], index: ItemIndex, history: int
-) -> dict[tuple[str, int], str]:
+) -> dict[tuple[str, int], list[str]]:
     """Return the responses in ``folder.chains`` by user and position of the target; none without a file.
 
     Args:
@@ -66,7 +66,7 @@ def read_chains(
     if not folder.chains.is_file():
         return {}
     remedy = "write it again with `gream data enrich RUN chains`"
-    chains = {}
+    chains: dict[tuple[str, int], list[str]] = {}
     try:
         file = pq.ParquetFile(folder.chains)
         for row in (row for batch in file.iter_batches(columns=CHAINS.names) for row in batch.to_pylist()):
@@ -78,7 +78,8 @@ def read_chains(
                 raise InputError(f"{label}: has a history of {row['history']} items, not {shown}; use that --history")
             thought = f"<think>{row['evidence']} {row['preference']} {row['intent']}</think>"
             kept = "".join(index.texts(row["keep"]))
-            chains[user, position] = f"{thought}{kept}<answer>{index.text(row['item'])}</answer>"
+            response = f"{thought}{kept}<answer>{index.text(row['item'])}</answer>"
+            chains.setdefault((user, position), []).append(response)
     except (pa.ArrowException, KeyError) as error:
         raise InputError(f"{folder.chains}: not a file of chains ({str(error).splitlines()[0]}); {remedy}") from error
     return chains

@@ -9,11 +9,11 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import product
 
+from gream_verl.core.data_folder import short_title
 from gream_verl.core.semantic_ids import SID_TOKEN, SemanticId, find_sids
 
 _ANSWER = re.compile(r"<answer>[^<]*(?:<\|[^<]*)*</answer>\s*$")
 _WORD = re.compile(r"\w+")
-TITLE_WORDS = 8
 SIMILAR = 0.9  # least similarity of a misspelt title
 SHARED_TRIGRAMS = 0.4  # least share in common: such a title lacks at most 18% of the letters, each in 3 trigrams
 FUZZY_LENGTH = 8  # fewest letters of a misspelt title: another letter makes another word of a shorter one
@@ -62,11 +62,6 @@ def names_title(text: str, title: str, allowed: Iterable[str] = ()) -> bool:
         return True
     left = _without(words, others)
     return any(len(form) >= FUZZY_LENGTH and _fuzzy(left, form) for form in forms)
-
-
-def short_title(title: str, words: int = TITLE_WORDS) -> str:
-    """Return the first words of a title."""
-    return " ".join(title.split()[:words]).rstrip(".,;:")
 
 
 def title_forms(title: str) -> set[str]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rich.progress import track
 
 from data_processing.layout import read_chains, read_user_texts
-from data_processing.leaks import find_leak
+from data_processing.sft.best_of import BestOf
 from data_processing.sft.curriculum import curriculum_order, draw_curriculum
 from data_processing.sft.lengths import LengthLimit
 from data_processing.sft.rules import Wording
@@ -49,6 +49,7 @@ class MixOptions:
         block: Rows of one task that stay together, the size of a batch.
         limit: Shortens histories to a number of tokens, or replaces a row by another.
         wording: Wording of the chains by rule.
+        best_of: Chooses among several chains of a row; None for the first.
     """
 
     rows: Mapping[str, int | float]
@@ -58,11 +59,12 @@ class MixOptions:
     block: int = 1
     limit: LengthLimit | None = None
     wording: Wording = "notes"
+    best_of: BestOf | None = None
 
 
 def write_mix(
     folder: DataFolder, options: MixOptions, output: Path | None = None, *, dry_run: bool = False
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, Any]]:
     """Write ``<D>-mix.parquet``, its report ``.json`` and picture ``.png``, and a held-out file for each task.
 
     ``<D>-mix-eval-<task>.parquet`` holds rows whose targets are the validation interactions; of tasks about items, and
@@ -72,7 +74,8 @@ def write_mix(
 
     Returns:
         Rows of each task: ``asked`` for, those that ``exist``, ``made``, ``held out``, ``leaks`` (dropped because they
-        name their target); with a limit those ``shortened`` or ``left out``, and the tokens of the ``longest``.
+        name their target), ``untrue`` (what the first chain says about the history); with a limit those ``shortened``
+        or ``left out``, and the tokens of the ``longest``; ``best of``, the report of :meth:`BestOf.choose`.
     """
     if unknown := [task for task in options.rows if task not in TASKS]:
         raise InputError(f"SFT task {unknown[0]!r}: unknown; choose from {', '.join(TASKS)}")
@@ -90,6 +93,8 @@ def write_mix(
         raise InputError(f"{path}: no rows to write; {'allow longer ones' if options.limit else 'ask for more'}")
     if dry_run:
         return report
+    if options.best_of and len(chosen.get(REASONING, ())):
+        report[REASONING]["best of"] = options.best_of.choose(corpus, chosen[REASONING], options.limit, options.seed)
     sizes = {task: len(specs) for task, specs in chosen.items()}
     thoughts = sizes.pop(REASONING, 0)
     order = curriculum_order(list(sizes.values()), thoughts, seed=options.seed, block=options.block)
@@ -147,9 +152,9 @@ def asked_rows(rows: Mapping[str, int | float], exist: Mapping[str, int], total:
 
 def _choose(
     corpus: Corpus, task: str, count: int, options: MixOptions, drawn: Specs | None = None
-) -> tuple[Specs, dict[str, int]]:
+) -> tuple[Specs, dict[str, Any]]:
     """Return the first ``count`` rows drawn that fit the limit and do not name their target, with counts of others."""
-    limit, counts = options.limit, dict.fromkeys(("leaks", "shortened", "left out", "longest"), 0)
+    limit, counts = options.limit, dict.fromkeys(("leaks", "untrue", "shortened", "left out", "longest"), 0)
     if drawn is None:  # candidates for replacements, too, where rows may be left out
         drawn = corpus.draw(task, None if limit or task == REASONING else count, options.seed)
     if limit is None and task != REASONING:
@@ -166,23 +171,16 @@ def _choose(
                 break
             if limit and tokens[row] > limit.longest:
                 counts["left out"] += 1
-            elif task == REASONING and _leaks(Window(corpus, *spec), corpus):
+            elif task == REASONING and (window := Window(corpus, *spec)).leaks(chain := window["chain"]):
                 counts["leaks"] += 1
             else:
+                counts["untrue"] += task == REASONING and not window.is_true(chain)
                 counts["shortened"] += spec[LENGTH] < asked[row]
                 counts["longest"] = max(counts["longest"], tokens[row])
                 good.append(row)
         chosen.append(part[good])
         made, start = made + len(good), start + len(part)
     return np.concatenate(chosen), counts
-
-
-def _leaks(window: Window, corpus: Corpus) -> bool:
-    """Return whether the chain of a window names its target before the answer."""
-    title, sids = corpus.items[window.target].title, corpus.index.sids
-    titles, shown = [corpus.teacher.titles[item] for item in window.history], {sids[item] for item in window.history}
-    leak = find_leak(window["chain"], title=title, sid=sids[window.target], history_titles=titles, history_sids=shown)
-    return leak is not None
 
 
 def _hold_out(corpus: Corpus, validation: Corpus, task: str, mixed: Specs, options: MixOptions) -> tuple[Corpus, Specs]:

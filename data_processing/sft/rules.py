@@ -8,11 +8,11 @@ the history, the preference that follows and an intent, then keeps the items of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Literal, NamedTuple
 
-from data_processing.leaks import short_title
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, short_title
 
 Wording = Literal["notes", "sentences"]
 """Notes cost few tokens and suit the tiny model; sentences suit a pretrained model."""
@@ -68,6 +68,7 @@ class RuleTeacher:
             key: tuple(name for name in item.categories if name in telling) or ((item.brand,) if item.brand else ())
             for key, item in items.items()
         }
+        self._counts = Counter(name for names in self.traits.values() for name in names)
 
     def preference(self, history: Sequence[str]) -> str:
         """Return the most frequent traits of a history; the title of its last item when there are none."""
@@ -75,26 +76,37 @@ class RuleTeacher:
         return ", ".join(name for name, _ in counts.most_common(DOMINANT)) or self.titles[history[-1]]
 
     def chain(self, history: Sequence[str], target: str) -> str:
-        """Return the whole response to a history, oldest first: thought, denoised history and answer."""
+        """Return the first of :meth:`chains`: the most frequent traits, and the target's most frequent one."""
+        return next(self.chains(history, target))
+
+    def chains(self, history: Sequence[str], target: str) -> Iterator[str]:
+        """Yield whole responses to a history, oldest first: thought, denoised history and answer; no two alike.
+
+        They differ in the target's trait that is the intent, in the traits that the evidence names (the most frequent,
+        or the most frequent for their number in the catalogue), and in the denoised history.
+        """
         counts = Counter(name for item in history for name in self.traits[item])
-        dominant = counts.most_common(DOMINANT)
-        names = [name for name, _ in dominant[:2]]
-        # The intent is the target's trait that is most frequent in the history, None when the target has no traits.
-        intent = max(self.traits[target], key=lambda name: counts[name], default=None)
-        phrases, nothing = self._phrases, not dominant
-        named = ", ".join(
-            (phrases.more if rank else phrases.first).format(name=name, count=count)
-            for rank, (name, count) in enumerate(dominant)
-        )
-        thought = " ".join(
-            [
-                phrases.evidence[nothing].format(named=named, length=len(history), last=self.titles[history[-1]]),
-                phrases.preference[nothing].format(names=" and ".join(names)),
-                phrases.intent[intent is None].format(intent=intent),
-            ]
-        )
-        # The denoised history: the most recent items with a named trait, oldest first; of all items if none has one.
-        wanted = {*names, intent}
-        fitting = [item for item in history if not wanted.isdisjoint(self.traits[item])] or history
-        kept = "".join(self._sids[item] for item in fitting[-KEPT:])
-        return f"<think>{thought}</think>{kept}<answer>{self._sids[target]}</answer>"
+        frequent = [name for name, _ in counts.most_common()]
+        special = sorted(frequent, key=lambda name: -counts[name] / self._counts[name])
+        # The target's trait that is most frequent in the history comes first; None when the target has no traits.
+        intents: list[str | None] = [*sorted(self.traits[target], key=lambda name: -counts[name])] or [None]
+        phrases, nothing, written = self._phrases, not counts, set()
+        for names, by_intent, intent in product((frequent, special), (False, True), intents):
+            named = ", ".join(
+                (phrases.more if rank else phrases.first).format(name=name, count=counts[name])
+                for rank, name in enumerate(names[:DOMINANT])
+            )
+            thought = " ".join(
+                [
+                    phrases.evidence[nothing].format(named=named, length=len(history), last=self.titles[history[-1]]),
+                    phrases.preference[nothing].format(names=" and ".join(names[:2])),
+                    phrases.intent[intent is None].format(intent=intent),
+                ]
+            )
+            # The denoised history: the most recent items with a wanted trait, oldest first; of all items if none has.
+            wanted = {intent} if by_intent else {*names[:2], intent}
+            fitting = [item for item in history if not wanted.isdisjoint(self.traits[item])] or history
+            chain = f"<think>{thought}</think>{''.join(self._sids[item] for item in fitting[-KEPT:])}"
+            if chain not in written:
+                written.add(chain)
+                yield f"{chain}<answer>{self._sids[target]}</answer>"

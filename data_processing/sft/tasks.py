@@ -6,7 +6,8 @@ rendered one by one, so that a large mix is in memory as specs only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -15,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from data_processing.leaks import find_leak
 from data_processing.sft.rules import RuleTeacher, Wording
 from gream_verl.core.data_folder import Item
+from gream_verl.core.faithfulness import ClaimReader
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 from gream_verl.core.semantic_ids import ItemIndex
 
@@ -49,7 +52,7 @@ class TeacherTexts(NamedTuple):
 
     preferences: Mapping[str, Sequence[str]] = {}
     queries: Mapping[str, Sequence[str]] = {}
-    chains: Mapping[tuple[str, int], str] = {}
+    chains: Mapping[tuple[str, int], Sequence[str]] = {}
 
 
 class Corpus:
@@ -60,6 +63,9 @@ class Corpus:
         history: Longest history of a row, in items.
         texts: Texts of a language-model teacher, used where there are some.
         last_only: Only the last interaction of every user is a target, as in held-out rows.
+
+    Attributes:
+        choices: By the number of its target, the number of a row's chain where it is not the first.
     """
 
     def __init__(
@@ -75,7 +81,8 @@ class Corpus:
         self.users, self.sequences, self._history = list(sequences), list(sequences.values()), history
         self.keys, self.items, self.index, self.texts = list(items), items, index, texts or TeacherTexts()
         self.sids = dict(zip(self.keys, index.texts(self.keys), strict=True))
-        self.teacher = RuleTeacher(items, self.sids, wording)
+        self.teacher, self.claims = RuleTeacher(items, self.sids, wording), ClaimReader(items, index)
+        self.choices: dict[int, int] = {}
         lengths = np.fromiter(map(len, self.sequences), np.int64, len(sequences))
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self._positions = np.arange(self.starts[-1]) - np.repeat(self.starts[:-1], lengths)
@@ -147,6 +154,7 @@ class Window(ItemFields):
         sequence, position = corpus.sequences[number], target - int(corpus.starts[number])
         super().__init__(corpus, sequence[position])
         self._template, self._user, self._position = template, corpus.users[number], position
+        self._number = target
         self._last = position == len(sequence) - 1
         self.history = sequence[position - length : position]
 
@@ -164,9 +172,24 @@ class Window(ItemFields):
             case "query":
                 return (self._last and self._written(texts.queries)) or self["text"]
             case "chain":
-                written = texts.chains.get((self._user, self._position))
-                return written or corpus.teacher.chain(self.history, self.target)
+                return next(islice(self.chains(), corpus.choices.get(self._number, 0), None))
         return super().__getitem__(name)
+
+    def chains(self) -> Iterator[str]:
+        """Yield the chains that the row can have, those of a language model where it wrote some."""
+        written = self._corpus.texts.chains.get((self._user, self._position))
+        return iter(written) if written else self._corpus.teacher.chains(self.history, self.target)
+
+    def leaks(self, chain: str) -> bool:
+        """Return whether a chain names the target before the answer."""
+        corpus, sids = self._corpus, self._corpus.index.sids
+        titles, shown = [corpus.teacher.titles[item] for item in self.history], {sids[item] for item in self.history}
+        title, sid = corpus.items[self.target].title, sids[self.target]
+        return find_leak(chain, title=title, sid=sid, history_titles=titles, history_sids=shown) is not None
+
+    def is_true(self, chain: str) -> bool:
+        """Return whether all that a chain says about the history is true."""
+        return all(map(all, self._corpus.claims.read(chain, self.history).values()))
 
     def _written(self, texts: Mapping[str, Sequence[str]]) -> str:
         """Return the text of this user that goes with the template, "" when there is none."""

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from data_processing.layout import CHAINS, SEARCHED, SEARCHES, USER_TEXTS
-from data_processing.leaks import names_title, short_title
+from data_processing.leaks import names_title
 from data_processing.teacher.templates import Messages, read_prompts
-from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.data_folder import DataFolder, Item, short_title
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path, read_json, write_json
 from gream_verl.core.prompts import FIRST_REASONING_TARGET

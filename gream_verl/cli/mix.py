@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from data_processing.sft.rules import Wording
-from gream_verl.cli.common import Dataset, DryRun, History, Run, Seed, console, pairs, print_tasks
+from gream_verl.cli.common import Dataset, DryRun, History, Run, Seed, console, pairs, print_dict, print_tasks
 from gream_verl.cli.data import data_app
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from data_processing.sft.best_of import BestOf
     from data_processing.sft.lengths import LengthLimit
     from data_processing.sft.mix import MixOptions
     from gream_verl.core.data_folder import DataFolder
@@ -24,6 +24,7 @@ Rows = Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)]
 Total = Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")]
 Block = Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")]
 Tokenizer = Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")]
+BestOfK = Annotated[str | None, Option(metavar="K=MODEL", help="Of K chains per row, take the best for an SFT model.")]
 Longest = Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
 
 
@@ -67,6 +68,7 @@ def mix(
     chains: Annotated[Wording, Option(help="Wording of chains by rule: short notes, or sentences.")] = "notes",
     tokenizer: Tokenizer = None,
     longest: Longest = 2048,
+    best_of: BestOfK = None,
     dry_run: DryRun = False,
     seed: Seed = 0,
     dataset: Dataset = None,
@@ -80,7 +82,8 @@ def mix(
 
     counts = _row_counts(rows) or dict(TINY_MIX)
     folder = RunFolder.open(run, dataset).data
-    options = MixOptions(counts, seed, total, history, block, _length_limit(tokenizer, longest), chains)
+    limit, chooser = _length_limit(tokenizer, longest), _chooser(best_of)
+    options = MixOptions(counts, seed, total, history, block, limit, chains, chooser)
     _write(folder, options, folder.mix_of(name), dry_run)
 
 
@@ -88,7 +91,9 @@ def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool)
     from data_processing.sft.mix import write_mix
 
     report = write_mix(folder, options, output, dry_run=dry_run)
-    print_tasks("SFT rows", report, ["asked", "exist", "made", "held out", "leaks"])
+    print_tasks("SFT rows", report, ["asked", "exist", "made", "held out", "leaks", "untrue"])
+    if chosen := report.get("reasoning", {}).get("best of"):
+        print_dict("Gain over the first chain", chosen)
     if options.limit:
         print_tasks("Tokens of a row", report, ["longest", "shortened", "left out"])
     console.print(
@@ -104,6 +109,22 @@ def _length_limit(tokenizer: str | None, longest: int) -> LengthLimit | None:
     from gream_verl.model.loading import load_tokenizer
 
     return LengthLimit(token_counter(load_tokenizer(tokenizer)), longest)
+
+
+def _chooser(best_of: str | None) -> BestOf | None:
+    """Read ``K=MODEL``: the choice among K chains by a model; None without one."""
+    if best_of is None:
+        return None
+    ((candidates, judge),) = pairs([best_of], "--best-of").items()
+    if not candidates.isdigit() or candidates == "0":
+        raise InputError(f"--best-of {best_of}: expected a number of chains and a model, such as 4=runs/Beauty/sft")
+    from data_processing.sft.best_of import BestOf
+    from data_processing.sft.lengths import render_prompts
+    from gream_verl.model.answer_judge import AnswerJudge
+    from gream_verl.model.loading import resolve_model
+
+    score, count = AnswerJudge(resolve_model(Path(judge))), int(candidates)
+    return BestOf(lambda rows: score(render_prompts(score.tokenizer, rows), [row.assistant for row in rows]), count)
 
 
 def _row_counts(rows: list[str] | None) -> dict[str, int | float]:

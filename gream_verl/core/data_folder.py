@@ -21,6 +21,8 @@ from gream_verl.core.split import INTERACTIONS, SPLIT, UserSplit, read_interacti
 
 OTHER_PARQUET = ("align", "rl", "val", "test", "chains")
 """Endings of parquet files that are no mix."""
+TITLE_WORDS = 8
+"""Words of a title that chains of thought name."""
 PREPARE = "prepare the data set with `gream data prepare`"
 
 
@@ -145,6 +147,11 @@ class DataFolder:
         if missing := [item for item in items if item not in index.sids]:
             raise InputError(f"{self.index}: no SID for item {missing[0]!r} ({len(missing)} lack one); build it again")
         return index
+
+
+def short_title(title: str, words: int = TITLE_WORDS) -> str:
+    """Return the first words of a title."""
+    return " ".join(title.split()[:words]).rstrip(".,;:")
 
 
 def item_of(fields: Mapping[str, Any]) -> Item:

@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import make_data
 
-from data_processing.leaks import short_title
 from data_processing.sft.mix import MixOptions, write_mix
 from data_processing.sft.tasks import ITEM_TASKS, REASONING, TASKS
-from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.data_folder import DataFolder, short_title
 
 SIDS = re.compile(r"(?:<\|[a-z]_\d+\|>)+")
 EVERYTHING = dict.fromkeys(TASKS, 1.0)

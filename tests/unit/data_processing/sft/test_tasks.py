@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import make_data
 
-from data_processing.leaks import short_title
 from data_processing.sft.tasks import (
     ITEM_TASKS,
     ITEM_TEXTS,
@@ -28,7 +27,7 @@ from data_processing.sft.tasks import (
     description,
     features,
 )
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, short_title
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, TEMPLATES, messages
 from gream_verl.core.semantic_ids import ItemIndex, find_sids
 
@@ -196,7 +195,7 @@ def test_chains_of_a_language_model_are_the_reasoning_rows(data: Data) -> None:
         (user, place): f"<think>Thought {place}.</think><answer>{index.text(sequences[user][place])}</answer>"
         for place in (last, last - 1)
     }
-    corpus = Corpus(*data, history=3, texts=TeacherTexts(chains=chains))
+    corpus = Corpus(*data, history=3, texts=TeacherTexts(chains={key: [chain] for key, chain in chains.items()}))
     made = rows(corpus, REASONING)
     assert len(made) == len(chains) == corpus.exist(REASONING)
     assert {row.assistant for row in made} == set(chains.values())

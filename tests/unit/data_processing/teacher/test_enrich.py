@@ -216,7 +216,7 @@ def test_chains_are_made_of_what_the_teacher_wrote_and_name_no_target(folder: Da
     assert report["usable"] == len(chains) > 12
     assert 0 < report["without a text"]["dropped: leak"] < 20
     assert report["leak rate"] > 0.4
-    for (user, position), response in chains.items():
+    for (user, position), (response,) in chains.items():
         history = sequences[user][max(position - 6, 0) : position]
         assert 4 <= position < len(sequences[user])
         target = sequences[user][position]

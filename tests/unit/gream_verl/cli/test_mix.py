@@ -62,6 +62,19 @@ def test_histories_are_shortened_to_what_the_trainer_takes(folder: DataFolder, t
     assert report["longest"] <= 60
 
 
+def test_a_judge_chooses_among_the_chains_of_a_row(folder: DataFolder, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", folder.read_index(folder.read_items()))
+    mixes = []
+    for arguments in ([], ["--best-of", f"1={model}"], ["--best-of", f"4={model}"]):
+        out = gream("mix", tmp_path, "--rows", "reasoning=30", *arguments)
+        assert ("Gain over the first chain" in out) == bool(arguments)
+        mixes.append(folder.mix.read_bytes())
+    assert mixes[0] == mixes[1] != mixes[2]
+    report = json.loads(folder.mix.with_suffix(".json").read_text())["reasoning"]
+    assert report["made"] == 30
+    assert report["best of"]["nats of the target"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +83,8 @@ def test_histories_are_shortened_to_what_the_trainer_takes(folder: DataFolder, t
         (["mix", "RUN", "--rows", "seqrec=many"], "seqrec=40%"),
         (["mix", "RUN", "--rows", "seqrec=9", "--name", "chains"], "none of align"),
         (["mix", "RUN", "--tokenizer", "nowhere"], "nowhere: cannot be loaded"),
+        (["mix", "RUN", "--best-of", "sft=4"], "such as 4=runs/Beauty/sft"),
+        (["mix", "RUN", "--best-of", "4"], "--best-of '4': expected NAME=VALUE"),
         (["tasks", "RUN", "--rows", "reasoning=5"], "no alignment task"),
     ],
 )
