@@ -94,9 +94,12 @@ class CompletionServer:
         """Return the body of an answer."""
         assert body["n"] == 1
         ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
-        options = EvaluationOptions(**{name: body[name] for name in ("temperature", "top_p", "max_tokens")})
+        options = EvaluationOptions(
+            temperature=body["temperature"] or 1, top_p=body["top_p"], max_tokens=body["max_tokens"]
+        )
         eos = self.tokenizer.eos_token_id
-        [[response]] = HuggingFaceSampler(self.model, options, eos).sample([ids], [body["seed"]])
+        seed = body["seed"] if body["temperature"] else None
+        [response] = HuggingFaceSampler(self.model, options, eos).sample([(ids, seed)])
         ended = response.tokens[-1] == eos
         unknown = len(self.pieces) - 1
         tokens = [self.pieces[min(token, unknown)] for token in response.tokens[: len(response.tokens) - ended]]

@@ -15,12 +15,14 @@ from gream_verl.core.errors import InputError
 from gream_verl.evaluation.metrics import paired_difference
 from gream_verl.evaluation.results import MAIN_METRICS, REMEDY, Evaluation, read_folder
 
-HEADINGS = {"recall": "R", "ndcg": "N", "valid_item": "Valid", "rsvr": "RSVR", "pass": "Pass", "coverage": "Cov",
-            "novelty": "Nov"}  # fmt: skip
+LISTS = {"recall": "R", "ndcg": "N", "coverage": "Cov", "novelty": "Nov"}
+ANSWERS = {"valid_item": "Valid", "pass": "Pass", "rsvr": "RSVR", "greedy_rsvr": "Greedy", "expected_rsvr": "Expect",
+           "target_logprob": "LogP", "target_logprob_without_chain": "Alone", "chain_gain": "Gain"}  # fmt: skip
 LEGEND = (
-    "R: recall. N: NDCG. Valid: free answers that are real items. RSVR: mean reward. Pass: chance that one of k free "
-    "answers is right. Cov: share of all items that any user is shown. Nov: novelty in bits. "
-    "±: half of the 95% bootstrap interval over users."
+    "R: recall. N: NDCG. Cov: share of all items that any user is shown. Nov: novelty in bits. Valid: free answers "
+    "that are real items. Pass: chance that one of k free answers is right. RSVR: mean reward. Greedy, Expect: that of "
+    "the most likely response, and the expected one. LogP: log-probability of the target in nats. Alone: without "
+    "thinking. Gain: LogP - Alone. ±: half of the 95% bootstrap interval over users."
 )
 TESTS = " Third line: difference from {}. Fourth: p of a two-sided sign-flip test over users, not corrected for others."
 
@@ -76,15 +78,22 @@ def paired_differences(results: Mapping[str, Evaluation], baseline: Evaluation, 
 
 
 def results_table(results: Mapping[str, Evaluation], differences: Differences | None = None, other: str = "") -> Group:
-    """Return results by name as a table of at most 80 columns, with the meaning of its columns below.
+    """Return tables of ranked lists and of answers, of at most 80 columns, with the meaning of their columns below.
 
     The cells hold the ``differences`` of results from the one named ``other``.
     """
+    answers = {name: one for name, one in results.items() if "rsvr" in one.metrics}
+    tables = [_table(results, LISTS, differences)] + [_table(answers, ANSWERS, differences)] * bool(answers)
+    return Group(*tables, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
+
+
+def _table(results: Mapping[str, Evaluation], headings: Mapping[str, str], differences: Differences | None) -> Table:
+    """Return results by name, with the columns of ``headings`` that any of them has."""
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, leading=int(bool(differences)))
     table.add_column("", min_width=15, overflow="fold")
-    known = {metric for evaluation in results.values() for metric in evaluation.metrics} | {"valid_item"}
+    known = {metric for evaluation in results.values() for metric in evaluation.metrics}
     columns: dict[str, str] = {}
-    for name, heading in HEADINGS.items():
+    for name, heading in headings.items():
         # A terminal has room for three lengths of the recall, two with wide differences, and the longest of the others.
         cutoffs = sorted(int(metric.partition("@")[2]) for metric in known if metric.startswith(f"{name}@"))
         shown = cutoffs[-2 if differences else -3 :] if name == "recall" else cutoffs[-1:]
@@ -96,7 +105,7 @@ def results_table(results: Mapping[str, Evaluation], differences: Differences | 
         found = (differences or {}).get(name, {})
         cells = (_cell(evaluation, metric, found.get(metric)) for metric in columns)
         table.add_row(Text(name.replace("/", "/\n", 1)), *cells)
-    return Group(table, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
+    return table
 
 
 def warning_texts(results: Mapping[str, Evaluation], baseline: str) -> list[Text]:

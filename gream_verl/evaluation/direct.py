@@ -18,7 +18,7 @@ from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
-from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.results import Evaluation, row_means
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 
@@ -35,6 +35,7 @@ class _Worker:
         """Return the rows of some users."""
         sids, levels = self.index.sids, self.index.base_levels
         rankings = self.ranker.rank([(ids, prompt.history if self.drop_history else ()) for prompt, ids in users])
+        scores = self.ranker.score_targets([(ids, prompt.target) for prompt, ids in users])
         return [
             {
                 "user": prompt.user,
@@ -43,8 +44,10 @@ class _Worker:
                 "recommended": list(ranking),
                 "scores": [round(score, 5) for score in ranking.values()],
                 "rsvr": match_score(sids[next(iter(ranking))], sids[prompt.target], levels) if ranking else 0.0,
+                "expected_rsvr": round(expected, 4),
+                "target_logprob": round(logprob, 3),
             }
-            for (prompt, _), ranking in zip(users, rankings, strict=True)
+            for (prompt, _), ranking, (expected, logprob) in zip(users, rankings, scores, strict=True)
         ]
 
 
@@ -73,4 +76,4 @@ def evaluate_direct(
         "seconds": round(time.perf_counter() - begin, 2),
     }
     ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
-    return Evaluation({**ranking_metrics(ranks), "rsvr": sum(row["rsvr"] for row in rows) / len(rows)}, settings, rows)
+    return Evaluation({**ranking_metrics(ranks), **row_means(rows)}, settings, rows)

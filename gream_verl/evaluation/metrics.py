@@ -69,12 +69,13 @@ def pass_at_k(samples: ArrayLike, correct: ArrayLike, k: int) -> NDArray[np.floa
 
 def bootstrap_mean(values: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Return both ends of the 95% percentile bootstrap interval of the mean of [users] values."""
-    # Equal values are drawn together, by a multinomial distribution: the same as one by one, and fast for ranks.
+    # Equal values are drawn together, by a multinomial distribution: the same as one by one, and fast for ranks. Blocks
+    # of resamples bound the memory where the values of all users differ.
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     users = int(counts.sum())
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(users, counts / users, size=resamples)
-    low, high = np.quantile(drawn @ distinct / users, [0.025, 0.975])
+    sums = [generator.multinomial(users, counts / users, size=size) @ distinct for size in _blocks(resamples)]
+    low, high = np.quantile(np.concatenate(sums) / users, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -94,9 +95,15 @@ def paired_test(left: ArrayLike, right: ArrayLike, *, resamples: int = 10_000, s
     generator = np.random.default_rng(seed)
     # Sums in another order are equal but for rounding, so the bound is a little lower.
     observed = abs(difference.sum()) - 1e-9 * (distinct @ counts)
-    heads = generator.binomial(counts, 0.5, size=(resamples, len(distinct)))
-    extreme = int((np.abs((2 * heads - counts) @ distinct) >= observed).sum())
+    extreme = 0
+    for size in _blocks(resamples):
+        heads = generator.binomial(counts, 0.5, size=(size, len(distinct)))
+        extreme += int((np.abs((2 * heads - counts) @ distinct) >= observed).sum())
     return (extreme + 1) / (resamples + 1)
+
+
+def _blocks(resamples: int, block: int = 100) -> list[int]:
+    return [min(block, resamples - start) for start in range(0, resamples, block)]
 
 
 def paired_difference(left: ArrayLike, right: ArrayLike, *, seed: int = 0) -> dict[str, float]:

@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,12 @@ def make_prompts(
             turns = messages(shown, mode, options.template, options.system)
             prompts.append(Prompt(user, target, tuple(past), turns, index.text(target)))
     return _checked(prompts, inter_file), len(held_out)
+
+
+def without_thinking(prompt: Prompt) -> Prompt:
+    """Return the prompt of direct mode, in the words of `gream data rl`, with the history that ``prompt`` shows."""
+    shown = "".join(map("".join, find_sids(_last_question(prompt.messages))))
+    return replace(prompt, messages=messages(shown, "direct"))
 
 
 def read_protocol(

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.rsvr import expected_values, prefix_matches
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_search import Prefix, beam_search, check_output_layer
 from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
@@ -68,6 +70,10 @@ class ItemRanker:
     ``rank`` takes the token ids of each prompt and the items that must not be recommended. It returns the items of each
     with their scores, best first. Out of memory, it halves the batch and keeps the beams. The tokens of ``prefix``,
     with which all prompts begin, are computed once.
+
+    ``score_targets`` takes token ids, which need not begin with ``prefix``, and the true item of each. It returns the
+    expected RSVR of the answer that follows, and the log-probability of the true SID in nats. Both are at temperature 1
+    and over the whole vocabulary.
     """
 
     def __init__(
@@ -78,12 +84,14 @@ class ItemRanker:
         options: EvaluationOptions,
         prefix: Sequence[int] = (),
     ) -> None:
-        self.model, self.options = model, options
-        self.tree = PrefixTree.from_index(index, sid_ids(index, tokenizer, model.name_or_path)).to(model.device)
+        self.model, self.options, self.index = model, options, index
+        self.token_ids = sid_ids(index, tokenizer, model.name_or_path)
+        self.tree = PrefixTree.from_index(index, self.token_ids).to(model.device)
         if options.score == "items":
             check_output_layer(model, self.tree)
         self.items = list(index.sids)
         self.rank = HalvedBatches(self._rank_batch, options.batch_size, f"{options.beams} beams")
+        self.score_targets = HalvedBatches(self._score_batch, options.batch_size, "its target")
         self._row_of = {item: row for row, item in enumerate(self.items)}
         self._prefix = Prefix(model, prefix)
 
@@ -107,3 +115,24 @@ class ItemRanker:
             {self.items[row]: score for row, score in zip(best, values, strict=True) if row >= 0}
             for best, values in zip(found.tolist(), scores.tolist(), strict=True)
         ]
+
+    @torch.inference_mode()
+    def _score_batch(self, batch: Batch[str]) -> list[tuple[float, float]]:
+        # 1. One pass over each sequence and its true SID, whose tokens end the row.
+        sids = [self.index.sids[item] for _, item in batch]
+        whole = [[*ids, *(self.token_ids[token] for token in sid)] for (ids, _), sid in zip(batch, sids, strict=True)]
+        ids, mask = (part.to(self.model.device) for part in pad_left(whole))
+        longest = max(map(len, sids))
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        ).logits[:, :-1]
+        # 2. The log-probability of each true token, [sequences, longest], then both measures.
+        tokens = logits.float().log_softmax(dim=-1).gather(2, ids[:, -longest:, None])[:, :, 0].double().cpu().numpy()
+        true = [row[-len(sid) :] for row, sid in zip(tokens, sids, strict=True)]
+        matches = [prefix_matches(sid, self.index.base_levels) for sid in sids]
+        values = [expected_values(np.exp(row), some)[0] for row, some in zip(true, matches, strict=True)]
+        return [(float(value), float(row.sum())) for value, row in zip(values, true, strict=True)]

@@ -32,9 +32,9 @@ from gream_verl.evaluation import chains
 from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.progress import ProgressFile
-from gream_verl.evaluation.prompts import Prompt
+from gream_verl.evaluation.prompts import Prompt, without_thinking
 from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
-from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.results import Evaluation, row_means
 from gream_verl.evaluation.sampling import PROCESSOR, HuggingFaceSampler, Response, VllmSampler
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
@@ -45,6 +45,7 @@ DECISIVE = {"engine", "ranking", "merge", "constrained", "beams", "score", "drop
             "chains", "temperature", "top_p", "max_tokens"}  # fmt: skip
 SCORES = {"beam": "probability of the SID after the chain", "reference": "probability of the whole response"}
 MERGED = {"mean": "mean over chains", "max": "best chain"}
+_Begun = tuple[Prompt, Sequence[int], bool]  # tokens up to the answer; True for a chain that can pass the format gate
 
 
 def evaluate_reasoning(
@@ -54,14 +55,14 @@ def evaluate_reasoning(
 
     Finished users are added to ``progress_file``, a piece at a time; a later call goes on with it. Metrics of the
     sampled answers are means over chains and users: those of ``core.rsvr.Reward``, ``reached_answer``, ``tokens``
-    (without the end of the sequence) and ``pass@k``.
+    (without the end of the sequence) and ``pass@k``. Those of ``results.MEASURES`` are per user.
     """
     begin = time.perf_counter()
     if options.ranking == "reference":
         options = options.model_copy(update={"merge": "max"})
     tokenizer = load_tokenizer(model_folder)
     room = options.max_tokens
-    if _searches(options):
+    if _has_model(options):
         tags = tokenizer.encode(chains.THOUGHT_END + chains.ANSWER, add_special_tokens=False)
         room += len(tags) + max(map(len, index.sids.values()))
     config = load_decoding_config(model_folder, tokenizer)
@@ -95,13 +96,17 @@ def _searches(options: EvaluationOptions) -> bool:
     return options.ranking == "beam" and options.beams > 0
 
 
+def _has_model(options: EvaluationOptions) -> bool:
+    return options.engine != "server" or _searches(options)
+
+
 def _recommend_missing(
     folder: Path, users: Users, index: ItemIndex, options: EvaluationOptions, done: ProgressFile
 ) -> None:
     """Add the rows of all users that are not done."""
     # Pieces are cut from all users, so that a resumed run computes the same batches.
     at_once = options.batch_size if options.engine == "hf" else BATCHES_PER_PIECE * options.batch_size
-    size = max(1, at_once // options.chains)
+    size = max(1, at_once // (options.chains + 1))
     pieces = [users[start : start + size] for start in range(0, len(users), size)]
     missing = [piece for piece in pieces if any(prompt.user not in done.rows for prompt, _ in piece)]
     if missing:
@@ -121,9 +126,9 @@ class _Recommender:
         self.index, self.options = index, options
         self.tokenizer = load_tokenizer(folder)
         self.reader = TokenText(self.tokenizer)
-        model = load_model(folder, inference=True) if options.engine == "hf" or _searches(options) else None
         self.ranker: ItemRanker | None = None
-        if model is not None and _searches(options):
+        if _has_model(options):
+            model = load_model(folder, inference=True)
             self.ranker = ItemRanker(model, self.tokenizer, index, options, prefix)
         eos = self.tokenizer.eos_token_id
         self.sampler: Any
@@ -132,25 +137,35 @@ class _Recommender:
 
             self.sampler = ServerSampler(options, self.tokenizer)
         elif options.engine == "hf":
-            assert model is not None
             automaton = AnswerAutomaton.build(index, self.tokenizer, str(folder)) if options.constrained else None
             self.sampler = HuggingFaceSampler(model, options, eos, automaton)
         else:
-            memory = 0.9 if model is None else 0.6  # the model of the beam search needs the rest
-            self.sampler = VllmSampler(folder, options, eos, longest_prompt, memory, index)
+            self.sampler = VllmSampler(folder, options, eos, longest_prompt, index)
 
     def __call__(self, piece: Users) -> list[dict[str, Any]]:
         """Return the rows of some users."""
+        # 1. One response of the most likely tokens to each prompt, then the chains.
         options = self.options
-        seeds = [zlib.crc32(f"{options.seed}:{prompt.user}".encode()) for prompt, _ in piece]
-        responses = self.sampler.sample([sequence for _, sequence in piece], seeds)
+        requests: list[tuple[Sequence[int], int | None]] = []
+        for prompt, sequence in piece:
+            seed = zlib.crc32(f"{options.seed}:{prompt.user}".encode())
+            requests += [(sequence, None), *((sequence, seed + chain) for chain in range(options.chains))]
+        flat, size = self.sampler.sample(requests), options.chains + 1
+        greedy, responses = flat[::size], [flat[start + 1 : start + size] for start in range(0, len(flat), size)]
+        # 2. Their scores.
         rows: list[dict[str, Any]] = []
-        for (prompt, _), sampled in zip(piece, responses, strict=True):
+        for (prompt, _), likely, sampled in zip(piece, greedy, responses, strict=True):
             scored = [self._chain(prompt, response) for response in sampled]
             row = {"user": prompt.user, "target": prompt.target, "history_length": len(prompt.history)}
-            rows.append({**row, "rsvr": sum(chain["rsvr"] for chain in scored) / len(scored), "chains": scored})
+            row["rsvr"] = sum(chain["rsvr"] for chain in scored) / len(scored)
+            rows.append({**row, "greedy_rsvr": self._chain(prompt, likely)["rsvr"], "chains": scored})
+        # 3. What can follow each chain.
+        begun = self._begun(piece, responses) if self.ranker else []
+        if self.ranker:
+            for row, measures in zip(rows, self._measures(self.ranker, piece, begun), strict=True):
+                row.update(measures)
         if options.beams:
-            rankings = self._search(piece, responses) if self.ranker else self._answers(piece, responses)
+            rankings = self._search(begun) if _searches(options) else self._answers(piece, responses)
             for row, found in zip(rows, rankings, strict=True):
                 merged = chains.merge_rankings(found, options.beams, options.merge)
                 row["recommended"] = list(merged)
@@ -196,21 +211,48 @@ class _Recommender:
         pairs = zip(piece, responses, strict=True)
         return [[ranking(prompt, response) for response in sampled] for (prompt, _), sampled in pairs]
 
-    def _search(self, piece: Users, responses: Sequence[Sequence[Response]]) -> list[list[dict[str, float]]]:
-        """Return the items that a beam search finds after each chain of each user."""
-        assert self.ranker is not None
-        begun = []
+    def _begun(self, piece: Users, responses: Sequence[Sequence[Response]]) -> list[_Begun]:
+        """Return the prompts and chains of each user up to the answer, all in one list."""
+        begun: list[_Begun] = []
         for (prompt, sequence), sampled in zip(piece, responses, strict=True):
             for response in sampled:
-                kept, _ = chains.tokens_up_to_answer(response.tokens, self.reader, self.tokenizer)
-                begun.append(([*sequence, *kept], self._dropped(prompt)))
-        ranked, size = self.ranker.rank(begun), self.options.chains
+                kept, reached = chains.tokens_up_to_answer(response.tokens, self.reader, self.tokenizer)
+                answered = f"{self.reader.read(kept)}{prompt.truth}</answer>"
+                is_formed = reached and strict_answer(answered, "reasoning") is not None
+                begun.append((prompt, [*sequence, *kept], is_formed))
+        return begun
+
+    def _measures(self, ranker: ItemRanker, piece: Users, begun: Sequence[_Begun]) -> list[dict[str, float]]:
+        """Return what the chains of each user promise, and what they add to the answer of direct mode."""
+        room = max(map(len, self.index.sids.values()))
+        direct = [without_thinking(prompt) for prompt, _ in piece]
+        sequences = encode(direct, self.index, self.tokenizer, ranker.model.config, room)
+        with_chain = ranker.score_targets([(ids, prompt.target) for prompt, ids, _ in begun])
+        alone = ranker.score_targets([(ids, prompt.target) for prompt, ids in zip(direct, sequences, strict=True)])
+        shape = len(piece), self.options.chains, 2
+        gates = np.array([[is_formed, 1] for _, _, is_formed in begun])
+        means = (np.array(with_chain) * gates).reshape(shape).mean(axis=1)
+        return [
+            {
+                "expected_rsvr": round(float(expected), 4),
+                "target_logprob": round(float(logprob), 3),
+                "target_logprob_without_chain": round(float(without), 3),
+                "chain_gain": round(float(logprob - without), 3),
+            }
+            for (expected, logprob), (_, without) in zip(means, alone, strict=True)
+        ]
+
+    def _search(self, begun: Sequence[_Begun]) -> list[list[dict[str, float]]]:
+        """Return the items that a beam search finds after each chain of each user."""
+        assert self.ranker is not None
+        ranked, size = self.ranker.rank([(ids, self._dropped(prompt)) for prompt, ids, _ in begun]), self.options.chains
         return [ranked[start : start + size] for start in range(0, len(ranked), size)]
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]], options: EvaluationOptions) -> dict[str, float]:
-    names = ("rsvr", "match", "format", "acc", "valid_item", "reached_answer", "tokens")
+    names = ("match", "format", "acc", "valid_item", "reached_answer", "tokens")
     metrics = {name: float(np.mean([[chain[name] for chain in row["chains"]] for row in rows])) for name in names}
+    metrics |= row_means(rows)
     correct = [sum(chain["acc"] for chain in row["chains"]) for row in rows]
     for k in sorted({*(k for k in CUTOFFS if k <= options.chains), options.chains}):
         metrics[f"pass@{k}"] = float(pass_at_k([options.chains] * len(rows), correct, k).mean())
@@ -222,7 +264,7 @@ def _metrics(rows: Sequence[Mapping[str, Any]], options: EvaluationOptions) -> d
 def _inputs(folder: Path, users: Users, index: ItemIndex, eos: int) -> dict[str, Any]:
     """Return digests of the model, the items and the prompts, and the device, which decide rows like the options."""
     prompts = [[prompt.user, prompt.target, prompt.history, list(sequence)] for prompt, sequence in users]
-    asked = json.dumps([list(index.sids.items()), prompts, eos])
+    asked = json.dumps([list(index.sids.items()), prompts, without_thinking(users[0][0]).messages, eos])
     endings = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
     return {
         "files": {file.name: fingerprint(file) for ending in endings for file in sorted(folder.glob(ending))},

@@ -26,7 +26,9 @@ MODEL_MODES = ("direct", "reasoning")  # settings["mode"] of a language model; a
 # Settings of the protocol that comparable results share, the first two also baselines, which read no prompt. Template
 # and mode are part of the model.
 DECISIVE = ("drop_history", "items", "seen", "history")
-MAIN_METRICS = ("recall@10", "ndcg@10", "rsvr")  # with intervals and tests
+MEASURES = ("rsvr", "greedy_rsvr", "expected_rsvr", "target_logprob", "target_logprob_without_chain", "chain_gain")
+"""Measures of answers, one per row where they are known; docs/evaluation.md defines them."""
+MAIN_METRICS = ("recall@10", "ndcg@10", *MEASURES)  # with intervals and tests
 REMEDY = "run `gream evaluate` again"
 
 
@@ -107,6 +109,12 @@ class Evaluation:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not the result of an evaluation ({error!r}); {REMEDY}") from error
         return cls(metrics, settings, rows, intervals)
+
+
+def row_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean over users of every measure of answers that the rows have."""
+    known = [name for name in MEASURES if all(name in row for row in rows)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in known}
 
 
 def rows_path(path: str | os.PathLike[str]) -> Path:

@@ -42,28 +42,24 @@ class Response:
 class HuggingFaceSampler:
     """Sample with a Hugging Face model, in batches that are halved when memory runs out.
 
-    The automaton allows only real items; None leaves answers free.
+    ``sample`` takes prompts (token ids), each with the seed of its response, or None for the most likely tokens, and
+    returns a response to each. The automaton allows only real items; None leaves answers free.
     """
 
     def __init__(
         self, model: PreTrainedModel, options: EvaluationOptions, eos: int, automaton: AnswerAutomaton | None = None
     ) -> None:
         self.model, self.options, self.eos, self.automaton = model, options, eos, automaton
-        self.batches = HalvedBatches(self._sample_batch, options.batch_size, f"{options.chains} chains per user")
-
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
-        """Return a response per chain to every prompt (token ids); chain ``c`` has the prompt's seed plus ``c``."""
-        chains = self.options.chains
-        pairs = zip(sequences, seeds, strict=True)
-        flat = self.batches([(sequence, seed + chain) for sequence, seed in pairs for chain in range(chains)])
-        return [flat[start : start + chains] for start in range(0, len(flat), chains)]
+        self.sample = HalvedBatches(self._sample_batch, options.batch_size, f"{options.max_tokens} new tokens")
 
     @torch.inference_mode()
-    def _sample_batch(self, batch: Batch[int]) -> list[Response]:
-        """Return a response to every prompt of a batch of (token ids, seed)."""
+    def _sample_batch(self, batch: Batch[int | None]) -> list[Response]:
         most, device = self.options.max_tokens, self.model.device
         ids, mask = (tensor.to(device) for tensor in pad_left([sequence for sequence, _ in batch]))
-        uniforms = torch.stack([torch.rand(most, generator=torch.Generator().manual_seed(seed)) for _, seed in batch])
+        uniforms = torch.zeros(len(batch), most)  # 0 draws the most likely token
+        for row, (_, seed) in enumerate(batch):
+            if seed is not None:
+                uniforms[row] = torch.rand(most, generator=torch.Generator().manual_seed(seed))
         uniforms = uniforms.to(device)
         responses = torch.full(uniforms.shape, self.eos, device=device)
         logprobs = torch.zeros_like(uniforms)
@@ -123,10 +119,10 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -
 
 
 class VllmSampler:
-    """Sample with vLLM's offline engine inside this process; ``memory`` is its share of an accelerator's."""
+    """Sample with vLLM's offline engine inside this process."""
 
     def __init__(
-        self, folder: Path, options: EvaluationOptions, eos: int, longest_prompt: int, memory: float, index: ItemIndex
+        self, folder: Path, options: EvaluationOptions, eos: int, longest_prompt: int, index: ItemIndex
     ) -> None:
         cpu = not torch.cuda.is_available()
         if cpu:
@@ -146,14 +142,13 @@ class VllmSampler:
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(8192, length),
             max_num_seqs=options.batch_size,
-            gpu_memory_utilization=memory,
+            gpu_memory_utilization=0.6,  # the model of the beam search needs the rest
             enforce_eager=cpu,
             logits_processors=[PROCESSOR] if options.constrained else None,
             additional_config={"gream": {"index_file": index.source}} if options.constrained else {},
         )
         self.parameters = partial(
             SamplingParams,
-            n=options.chains,
             **options.model_dump(include={"temperature", "top_p", "max_tokens"}),
             # Otherwise vLLM adds the end-of-sequence tokens of generation_config.json, even with
             # generation_config="vllm" (vllm/sampling_params.py:660).
@@ -163,15 +158,15 @@ class VllmSampler:
             detokenize=False,  # we decode the ids ourselves, so that no token is lost
         )
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
-        """Return a response per chain to every prompt; see ``HuggingFaceSampler``."""
+    def sample(self, requests: Batch[int | None]) -> list[Response]:
+        """Return a response to every prompt and seed; see ``HuggingFaceSampler``."""
         outputs = self.engine.generate(
-            [{"prompt_token_ids": list(sequence)} for sequence in sequences],
-            [self.parameters(seed=seed) for seed in seeds],
+            [{"prompt_token_ids": list(sequence)} for sequence, _ in requests],
+            [self.parameters(**({"temperature": 0.0} if seed is None else {"seed": seed})) for _, seed in requests],
             use_tqdm=False,
         )
 
         def response(tokens: Sequence[int], logprobs: Any) -> Response:
             return Response(list(tokens), [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)])
 
-        return [[response(chain.token_ids, chain.logprobs) for chain in output.outputs] for output in outputs]
+        return [response(output.outputs[0].token_ids, output.outputs[0].logprobs) for output in outputs]

@@ -16,6 +16,7 @@ import openai
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.openai_client import FailedError, Server, as_done
+from gream_verl.evaluation.batches import Batch
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.sampling import Response
 
@@ -35,23 +36,22 @@ class ServerSampler:
         if options.constrained and not self.is_vllm:
             raise InputError(f"{self.endpoint}: no vLLM server, which alone constrains answers; leave them free")
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
-        """Return a response per chain to every prompt; see ``HuggingFaceSampler``."""
-        return asyncio.run(self._sample(sequences, seeds))
+    def sample(self, requests: Batch[int | None]) -> list[Response]:
+        """Return a response to every prompt and seed; see ``HuggingFaceSampler``."""
+        return asyncio.run(self._sample(requests))
 
-    async def _sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
-        chains = range(self.options.chains)
-        jobs = [(row, chain) for row in range(len(sequences)) for chain in chains]
+    async def _sample(self, requests: Batch[int | None]) -> list[Response]:
         async with self.server.client() as client:
 
-            async def respond(job: tuple[int, int]) -> Response:
-                return await self._respond(client, sequences[job[0]], seeds[job[0]] + job[1])
+            async def respond(row: int) -> Response:
+                return await self._respond(client, *requests[row])
 
-            found = {job: response async for job, response in as_done(jobs, respond, self.options.concurrency)}
-        return [[found[row, chain] for chain in chains] for row in range(len(sequences))]
+            rows = range(len(requests))
+            found = {row: response async for row, response in as_done(rows, respond, self.options.concurrency)}
+        return [found[row] for row in rows]
 
-    async def _respond(self, client: openai.AsyncOpenAI, sequence: Sequence[int], seed: int) -> Response:
-        """Return one chain after a prompt, and refuse one that the server cut short."""
+    async def _respond(self, client: openai.AsyncOpenAI, sequence: Sequence[int], seed: int | None) -> Response:
+        """Return one response to a prompt, and refuse one that the server cut short."""
         completion = await self._complete(client, sequence, seed)
         choice, usage = completion.choices[0], completion.usage
         tokens: list[int] | None = getattr(choice, "token_ids", None)
@@ -65,7 +65,7 @@ class ServerSampler:
             warnings.warn(f"{self.endpoint}: counts other tokens in a prompt; check its tokenizer", stacklevel=2)
         return response
 
-    async def _complete(self, client: openai.AsyncOpenAI, sequence: Sequence[int], seed: int) -> Completion:
+    async def _complete(self, client: openai.AsyncOpenAI, sequence: Sequence[int], seed: int | None) -> Completion:
         """Return the server's completion of one prompt, with all that a generation config could change."""
         prompt: str | list[int]
         extra: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False}
@@ -83,7 +83,8 @@ class ServerSampler:
             extra |= {"repeat_penalty": 1.0}  # llama.cpp's name for it
         neutral = {"top_k": -1, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
         sampling = self.options.model_dump(include={"temperature", "top_p", "max_tokens"})
-        body = {**neutral, **sampling, "n": 1, "seed": seed, **extra}
+        drawn = {"seed": 0, "temperature": 0.0} if seed is None else {"seed": seed}
+        body = {**neutral, **sampling, "n": 1, **drawn, **extra}
         try:
             completion = await client.completions.create(model=self.model, prompt=prompt, extra_body=body)
         except openai.APIError as error:

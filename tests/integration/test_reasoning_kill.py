@@ -32,7 +32,7 @@ evaluate(Path(sys.argv[3]), Path(sys.argv[4]))
 
 def evaluate(folder: Path, progress: Path) -> Evaluation:
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
-    options = EvaluationOptions(engine="hf", chains=2, max_tokens=20, beams=5, batch_size=6)  # pieces of three users
+    options = EvaluationOptions(engine="hf", chains=2, max_tokens=20, beams=5, batch_size=9)  # pieces of three users
     index = ItemIndex.load(folder / "tiny.index.json")
     return evaluate_reasoning(folder / "model", prompts, index, options, progress)
 

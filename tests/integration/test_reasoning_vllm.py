@@ -60,10 +60,9 @@ class RecordingSampler(VllmSampler):
 
     kept: list[tuple[list[int], Response]] = []  # noqa: RUF012 - the test empties it
 
-    def sample(self, sequences: Any, seeds: Any) -> list[list[Response]]:
-        sampled = super().sample(sequences, seeds)
-        for sequence, responses in zip(sequences, sampled, strict=True):
-            self.kept.extend((list(sequence), response) for response in responses)
+    def sample(self, requests: Any) -> list[Response]:
+        sampled = super().sample(requests)
+        self.kept.extend((list(sequence), response) for (sequence, _), response in zip(requests, sampled, strict=True))
         return sampled
 
 
@@ -85,7 +84,7 @@ def test_answers_by_the_engine_and_by_the_server(taught: Path, monkeypatch: pyte
         plain = [log_probs[len(prompt) - 1 + place, token].item() for place, token in enumerate(response.tokens)]
         assert response.logprobs == pytest.approx(plain, abs=1e-3)
         assert eos not in response.tokens[:-1]
-    assert len(RecordingSampler.kept) == 4 * USERS
+    assert len(RecordingSampler.kept) == 5 * USERS  # with the most likely response
 
     formed = [chain for row in offline.rows for chain in row["chains"] if chain["format"]]
     assert len(formed) > USERS
@@ -100,6 +99,7 @@ def test_answers_by_the_engine_and_by_the_server(taught: Path, monkeypatch: pyte
     with vllm_server(taught / "model", taught / "server.log", *options) as url:
         served = evaluate(taught, ranking="reference", engine="server", endpoint=url)
         assert without_scores(served.rows) == without_scores(offline.rows)
+        assert [row["greedy_rsvr"] for row in served.rows] == [row["greedy_rsvr"] for row in offline.rows]
         for row, other in zip(served.rows, offline.rows, strict=True):
             assert row["recommended"] == other["recommended"]
             assert row["scores"] == pytest.approx(other["scores"], abs=1e-3)

@@ -101,13 +101,39 @@ def test_the_protocol_is_told_once_and_by_name_where_it_differs() -> None:
 
 def test_a_cell_has_half_of_the_interval_and_the_difference() -> None:
     rows = [{"user": str(user), "target": "1", "recommended": ["1"]} for user in range(4)]
-    one = Evaluation({"recall@10": 0.5, "novelty@10": 10.5}, {"mode": "reasoning"}, rows, {"recall@10": (0.25, 0.7)})
+    metrics = {"recall@10": 0.5, "novelty@10": 10.5}
+    one = Evaluation(metrics, {"mode": "reasoning"}, rows, {"recall@10": (0.25, 0.7)})
     difference = {"difference": -0.25, "low": 0.0, "high": 0.0, "p": 0.0312}
     text = shown(results_table({"[b]m": one}, {"[b]m": {"recall@10": difference}}, "base"))
-    assert text.split()[:3] == ["R@10", "Valid", "Nov@10"]
-    for part in ("[b]m", ".5000", "±.2250", "-.2500", "p=.031", "10.5", "–"):
+    assert text.split()[:2] == ["R@10", "Nov@10"]
+    for part in ("[b]m", ".5000", "±.2250", "-.2500", "p=.031", "10.5"):
         assert part in text.split()
     assert "difference from base" in " ".join(text.split())
+
+
+def test_answers_have_a_table_of_their_own_that_fits_a_terminal() -> None:
+    measured = {
+        "rsvr": 0.1, "greedy_rsvr": 0.15, "expected_rsvr": 0.125, "target_logprob": -5.25,
+        "target_logprob_without_chain": -5.5, "chain_gain": 0.25,
+    }  # fmt: skip
+    rows = [{"user": str(user), "target": "1"} | {name: value * user for name, value in measured.items()} for user in
+            range(3)]  # fmt: skip
+    given = {"valid_item": 0.75, "pass@8": 0.5, **measured}
+    results = {
+        "popularity": Evaluation({"recall@10": 0.5}, {"mode": "popularity"}, []),
+        "srpo-direct": Evaluation({"rsvr": 0.1}, {"mode": "direct"}, []),
+    }
+    results |= {name: Evaluation(given, {"mode": "reasoning"}, rows, {"rsvr": (0, 1)}) for name in ("a", "b")}
+    differences = paired_differences({"b": results["b"]}, results["a"])
+    assert list(differences["b"]) == list(measured)
+    lines = shown(results_table(results, differences, "a")).splitlines()
+    assert max(map(len, lines)) <= 80
+    number, line = next((number, line) for number, line in enumerate(lines) if "Greedy" in line)
+    assert line.split() == ["Valid", "Pass@8", "RSVR", "Greedy", "Expect", "LogP", "Alone", "Gain"]
+    cells = {line.split()[0]: line.split()[1:] for line in lines[number + 1 :] if line[:1].strip()}
+    assert cells["a"] == [".7500", ".5000", ".1000", ".1500", ".1250", "-5.2500", "-5.5000", ".2500"]
+    assert cells["srpo-direct"] == ["1", "–", ".1000", *"–––––"]
+    assert "popularity" not in cells
 
 
 def test_the_command_prints_the_same_table_each_time(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,13 @@ def test_all_items_but_the_history_are_ranked_as_brute_force_ranks_them(world: P
     for prompt, row in zip(prompts_of(world), evaluation.rows, strict=True):
         assert (row["user"], row["target"]) == (prompt.user, prompt.target)
         assert row["recommended"] == brute_force(model, tokenizer, index, prompt)
+        found = dict(zip(row["recommended"], row["scores"], strict=True))
+        assert row["target_logprob"] == pytest.approx(found.get(row["target"], row["target_logprob"]), abs=1e-3)
+        assert 0 < row["expected_rsvr"] < 1
     hits = sum(1 <= rank <= 10 for rank in evaluation.ranks)
     assert evaluation.metrics["recall@10"] == pytest.approx(hits / len(evaluation.rows))
-    assert 0 <= evaluation.metrics["rsvr"] <= 1
+    for name in ("rsvr", "expected_rsvr", "target_logprob"):
+        assert evaluation.metrics[name] == pytest.approx(sum(row[name] for row in evaluation.rows) / 7)
 
 
 def test_the_history_stays_when_it_is_not_dropped(world: Path) -> None:

@@ -119,3 +119,14 @@ def test_the_paired_test_sees_hits_that_moved_and_ignores_users_without_a_differ
     assert found["difference"] == pytest.approx(0.8)
     assert (found["low"], found["high"]) == bootstrap_mean(left - right)
     assert found["p"] == paired_test(left, right)
+
+
+def test_blocks_of_resamples_are_drawn_as_all_at_once() -> None:
+    values, other = np.random.default_rng(1).normal(size=(2, 50))
+    generator = np.random.default_rng(3)
+    means = generator.multinomial(50, np.full(50, 1 / 50), size=250) @ np.unique(values) / 50
+    assert bootstrap_mean(values, resamples=250, seed=3) == tuple(np.quantile(means, [0.025, 0.975]))
+    generator, distances = np.random.default_rng(3), np.unique(np.abs(values - other))
+    sums = (2 * generator.binomial(np.ones(50, dtype=int), 0.5, size=(250, 50)) - 1) @ distances
+    extreme = int((np.abs(sums) >= abs((values - other).sum()) - 1e-9).sum())
+    assert paired_test(values, other, resamples=250, seed=3) == (extreme + 1) / 251

@@ -19,7 +19,7 @@ from gream_verl.core.files import write_json
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.split import by_time
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import MODES, make_prompts, modes_of, read_prompts, read_protocol
+from gream_verl.evaluation.prompts import MODES, make_prompts, modes_of, read_prompts, read_protocol, without_thinking
 
 PLAIN = EvaluationOptions()
 
@@ -32,6 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 @pytest.fixture(scope="module")
 def index(folder: DataFolder) -> ItemIndex:
     return ItemIndex.load(folder.index)
+
+
+def test_without_thinking_a_prompt_is_that_of_direct_mode(folder: DataFolder, index: ItemIndex) -> None:
+    direct, reasoning = (make_prompts(folder.inter, mode, PLAIN, index)[0] for mode in MODES)
+    assert list(map(without_thinking, reasoning)) == direct
 
 
 def turn(content: str, role: str = "user") -> dict[str, str]:

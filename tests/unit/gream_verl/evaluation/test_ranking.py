@@ -4,12 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from assets import make_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.rsvr import match_score
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import read_prompts
@@ -49,6 +52,42 @@ def test_an_item_that_is_twice_in_a_history_is_not_recommended(world: Path) -> N
     ranker = make_ranker(world)
     best = next(iter(ranker.rank([(SEQUENCES[0], [])])[0]))
     assert best not in ranker.rank([(SEQUENCES[0], [best, "no such item", best])])[0]
+
+
+def test_targets_are_scored_as_by_one_pass_per_token(world: Path) -> None:
+    ranker, index = make_ranker(world, shared_prefix(SEQUENCES)), make_index()
+    items = ["0", "5", "22", "23", "11", "22", "3"]  # 22 and 23 have a collision token
+    scores = ranker.score_targets([(sequence, item) for sequence, item in zip(SEQUENCES, items, strict=True)])
+    for sequence, item, (expected, logprob) in zip(SEQUENCES, items, scores, strict=True):
+        truth, ids, chances, whole = index.sids[item], list(sequence), [], 0.0
+        for token in truth:
+            with torch.inference_mode():
+                log_probs = ranker.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            ids.append(ranker.token_ids[token])
+            chances.append(log_probs[ids[-1]].exp().item())
+            whole += log_probs[ids[-1]].item()
+        assert logprob == pytest.approx(whole, abs=1e-4)
+        reach = [float(np.prod(chances[:depth])) for depth in range(len(truth) + 1)]  # the first tokens are right
+        ends = [chance - after for chance, after in zip(reach, [*reach[1:], 0.0], strict=True)]
+        pay = [match_score(truth[:depth], truth, index.base_levels) for depth in range(len(truth) + 1)]
+        assert expected == pytest.approx(np.dot(ends, pay), rel=1e-4)
+
+
+def test_the_expected_rsvr_is_the_mean_match_of_sampled_answers(taught: Path) -> None:
+    model, tokenizer, index = load_model(taught / "model", inference=True), load_tokenizer(taught / "model"), make_index()
+    ranker = ItemRanker(model, tokenizer, index, EvaluationOptions())
+    begun, truth = tokenizer.encode("What is next?<think>likes Alien.</think><answer>"), index.sids["9"]
+    torch.manual_seed(0)
+    answers = torch.tensor([begun] * 1500)
+    with torch.inference_mode():
+        for _ in truth:
+            chances = model(answers, logits_to_keep=1).logits[:, -1].softmax(-1)
+            answers = torch.cat([answers, chances.multinomial(1)], dim=1)
+    sampled = [tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in answers[:, len(begun) :].tolist()]
+    matches = np.array([match_score(answer, truth, index.base_levels) for answer in sampled])
+    [(expected, _)] = ranker.score_targets([(begun, "9")])
+    assert matches.mean() > 0.1, "else this tests nothing"
+    assert abs(expected - matches.mean()) < 4 * matches.std() / len(matches) ** 0.5
 
 
 def test_prompts_that_do_not_fit_are_refused_with_a_remedy(world: Path) -> None:

@@ -41,13 +41,13 @@ def token_scores(model: object, prompt: Sequence[int], response: Sequence[int]) 
 
 
 class ScriptedSampler:
-    """Answers with given tokens, so that a random model can be seen to finish."""
+    """Answers each prompt with given tokens, the first also as the most likely, so that a random model finishes."""
 
     def __init__(self, responses: Sequence[Sequence[int]]) -> None:
-        self.responses = [Response(tokens, [-1.0] * len(tokens)) for tokens in responses]
+        self.responses = [Response(tokens, [-1.0] * len(tokens)) for tokens in (responses[0], *responses)]
 
-    def sample(self, sequences: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[Response]]:
-        return [self.responses for _ in sequences]
+    def sample(self, requests: Sequence[object]) -> list[Response]:
+        return self.responses * (len(requests) // len(self.responses))
 
 
 @pytest.mark.parametrize("letter_by_letter", [False, True])
@@ -69,7 +69,7 @@ def test_items_are_ranked_given_the_sampled_tokens_and_chains_are_merged(
     assert [chain["rsvr"] for chain in row["chains"]] == [1.0, 0.0]
     assert [chain["reached_answer"] for chain in row["chains"]] == [1.0, 0.0]
     assert [chain["item"] for chain in row["chains"]] == ["5", None]
-    assert row["rsvr"] == 0.5
+    assert (row["rsvr"], row["greedy_rsvr"]) == (0.5, 1.0)
 
     prompt = "<|im_start|>system\nRecommend.<|im_end|>\n<|im_start|>user\n"
     prompt += index.text("0") + " Next?<|im_end|>\n<|im_start|>assistant\n"
@@ -88,6 +88,35 @@ def test_items_are_ranked_given_the_sampled_tokens_and_chains_are_merged(
     hits = sum(row["target"] == "5" for row in evaluation.rows) / len(evaluation.rows)
     assert evaluation.metrics["pass@1"] == pytest.approx(hits / 2)
     assert evaluation.metrics["pass@2"] == pytest.approx(hits)
+
+
+def test_chains_are_measured_by_the_target_after_them(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = ItemIndex.load(world / "tiny.index.json")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32).eval()
+    responses = ["<think>likes it</think><answer>", "<think>cut", "so<think>likes it</think><answer>"]
+    tokens = [tokenizer.encode(text) for text in responses]
+    scripted = ScriptedSampler([[*some, *tokenizer.encode(index.text("5"))] for some in tokens])
+    monkeypatch.setattr(reasoning, "HuggingFaceSampler", lambda *_: scripted)
+    evaluation = evaluate(world, chains=3, beams=0, max_tokens=60)
+    row, shown = evaluation.rows[0], index.text("0")
+    prompt = f"<|im_start|>system\nRecommend.<|im_end|>\n<|im_start|>user\n{shown} Next?<|im_end|>\n"
+    plain = f"<|im_start|>user\nHistory: {shown} Next item?<|im_end|>\n"
+    start, sid = "<|im_start|>assistant\n", tokenizer.encode(index.text("5"))
+    closed = ["", *responses]
+    closed[2] += index.text("5") + "</think><answer>"
+    scores = [
+        token_scores(model, tokenizer.encode((prompt if chain else plain) + start + chain), sid) for chain in closed
+    ]
+    p = np.exp(scores[1])  # of the only well-formed chain
+    expected = p[0] * (1 - p[1]) * (1 / 3) ** 0.5 + p[0] * p[1] * (1 - p[2]) * (2 / 3) ** 0.5 + p.prod()
+    alone, *after = map(sum, scores)
+    assert row["expected_rsvr"] == pytest.approx(expected / 3, abs=1e-4)
+    assert row["target_logprob_without_chain"] == pytest.approx(alone, abs=1e-3)
+    assert row["target_logprob"] == pytest.approx(np.mean(after), abs=1e-3)
+    assert row["chain_gain"] == pytest.approx(np.mean(after) - alone, abs=1e-3)
+    for name in ("expected_rsvr", "target_logprob", "chain_gain"):
+        assert evaluation.metrics[name] == pytest.approx(np.mean([row[name] for row in evaluation.rows]))
 
 
 def test_answers_are_ranked_as_the_authors_do(taught: Path) -> None:
@@ -163,7 +192,7 @@ def test_the_generation_config_in_the_folder_changes_nothing(taught: Path) -> No
 
 def test_a_run_that_was_cut_anywhere_goes_on_to_the_same_rows(world: Path, tmp_path: Path) -> None:
     progress = tmp_path / "progress.jsonl"
-    options = {"chains": 2, "batch_size": 4}  # pieces of two users, and one of the last
+    options = {"chains": 2, "batch_size": 6}  # pieces of two users, and one of the last
     expected = evaluate(world, progress, **options)
     assert expected.settings["users_from_progress"] == 0
     whole = progress.read_bytes()

@@ -29,37 +29,48 @@ def token_scores(model: object, prompt: Sequence[int], response: Sequence[int]) 
 def test_log_probabilities_are_those_of_the_model_itself(taught: Path, constrained: bool) -> None:
     model, tokenizer = load_model(taught / "model", inference=True), load_tokenizer(taught / "model")
     automaton = AnswerAutomaton.build(ItemIndex.load(taught / "tiny.index.json"), tokenizer) if constrained else None
-    options = EvaluationOptions(chains=3, temperature=0.5, top_p=0.7, max_tokens=40, batch_size=4)
+    options = EvaluationOptions(temperature=0.5, top_p=0.7, max_tokens=40, batch_size=4)
     sampler = HuggingFaceSampler(model, options, tokenizer.eos_token_id, automaton)
     ended = 0
-    for prompt, responses in zip(PROMPTS, sampler.sample(PROMPTS, [1, 2]), strict=True):
-        assert len(responses) == 3
-        for response in responses:
-            assert response.logprobs == pytest.approx(token_scores(model, prompt, response.tokens), abs=1e-4)
-            assert tokenizer.eos_token_id not in response.tokens[:-1]
-            ended += response.tokens[-1] == tokenizer.eos_token_id
+    requests = [(prompt, seed) for prompt in PROMPTS for seed in (None, 1, 2)]
+    for (prompt, _), response in zip(requests, sampler.sample(requests), strict=True):
+        assert response.logprobs == pytest.approx(token_scores(model, prompt, response.tokens), abs=1e-4)
+        assert tokenizer.eos_token_id not in response.tokens[:-1]
+        ended += response.tokens[-1] == tokenizer.eos_token_id
     assert ended
 
 
 def test_a_chain_depends_on_its_seed_only(world: Path) -> None:
     model = load_model(world / "model", inference=True)
 
-    def sample(seeds: Sequence[int], chains: int, batch_size: int) -> list[list[Sequence[int]]]:
-        options = EvaluationOptions(chains=chains, max_tokens=6, batch_size=batch_size)
-        sampled = HuggingFaceSampler(model, options, 0).sample(PROMPTS, seeds)
-        return [[response.tokens for response in responses] for responses in sampled]
+    def sample(seeds: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+        options = EvaluationOptions(max_tokens=6, batch_size=batch_size)
+        requests = [(PROMPTS[row % 2], seed) for row, seed in enumerate(seeds)]
+        return [response.tokens for response in HuggingFaceSampler(model, options, 0).sample(requests)]
 
-    together, alone = sample([7, 9], 2, 8), sample([8, 9], 1, 1)
-    assert together[0][1] == alone[0][0]
-    assert together[1][0] == alone[1][0]
-    assert sample([8, 8], 2, 3) != together
+    together = sample([7, 9, 8, 10], 8)
+    assert together[:2] == sample([7, 9], 1)
+    assert together[2:] == sample([8, 10], 3)
+    assert sample([8, 8, 9, 9], 3) != together
+
+
+@pytest.mark.parametrize("temperature", [0.1, 2.0])
+def test_without_a_seed_the_most_likely_tokens_are_taken(world: Path, temperature: float) -> None:
+    model = load_model(world / "model", inference=True)
+    options = EvaluationOptions(max_tokens=6, temperature=temperature, top_p=1.0)
+    responses = HuggingFaceSampler(model, options, 0).sample([(prompt, None) for prompt in PROMPTS])
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        ids = torch.tensor([[*prompt, *response.tokens]])
+        with torch.inference_mode():
+            likely = model(ids).logits[0].argmax(-1)
+        assert response.tokens == likely[len(prompt) - 1 : -1].tolist()
 
 
 def test_a_logit_that_is_not_a_number_is_refused(world: Path) -> None:
     model = load_model(world / "model", inference=True)
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(InputError, match="the model's output is not a number"):
-        HuggingFaceSampler(model, EvaluationOptions(), 0).sample(PROMPTS, [1, 2])
+        HuggingFaceSampler(model, EvaluationOptions(), 0).sample([(PROMPTS[0], 1)])
 
 
 @given(st.lists(st.floats(-4, 4), min_size=2, max_size=8), st.floats(0.3, 2.0), st.floats(0.05, 1.0))

@@ -71,12 +71,19 @@ def test_any_server_gives_what_the_model_gives_here(taught: Path, server: Comple
     for row, other in zip(found.rows, expected.rows, strict=True):
         assert row["recommended"] == other["recommended"]
         assert row["scores"] == pytest.approx(other["scores"], abs=1e-3)
-    assert len({request["seed"] for request in server.requests}) == len(server.requests) == len(found.rows) * CHAINS
+    assert [row["greedy_rsvr"] for row in found.rows] == [row["greedy_rsvr"] for row in expected.rows]
+    drawn = [request for request in server.requests if request["temperature"]]
+    assert len({request["seed"] for request in drawn}) == len(drawn) == len(found.rows) * CHAINS
+    assert len(server.requests) - len(drawn) == len(found.rows)  # the most likely response of each
     assert {request["prompt"].count("<|im_start|>") for request in server.requests} == {2}
+    assert [row["chain_gain"] for row in found.rows] == pytest.approx(
+        [row["chain_gain"] for row in expected.rows], abs=2e-3
+    )
     everything = {"temperature": 0.9, "top_p": 0.95, "max_tokens": 4, "presence_penalty": 0.0, "model": "tiny"}
     everything |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "frequency_penalty": 0}
-    for request in server.requests:
+    for request in drawn:
         assert request.items() >= everything.items()
+    assert "chain_gain" not in served(taught, server).metrics  # nothing is ranked: the model is not loaded
     with pytest.raises(InputError, match="no log-probabilities to rank by; set ranking: beam"):
         served(taught, server, ranking="reference", beams=30)
 
@@ -85,7 +92,7 @@ def test_faults_that_pass_change_nothing(taught: Path, server: CompletionServer)
     expected = evaluate(taught, beams=0)
     server.faults = [(500, b"oops"), (429, b"{}"), (503, b"")]
     found = served(taught, server, concurrency=1)
-    assert len(server.requests) == len(found.rows) * CHAINS + 3
+    assert len(server.requests) == len(found.rows) * (CHAINS + 1) + 3
     assert without_scores(found.rows) == without_scores(expected.rows)
 
 
@@ -96,7 +103,7 @@ def test_a_fault_that_stays_ends_the_run_and_another_goes_on_with_it(
     complete = server.complete
 
     def dies(body: dict[str, Any]) -> bytes:
-        if len(server.requests) > 5 * CHAINS:
+        if len(server.requests) > 5 * (CHAINS + 1):
             server.faults = [(400, b'{"message": "too long for me"}')] * 100
         return complete(body)
 
@@ -106,7 +113,7 @@ def test_a_fault_that_stays_ends_the_run_and_another_goes_on_with_it(
     assert progress.read_bytes().count(b"\n") == 1 + 4  # a piece has four users
     server.complete, server.faults, asked = complete, [], len(server.requests)  # type: ignore[method-assign]
     resumed = served(taught, server, progress)
-    assert len(server.requests) - asked == 3 * CHAINS
+    assert len(server.requests) - asked == 3 * (CHAINS + 1)
     assert without_scores(resumed.rows) == without_scores(evaluate(taught, beams=0).rows)
 
 
