@@ -74,9 +74,12 @@ def test_targets_are_scored_as_by_one_pass_per_token(world: Path) -> None:
 
 
 def test_the_expected_rsvr_is_the_mean_match_of_sampled_answers(taught: Path) -> None:
-    model, tokenizer, index = load_model(taught / "model", inference=True), load_tokenizer(taught / "model"), make_index()
+    model, tokenizer = load_model(taught / "model", inference=True), load_tokenizer(taught / "model")
+    index = make_index()
     ranker = ItemRanker(model, tokenizer, index, EvaluationOptions())
-    begun, truth = tokenizer.encode("What is next?<think>likes Alien.</think><answer>"), index.sids["9"]
+    begun = tokenizer.encode(f"What is next?<|im_end|><think>likes Alien.</think>{index.text('9')}<answer>")
+    scores = ranker.score_targets([(begun, item) for item in index.sids])
+    (expected, _), truth = max(zip(scores, index.sids.values(), strict=True))  # a likely target
     torch.manual_seed(0)
     answers = torch.tensor([begun] * 1500)
     with torch.inference_mode():
@@ -85,7 +88,6 @@ def test_the_expected_rsvr_is_the_mean_match_of_sampled_answers(taught: Path) ->
             answers = torch.cat([answers, chances.multinomial(1)], dim=1)
     sampled = [tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in answers[:, len(begun) :].tolist()]
     matches = np.array([match_score(answer, truth, index.base_levels) for answer in sampled])
-    [(expected, _)] = ranker.score_targets([(begun, "9")])
     assert matches.mean() > 0.1, "else this tests nothing"
     assert abs(expected - matches.mean()) < 4 * matches.std() / len(matches) ** 0.5
 
