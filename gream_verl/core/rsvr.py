@@ -2,7 +2,7 @@
 
 1. The match. The truth has H base levels; i leading tokens of the answer agree with it. The match is 1 for the whole
    SID, 0.95 when the base path is right but the collision token is not, else sqrt(i / H).
-2. The format gate, 0 or 1.
+2. The format gate, 0 or 1 (docs/reward.md has a table of what it pays).
 3. The reward is the match times the gate.
 """
 
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from gream_verl.core.semantic_ids import ItemIndex, SemanticId, parse_sid
+from gream_verl.core.token_text import MASKED_BAR
 
 Mode = Literal["reasoning", "direct"]
 Format = Literal["strict", "reference"]
@@ -23,6 +24,8 @@ BASE_PATH_MATCH = 0.95
 """Match of an answer whose base levels are right and whose collision token is wrong, missing or too many."""
 
 _TAG = re.compile(r"</?(?:think|answer)>")
+_BAR = f"[|{MASKED_BAR}]"
+_CONTROL_TOKEN = re.compile(rf"<{_BAR}(?![a-z]_[1-9][0-9]*{_BAR}>)[^|{MASKED_BAR}<>]+{_BAR}>")
 _SID_RUN = r"(?:<\|[a-z]_[1-9][0-9]*\|>)+"
 _REFERENCE_ANSWER = {
     "reasoning": re.compile(rf"<answer>\s*({_SID_RUN})\s*</answer>"),
@@ -51,20 +54,26 @@ class Reward:
     valid_item: float
 
 
-def strict_answer(response: str, mode: Mode) -> SemanticId | None:
+def strict_answer(response: str, mode: Mode, base_levels: int | None = None) -> SemanticId | None:
     """Return the answer of a response that has exactly the form of its mode, else None.
 
-    Reasoning is ``<think>...</think>``, text without tags, ``<answer>SID</answer>``; direct is one SID.
+    Reasoning is ``<think>...</think>``, which is not blank, text without tags, ``<answer>SID</answer>``, and no control
+    token such as ``<|im_start|>``; direct is one SID. A SID has ``base_levels`` or, in a collision, one token more.
 
     >>> strict_answer("<think>likes horror</think>hence<answer><|a_1|><|b_2|></answer>", "reasoning")
     ('<|a_1|>', '<|b_2|>')
     """
-    if mode == "direct":
-        return parse_sid(response)
-    tags_in_order = _TAG.findall(response) == ["<think>", "</think>", "<answer>", "</answer>"]
-    if not (tags_in_order and response.startswith("<think>") and response.endswith("</answer>")):
-        return None
-    return parse_sid(response[response.index("<answer>") + len("<answer>") : -len("</answer>")])
+    answer = response
+    if mode == "reasoning":
+        if _TAG.findall(response) != ["<think>", "</think>", "<answer>", "</answer>"]:
+            return None
+        before, chain, _, answer, after = _TAG.split(response)
+        if before or after or not chain.strip() or _CONTROL_TOKEN.search(response):
+            return None
+        answer = answer.strip()
+    sid = parse_sid(answer)
+    impossible = sid is not None and base_levels is not None and len(sid) not in (base_levels, base_levels + 1)
+    return None if impossible else sid
 
 
 def reference_answer(response: str, mode: Mode) -> SemanticId | None:
@@ -154,9 +163,10 @@ def score_response(
     0.7071067811865476
     """
     # 1. Read the answer. One that fails the gate still has a match, so that group filtering sees how close it came.
-    levels = min(base_levels or (index.base_levels if index else len(truth)), len(truth))
+    known = base_levels or (index.base_levels if index else None)
+    levels = min(known or len(truth), len(truth))
     found = reference_answer(response, mode)
-    well_formed = strict_answer(response, mode) if format == "strict" else found
+    well_formed = strict_answer(response, mode, known) if format == "strict" else found
     answer = well_formed or found or ()
     # 2. The gate, and the parts of the reward.
     valid_item = bool(answer) and (index is None or answer in index.items)

@@ -48,10 +48,23 @@ class SemanticIdDataset(RLHFDataset):
                     f"{row}: {''.join(unknown[0])} is no item of {index_file}; build the files from this index"
                 )
         super()._read_files_and_tokenize()
+        self._check_size()
 
     def maybe_filter_out_long_prompts(self, dataframe: Any = None) -> Any:
         """Keep every row: ``__getitem__`` shortens long prompts."""
         return dataframe
+
+    def _check_size(self) -> None:
+        """Refuse training files with less than one batch: verl starts its engines first, and divides by 0 then."""
+        files, size = self.config.get("train_files"), self.config.get("train_batch_size")
+        for_training = list(self.original_data_files) == ([files] if isinstance(files, str) else files)
+        # Validation may read the same files.
+        for_training = for_training and self.max_samples == self.config.get("train_max_samples", -1)
+        if for_training and len(self) < size:
+            raise InputError(
+                f"{', '.join(self.original_data_files)}: {len(self)} rows are less than one batch of "
+                f"data.train_batch_size={size}; lower it"
+            )
 
     def _check_room(self, prompt: Prompt, row: str) -> None:
         """Refuse a prompt that is too long even with its latest item only."""

@@ -7,6 +7,7 @@ so generates forever when every group is uniform. Here a training step generates
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -59,13 +60,28 @@ class GroupFilterOptions(BaseModel):
     poll_interval: float = Field(default=0.2, gt=0)
 
 
+def refill(batch_size: int, inflight: int, passed: int, seen: int) -> int:
+    """Return the number of prompts to generate, besides those in flight, until ``batch_size`` groups pass the filter.
+
+    The groups that are missing, over the pass rate of the step so far, and a tenth more. The rate starts at 1, with
+    the weight of a quarter of a batch, so that the first uniform groups do not ask for many prompts.
+
+    >>> refill(256, inflight=200, passed=16, seen=56)
+    196
+    """
+    guess = batch_size / 4
+    rate = (passed + guess) / (seen + guess)
+    return max(0, math.ceil(1.1 * (batch_size - passed) / rate) - inflight)
+
+
 class BoundedGroupFilter(ReplayBuffer):
     """verl's synchronous sampler with a budget of prompts per step.
 
     1. A uniform group is evicted while the other groups and the budget can fill a batch.
-    2. Groups that failed are replaced, whatever the budget. Too many of them stop the training; verl would train
+    2. Refills stop at what the pass rate of the step asks for; verl's two prompts for each evicted group are too many.
+    3. Groups that failed are replaced, whatever the budget. Too many of them stop the training; verl would train
        without them, and wait for a dead rollout engine forever.
-    3. A batch takes groups that teach something first, and uniform ones only when the budget is spent.
+    4. A batch takes groups that teach something first, and uniform ones only when the budget is spent.
     """
 
     def __init__(self, *, trainer_mode: str, sampler_kwargs: Mapping[str, Any], refill_fn: Any, **kwargs: Any) -> None:
@@ -77,7 +93,7 @@ class BoundedGroupFilter(ReplayBuffer):
         self.options = checked_options(GroupFilterOptions, OPTIONS, sampler_kwargs)
         timeout = self.options.step_timeout
         self._watchdog = Watchdog(timeout, f"gream-verl: no new batch for {timeout} s. {HANGS}") if timeout else None
-        self._budget = 0
+        self._budget = self._wanted = 0
         self._generate = refill_fn
         super().__init__(
             trainer_mode=trainer_mode,
@@ -98,7 +114,7 @@ class BoundedGroupFilter(ReplayBuffer):
             self._watchdog.feed()
         # The trainer has already asked for one batch.
         self._budget = (self.options.max_num_gen_batches - 1) * self.options.train_batch_size
-        self._uniform_kept = self._failed = 0
+        self._uniform_kept = self._failed = self._evicted = 0
         batch, metrics = super().sample(global_steps, partition_id, batch_size)
         if partition_id == "val":
             return batch, metrics
@@ -119,7 +135,7 @@ class BoundedGroupFilter(ReplayBuffer):
         return list(islice((uid for uid in self.prompt_global_steps[partition_id] if uid in uids), count))
 
     def _generate_within_budget(self, prompts: int) -> None:
-        prompts = min(prompts, self._budget)
+        prompts = min(prompts, self._budget, self._wanted)
         if prompts > 0:
             self._budget -= prompts
             self._generate(prompts)
@@ -134,12 +150,33 @@ class BoundedGroupFilter(ReplayBuffer):
                 f"{self.options.max_failed_share} of a batch; the messages above say why. {RESTART}"
             )
         # Evict only as many uniform groups as the others and the budget can replace.
-        states = (self.pending_keys, self.running_keys, self.finished_keys, self.failure_keys)
-        groups = sum(len(keys[partition_id]) for keys in states)
-        spare = max(0, groups - len(failed) + self._budget - self.options.train_batch_size)
+        inflight = len(self.pending_keys[partition_id]) + len(self.running_keys[partition_id])
+        ended = len(self.finished_keys[partition_id]) + len(self.failure_keys[partition_id]) - len(failed)
+        spare = max(0, inflight + ended + self._budget - self.options.train_batch_size)
         evicted = set(self._first(partition_id, uniform, spare))
+        passed = ended - len(uniform)
+        self._wanted = refill(self.options.train_batch_size, inflight, passed, ended + self._evicted)
+        self._evicted += len(evicted)
         values = self._dapo_classification_cache[partition_id]
         return stale, evicted, failed, Counter(values[uid] for uid in evicted)
+
+    def _materialize_batch(
+        self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: dict[str, dict]
+    ) -> KVBatchMeta:
+        """Return the batch in the order of the data; verl's snapshot has the responses in the order they finished.
+
+        verl cuts mini-batches from consecutive rows, so its order puts the short responses of all groups first. Here a
+        mini-batch holds whole groups. With several ranks, verl deals the rows out by length and keeps their order
+        within a rank (trainer_base.py:1608): a group then lies on several ranks, in one mini-batch or two neighbours.
+        """
+        number = {uid: number for number, uid in enumerate(self.prompt_global_steps[partition_id])}
+        chosen, rows = set(selected_prompt_uids), []
+        for key in partition_snapshot:
+            uid, session, output = key.split("_")
+            if uid in chosen:
+                rows.append((number[uid], int(session), int(output), key))
+        in_order = {key: partition_snapshot[key] for *_, key in sorted(rows)}
+        return super()._materialize_batch(partition_id, selected_prompt_uids, in_order)
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int

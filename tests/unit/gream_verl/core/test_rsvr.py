@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gream_verl.core import rsvr
 from gream_verl.core.rsvr import match_score, reference_answer, score_response, strict_answer
-from gream_verl.core.semantic_ids import parse_sid
+from gream_verl.core.semantic_ids import parse_sid, parse_token
+from gream_verl.core.token_text import MASKED_BAR
 
 INDEX = make_index()
 TRUTH = ("<|a_12|>", "<|b_7|>", "<|c_201|>", "<|d_3|>", "<|e_2|>")  # four base levels and a collision token
@@ -103,7 +104,7 @@ def test_the_strict_gate_closes_holes_that_the_reference_search_pays(response):
 )
 def test_malformed_sids_fail_the_gate_in_both_modes(answer):
     assert strict_answer(answer, "direct") is None
-    assert strict_answer(f"<think></think><answer>{answer}</answer>", "reasoning") is None
+    assert strict_answer(f"<think>x</think><answer>{answer}</answer>", "reasoning") is None
 
 
 def test_direct_mode_wants_the_sid_and_nothing_else():
@@ -114,10 +115,46 @@ def test_direct_mode_wants_the_sid_and_nothing_else():
     assert score_response(sid, TRUTH, mode="reasoning").score == 0
 
 
-def test_history_in_the_free_text_and_empty_parts_are_allowed():
+def test_history_in_the_free_text_and_white_space_around_the_answer_are_allowed():
     sid = "".join(TRUTH)
-    assert strict_answer(f"<think></think><answer>{sid}</answer>", "reasoning") == TRUTH
+    for space in ("", " ", "\n", "\n\n"):
+        response = f"<think>x</think><answer>{space}{sid}{space}</answer>"
+        assert score_response(response, TRUTH, base_levels=4).acc == 1
     assert strict_answer(f"<think>{sid}</think>\n{sid}, {sid}\n<answer>{sid}</answer>", "reasoning") == TRUTH
+
+
+@pytest.mark.parametrize("chain", ["", " ", "\n\n"])
+def test_a_blank_chain_fails_the_gate(chain):
+    reward = score_response(f"<think>{chain}</think><answer>{''.join(TRUTH)}</answer>", TRUTH, base_levels=4)
+    assert (reward.score, reward.acc, reward.format, reward.match) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("bar", ["|", MASKED_BAR])
+@pytest.mark.parametrize("where", ["<think>x{}y</think>{sid}", "<think>x</think>{}{sid}"])
+def test_a_control_token_fails_the_gate_and_a_semantic_id_or_text_with_bars_does_not(bar, where):
+    def score(text: str) -> float:
+        response = where.format(text.replace("|", bar), sid="".join(TRUTH)) + f"<answer>{''.join(TRUTH)}</answer>"
+        return score_response(response, TRUTH, base_levels=4).score
+
+    assert [score(text) for text in ("<|im_start|>", "<|im_end|>", "<|end_of_text|>", "<|a_0|>")] == [0, 0, 0, 0]
+    assert [score(text) for text in ("<|a_12|><|b_7|>", "a <| b |> c < d | e > f", "<3", "|")] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["reasoning", "direct"])
+def test_an_answer_with_a_number_of_levels_that_no_item_has_fails_the_gate(mode):
+    tokens = [*TRUTH, "<|f_1|>"]
+    for levels in range(1, 7):
+        answer = "".join(tokens[:levels])
+        response = answer if mode == "direct" else reasoning_response(answer)
+        known = score_response(response, TRUTH, mode=mode, base_levels=4)
+        assert known.format == (levels in (4, 5))
+        assert known.score == (known.match if levels in (4, 5) else 0)
+        assert known.match > 0
+        assert score_response(response, TRUTH, mode=mode).format == 1  # nothing says how many levels an item has
+        reference = score_response(response, TRUTH, mode=mode, base_levels=4, format="reference")
+        assert reference.score == known.match
+    indexed = score_response("".join(INDEX.sids["3"][:2]), INDEX.sids["3"], mode="direct", index=INDEX)
+    assert (indexed.format, indexed.score) == (0, 0)
 
 
 def test_the_index_decides_levels_and_valid_items():
@@ -154,8 +191,10 @@ def slow_strict_answer(response: str, mode: str) -> tuple[str, ...] | None:
     if mode == "direct":
         return parse_sid(response)
     no_tag = r"(?:(?!</?think>|</?answer>).)*"
-    found = re.fullmatch(rf"<think>{no_tag}</think>{no_tag}<answer>({no_tag})</answer>", response, re.DOTALL)
-    return parse_sid(found[1]) if found else None
+    pattern = rf"<think>({no_tag})</think>{no_tag}<answer>\s*({no_tag})</answer>"
+    found = re.fullmatch(pattern, response, re.DOTALL)
+    bad = any(parse_token(token) is None for token in re.findall(r"<\|[^|<>]+\|>", response))
+    return None if not found or bad or not found[1].strip() else parse_sid(found[2].rstrip())
 
 
 def slow_match(answer: tuple[str, ...], truth: tuple[str, ...], levels: int) -> float:

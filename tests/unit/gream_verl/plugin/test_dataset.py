@@ -133,6 +133,28 @@ def test_long_rows_are_kept_and_other_options_of_the_template_are_passed_on(tmp_
     assert length(tokenizer, dataset[0]["raw_prompt"]) <= 40
 
 
+def test_fewer_rows_than_a_batch_are_refused_for_training_only(tmp_path, tokenizer):
+    def rows(path: str, **options) -> int:
+        node = {"train_files": train, "val_files": val, "train_batch_size": 8, **options}
+        limit = node["train_max_samples" if path == node["train_files"] else "val_max_samples"]
+        return len(SemanticIdDataset(path, tokenizer, config(tmp_path, **node), max_samples=limit))
+
+    train, val = (write(tmp_path / f"{name}.parquet", rl_rows(INDEX, 7)) for name in ("rl", "val"))
+    all_rows = {"train_max_samples": -1, "val_max_samples": -1}
+    message = r"rl\.parquet: 7 rows are less than one batch of data\.train_batch_size=8; lower it"
+    with pytest.raises(InputError, match=message):
+        rows(train, **all_rows)
+    with pytest.raises(InputError, match=message):
+        SemanticIdDataset([train], tokenizer, config(tmp_path, train_files=[train], train_batch_size=8))
+    assert rows(val, **all_rows) == 7
+    assert rows(train, **all_rows, train_batch_size=7) == 7
+    with pytest.raises(InputError, match="3 rows are less"):
+        rows(train, train_max_samples=3, val_max_samples=-1, train_batch_size=4)
+    # Validation on some rows of the training file.
+    node = config(tmp_path, train_files=train, train_batch_size=4, train_max_samples=-1)
+    assert len(SemanticIdDataset(train, tokenizer, node, max_samples=2)) == 2
+
+
 def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(tmp_path, tokenizer):
     from torchdata.stateful_dataloader import StatefulDataLoader
     from verl.trainer.ppo.utils import create_rl_sampler

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import doctest
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from omegaconf import OmegaConf
 from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
 from gream_verl.plugin import group_filter
-from gream_verl.plugin.group_filter import BoundedGroupFilter, GroupFilterOptions
+from gream_verl.plugin.group_filter import BoundedGroupFilter, GroupFilterOptions, refill
 
 BATCH = 4
 RESPONSES = 3
@@ -56,15 +58,40 @@ class Queue:
             self.tags.pop(key, None)
 
 
+class SlowQueue(Queue):
+    """Its groups end one at a time, one at each look."""
+
+    def generate(self, prompts: int) -> None:
+        known = set(self.tags)
+        super().generate(prompts)
+        for key in self.tags.keys() - known:
+            if "status" in self.tags[key]:
+                self.tags[key] |= {"status": "running", "ends": self.tags[key]["status"]}
+
+    def kv_list(self, *_: Any) -> dict[str, dict[str, Any]]:
+        for tag in self.tags.values():
+            if tag.get("status") == "running":
+                tag["status"] = tag.pop("ends")
+                break
+        return super().kv_list()
+
+
 @pytest.fixture
 def sampler(monkeypatch):
-    def make(uniform: Any, failed: Any = lambda _: False, **options: Any) -> tuple[BoundedGroupFilter, Queue]:
+    def make(
+        uniform: Any, failed: Any = lambda _: False, kind: type[Queue] = Queue, **options: Any
+    ) -> tuple[BoundedGroupFilter, Queue]:
         from verl.trainer.ppo.v1 import replay_buffer
 
-        queue = Queue(uniform, failed)
+        queue = kind(uniform, failed)
         monkeypatch.setattr(replay_buffer, "tq", queue)
         monkeypatch.setattr(group_filter, "tq", queue)
-        kwargs = {"metric": "match", "train_batch_size": BATCH, "max_num_gen_batches": 3, "poll_interval": 1e-4}
+        kwargs: dict[str, Any] = {
+            "metric": "match",
+            "train_batch_size": BATCH,
+            "max_num_gen_batches": 3,
+            "poll_interval": 1e-4,
+        }
         built = BoundedGroupFilter(
             trainer_mode="sync",
             trainer_config={},
@@ -73,7 +100,7 @@ def sampler(monkeypatch):
             sampler_kwargs=kwargs | options,
             refill_fn=queue.generate,
         )
-        queue.generate(BATCH)
+        queue.generate(options.get("train_batch_size", BATCH))
         return built, queue
 
     return make
@@ -176,6 +203,31 @@ def test_it_stops_with_a_remedy_when_asked_to(sampler):
         built.sample(1, "train", BATCH)
 
 
+@pytest.mark.timeout(20)
+def test_rows_come_in_the_order_of_the_data_whatever_finished_first(sampler):
+    @settings(max_examples=20)
+    @given(st.permutations(range(BATCH * RESPONSES)))
+    def check(finished: list[int]) -> None:
+        built, queue = sampler(lambda number: False)
+        rows = [key for key in queue.tags if "_" in key]
+        queue.tags = {key: tag for key, tag in queue.tags.items() if key not in rows} | {
+            rows[number]: {"seq_len": number} for number in finished
+        }
+        batch, _ = built.sample(1, "train", BATCH)
+        assert batch.keys == rows
+        assert [tag["seq_len"] for tag in batch.tags] == list(range(BATCH * RESPONSES))
+
+    check()
+
+
+def test_sessions_are_in_the_order_of_numbers(sampler):
+    built, _ = sampler(lambda number: False)
+    built.prompt_global_steps["train"] = {"u1": 1, "u0": 1}
+    keys = ["u0_10_0", "u1_2_1", "u0_9_0", "u2_0_0", "u1_2_0"]
+    batch = built._materialize_batch("train", ["u0", "u1"], {key: {} for key in keys})
+    assert batch.keys == ["u1_2_0", "u1_2_1", "u0_9_0", "u0_10_0"]
+
+
 def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first(sampler):
     @settings(max_examples=20)
     @given(
@@ -183,11 +235,13 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
         st.integers(1, 4),
         st.integers(1, 3),
         st.sets(st.integers(0, 20), max_size=BATCH // 2),
+        st.sampled_from([Queue, SlowQueue]),
     )
-    def check(uniform: list[bool], batches: int, inflight: int, failed: set[int]) -> None:
+    def check(uniform: list[bool], batches: int, inflight: int, failed: set[int], kind: type[Queue]) -> None:
         built, queue = sampler(
             lambda number: uniform[number],
             lambda number: number in failed,
+            kind,
             max_num_gen_batches=batches,
             max_inflight_gen_batches=inflight,
             poll_interval=1e-5,
@@ -202,6 +256,33 @@ def test_whatever_is_uniform_it_ends_with_a_full_batch_and_teaching_groups_first
         assert metrics["training/filter_groups/uniform_kept"] == BATCH - min(BATCH, len(teaching))
 
     check()
+
+
+def test_docstring_examples():
+    assert doctest.testmod(group_filter).failed == 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pass_rate", [0.3, 0.6])
+def test_a_step_generates_little_more_than_the_pass_rate_asks_for(sampler, pass_rate):
+    size, generated = 64, 0
+    for seed in range(3):
+        draw = random.Random(seed)
+        uniform = [draw.random() >= pass_rate for _ in range(9 * size)]
+        options = {"train_batch_size": size, "max_num_gen_batches": 9, "max_inflight_gen_batches": 9}
+        built, queue = sampler(uniform.__getitem__, kind=SlowQueue, **options)
+        assert built.sample(1, "train", size)[1]["training/filter_groups/uniform_kept"] == 0
+        generated += queue.generated / 3
+    assert size / pass_rate * 0.8 < generated < size / pass_rate * 1.25  # verl's rule: 1.7 and 1.5 times
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300), st.integers(0, 300))
+def test_a_refill_never_leaves_too_few_groups_in_flight(batch_size, inflight, passed, uniform):
+    missing = batch_size - passed
+    wanted = refill(batch_size, inflight, passed, passed + uniform)
+    assert wanted + inflight >= missing
+    assert wanted <= max(0, missing * (1.1 + 5 * uniform / batch_size) + 1)
+    assert wanted <= refill(batch_size, inflight, passed, passed + uniform + 1)
 
 
 @pytest.mark.parametrize(
