@@ -262,6 +262,7 @@ def test_rows_that_do_not_fit_are_shortened_or_replaced(tmp_path: Path) -> None:
     assert tight["seqrec"]["longest"] <= limit < free["seqrec"]["longest"]
     assert tight["seqrec"]["shortened"] > 0
     assert tight["index2item"]["made"] == tight["seqrec"]["made"] == 40
+    assert tight[CONTINUATION]["made"] == 40 > tight[CONTINUATION]["exist"]
     short = [counts for counts in tight.values() if counts["made"] < 40]
     assert short
     assert all(counts["made"] + counts["left out"] == counts["exist"] for counts in short)
