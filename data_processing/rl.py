@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path
-from gream_verl.core.prompts import NO_TARGET, TrainingTargets, messages
+from gream_verl.core.prompts import NO_TARGET, TEMPLATES, TrainingTargets, messages
 from gream_verl.core.rsvr import Mode
 
 CHUNK = 1024
@@ -30,11 +30,12 @@ SCHEMA = pa.schema(
 
 
 class Target(NamedTuple):
-    """The interaction that a prompt asks for, by its position (from 0) in the user's sequence."""
+    """The interaction that a prompt asks for, by its position (from 0) in the user's sequence, and the wording."""
 
     user: str
     position: int
     mode: Mode
+    template: int = 0
 
 
 def write_prompts(
@@ -42,13 +43,13 @@ def write_prompts(
 ) -> dict[str, Any]:
     """Write ``<D>-rl.parquet``, ``<D>-val.parquet`` and ``<D>-test.parquet``.
 
-    RL asks for the interactions of every user from the 5th to the last one for training, in random order. Validation
-    and test ask for the interaction that the split holds out for each. The test asks once in direct and once in
-    reasoning mode, all direct rows first.
+    RL asks for the interactions of every user from the 5th to the last one for training, in random order and in any
+    wording of the mode. Validation and test ask for the interaction that the split holds out for each, in wording 0.
+    The test asks once in direct and once in reasoning mode, all direct rows first.
 
     Args:
         folder: A prepared data set with an index.
-        seed: Draws and orders the RL rows; same seed, same bytes.
+        seed: Draws, orders and words the RL rows; same seed, same bytes.
         mode: Mode of RL and validation prompts; ``direct`` ones go to ``<D>-rl-direct.parquet`` and
             ``<D>-val-direct.parquet``.
         history: Most items in a prompt, the most recent ones.
@@ -70,16 +71,19 @@ def write_prompts(
     targets = TrainingTargets(split.training for split in splits.values())
     if not len(targets):
         raise InputError(f"{folder.inter}: {NO_TARGET}")
-    drawn = np.random.default_rng(seed).permutation(len(targets))[:rl_rows]
-    users = list(sequences)
-    training = [Target(users[user], int(position), mode) for user, position in zip(*targets.locate(drawn), strict=True)]
+    generator, users = np.random.default_rng(seed), list(sequences)
+    drawn = generator.permutation(len(targets))[:rl_rows]
+    worded = generator.integers(len(TEMPLATES[mode]), size=len(drawn)).tolist()
+    located = zip(*(part.tolist() for part in targets.locate(drawn)), worded, strict=True)
+    training = [Target(users[user], position, mode, template) for user, position, template in located]
 
     def row(number: int, target: Target) -> dict[str, Any]:
         past, item = sequences[target.user][: target.position], sequences[target.user][target.position]
+        template = TEMPLATES[target.mode][target.template]
         info = {"index": number, "user": target.user, "item": item, "title": items[item].title, "type": target.mode}
         return {
             "data_source": folder.name,
-            "prompt": messages("".join(index.texts(past[-history:])), target.mode),
+            "prompt": messages("".join(index.texts(past[-history:])), target.mode, template),
             "ability": "recommendation",
             "reward_model": {"style": "rule", "ground_truth": index.text(item)},
             "extra_info": {**info, "history": past},

@@ -156,7 +156,8 @@ def _choose(
     """Return the first ``count`` rows drawn that fit the limit and do not name their target, with counts of others."""
     limit, counts = options.limit, dict.fromkeys(("leaks", "untrue", "shortened", "left out", "longest"), 0)
     if drawn is None:  # candidates for replacements, too, where rows may be left out
-        drawn = corpus.draw(task, None if limit or task == REASONING else count, options.seed)
+        candidates = max(count, corpus.exist(task)) if limit or task == REASONING else count
+        drawn = corpus.draw(task, candidates, options.seed)
     if limit is None and task != REASONING:
         return drawn[:count], counts
     chosen: list[Specs] = [drawn[:0]]
@@ -189,7 +190,8 @@ def _hold_out(corpus: Corpus, validation: Corpus, task: str, mixed: Specs, optio
         drawn = validation.draw(task, None, options.seed)
         return validation, _choose(validation, task, HELD_OUT_ROWS, options, drawn)[0]
     rows = corpus.draw(task, HELD_OUT_ROWS << 7, options.seed + 1)  # the mix may have drawn all rows of its seed
-    drawn, used = (specs.view("i4,i4,i4").ravel() for specs in (rows, mixed))
+    # A chain of a language model in another wording is the same chain: only its target counts.
+    drawn, used = (specs[:, 0] if task == REASONING else specs.view("i4,i4,i4").ravel() for specs in (rows, mixed))
     _, first = np.unique(drawn, return_index=True)
     fresh = np.sort(first[~np.isin(drawn[first], used)])
     return corpus, _choose(corpus, task, HELD_OUT_ROWS, options, rows[fresh])[0]

@@ -23,9 +23,11 @@ from gream_verl.core.faithfulness import ClaimReader
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 from gream_verl.core.semantic_ids import ItemIndex
 
-REASONING = "reasoning"
+REASONING, CONTINUATION = "reasoning", "continuation"
 FULL_SHARE, CANONICAL_SHARE = 0.5, 0.5
 """Share of rows with the longest history there is, and of seqrec rows with the prompt of the evaluation."""
+WINDOW = 50
+"""Most items of an answer of a continuation row."""
 TITLES_SHOWN = 8
 """Longest history in titles, which cost more tokens than semantic IDs."""
 DESCRIPTION_WORDS, DESCRIPTION_LETTERS = 40, 320
@@ -95,7 +97,9 @@ class Corpus:
         return task == REASONING and bool(self.texts.chains)
 
     def exist(self, task: str) -> int:
-        """Return the number of rows of a task that can be drawn."""
+        """Return the number of rows of a task that can be drawn; of ``continuation``, those of one pass."""
+        if task == CONTINUATION:
+            return self._cut(0).shape[1]
         return len(self.keys) * len(TASKS[task]) if task in ITEM_TASKS else len(self._targets_of(task))
 
     def _targets_of(self, task: str) -> npt.NDArray[np.int64]:
@@ -113,6 +117,13 @@ class Corpus:
             passes = [generator.permutation(items)[: count - start] for start in range(0, count, items)]
             targets = np.concatenate([np.zeros(0, np.int64), *passes])
             lengths = np.zeros_like(targets)
+        elif task == CONTINUATION:  # every target once before any comes again; later passes cut at other places
+            cut, exist = self._cut(0), self.exist(task)
+            count, passes = exist if count is None else count, [cut[:, :0]]
+            for _ in range(-(-count // max(exist, 1))):
+                passes.append(generator.permutation(cut, axis=1))
+                cut = self._cut(generator.integers(WINDOW, size=len(self.users)))
+            targets, lengths = np.concatenate(passes, axis=1)[:, :count]
         else:
             targets = self._targets_of(task)
             targets = targets[generator.permutation(len(targets))[:count]]
@@ -126,6 +137,18 @@ class Corpus:
         if task == "seqrec":
             numbers[generator.random(len(targets)) < CANONICAL_SHARE] = 0
         return np.stack([targets, lengths, numbers], axis=1, dtype=np.int32, casting="same_kind")
+
+    def _cut(self, phase: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return windows that together ask for every target once: their last targets and lengths, ``[2, windows]``.
+
+        ``phase``, one or ``[users]``, moves the cuts between the windows of a user.
+        """
+        targets = self._targets_of(CONTINUATION)
+        users = np.searchsorted(self.starts, targets, side="right") - 1
+        places = self._positions[targets] + np.broadcast_to(phase, len(self.users))[users]
+        ends = (places % WINDOW == 0) | np.isin(targets + 1, self.starts)
+        lengths = np.minimum(self._positions[targets], (places - 1) % WINDOW + 1)
+        return np.stack([targets, lengths])[:, ends]
 
     def row(self, task: str, target: int, length: int, template: int) -> SftRow:
         """Return the row of a spec."""
@@ -163,6 +186,10 @@ class Window(ItemFields):
         match name:
             case "history":
                 return "".join([corpus.sids[item] for item in self.history])
+            case "first":
+                return corpus.sids[self.history[0]]
+            case "following":
+                return "".join([corpus.sids[item] for item in (*self.history[1:], self.target)])
             case "titles":
                 return "; ".join([corpus.teacher.titles[item] for item in self.history[-TITLES_SHOWN:]])
             case "preference":

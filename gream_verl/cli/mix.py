@@ -43,7 +43,7 @@ def tasks(
 ) -> None:
     """Write the alignment tasks alone: D-align.parquet.
 
-    Tasks: seqrec, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
+    Tasks: seqrec, continuation, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
     historyreconstruction. Default: every row that exists.
     """
     from data_processing.sft.mix import MixOptions

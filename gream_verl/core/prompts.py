@@ -40,9 +40,18 @@ TEMPLATES: Mapping[Mode, tuple[str, ...]] = {
         "Extend {history} by one step.",
         "From {history} infer the coming choice.",
     ),
-    "reasoning": ("History: {history} Think, then recommend the next item.",),
+    "reasoning": (
+        "History: {history} Think, then recommend the next item.",
+        "A user chose, in this order: {history} Reason first, then say what comes next.",
+        "{history} Think about this sequence, then continue it with one item.",
+        "Past: {history} Explain the taste, then predict the next interaction.",
+        "The user has had {history} Weigh what fits, then recommend one item.",
+        "Items so far: {history} Give your reasons and the item that follows.",
+        "Given {history} think step by step and name the next one.",
+        "Look at {history} First the thought, then the next pick.",
+    ),
 }
-"""The user's turn; ``{history}`` is the semantic IDs, oldest first. Number 0 is the one of RL and evaluation."""
+"""The user's turn; ``{history}`` is the semantic IDs, oldest first. Training draws one; the evaluation has number 0."""
 
 
 def messages(history: str, mode: Mode, template: str | None = None, system: str | None = None) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ DIFFERENCES = {
     },
     "qwen3_4b_lora.yaml": {"finetuning_type", "adapter_name_or_path", "deepspeed", "learning_rate", "output_dir"},
     "smollm2_cpu.yaml": CPU | {"template", "default_system"},
-    "tiny_cpu.yaml": CPU,
+    "tiny_cpu.yaml": CPU | {"use_muon"},
 }
 
 

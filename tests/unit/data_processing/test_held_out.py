@@ -10,7 +10,7 @@ import pytest
 from small_data import make_data
 
 from data_processing.sft.mix import MixOptions, write_mix
-from data_processing.sft.tasks import ITEM_TASKS, REASONING, TASKS
+from data_processing.sft.tasks import CONTINUATION, ITEM_TASKS, REASONING, TASKS
 from gream_verl.core.data_folder import DataFolder, short_title
 
 SIDS = re.compile(r"(?:<\|[a-z]_\d+\|>)+")
@@ -48,10 +48,12 @@ def test_items_that_only_validation_and_test_hold_are_in_no_row_about_users(fold
 def test_every_history_and_target_is_part_of_a_training_part(folder: DataFolder) -> None:
     items = folder.read_items()
     index = folder.read_index(items)
+    pieces: list[str] = []
     windows: set[str] = set()
     titles: set[str] = set()
     for sequence in folder.read_inter(items).values():
         part = sequence[:-2]
+        pieces.append("".join(index.texts(part)))
         sids, names = index.texts(part), [short_title(items[item].title) for item in part]
         for end in range(1, len(part) + 1):
             windows.update("".join(sids[start:end]) for start in range(max(end - 9, 0), end))
@@ -61,7 +63,9 @@ def test_every_history_and_target_is_part_of_a_training_part(folder: DataFolder)
             continue
         runs = SIDS.findall(question)
         assert windows.issuperset(runs)
-        if task in ("seqrec", REASONING):
+        if task == CONTINUATION:
+            assert any(runs[0] + answer in piece for piece in pieces)
+        elif task in ("seqrec", REASONING):
             assert runs[0] + SIDS.findall(answer)[-1] in windows
         elif task == "historyreconstruction":
             assert answer in (titles if runs else windows)

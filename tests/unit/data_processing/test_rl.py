@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import polars as pl
@@ -11,7 +12,8 @@ from data_processing.rl import SCHEMA, write_prompts
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
-from gream_verl.core.prompts import messages
+from gream_verl.core.prompts import TEMPLATES, messages
+from gream_verl.core.rsvr import Mode
 
 
 def read(path: Path) -> list[dict]:
@@ -63,10 +65,28 @@ def test_every_row_holds_its_target_its_whole_history_and_shows_the_end_of_it(fo
             assert row["ability"] == "recommendation"
             assert row["reward_model"] == {"style": "rule", "ground_truth": index.text(info["item"])}
             shown = "".join(index.texts(past[-3:]))
-            assert row["prompt"] == messages(shown, info["type"])
+            template = row["prompt"][-1]["content"].replace(shown, "{history}")
+            assert template in TEMPLATES[info["type"]][: None if path == folder.rl else 1]
+            assert row["prompt"] == messages(shown, info["type"], template)
             assert [turn["role"] for turn in row["prompt"]] == {
                 "direct": ["user"], "reasoning": ["system", "user"],
             }[info["type"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["direct", "reasoning"])
+def test_rl_draws_its_wording_by_the_seed_and_held_out_rows_have_the_first(folder: DataFolder, mode: Mode) -> None:
+    def wordings(path: Path) -> list[str]:
+        return [re.sub(r"<.*>", "{history}", row["prompt"][-1]["content"]) for row in read(path)]
+
+    write_prompts(folder, seed=0, mode=mode)
+    drawn = wordings(folder.rl_of(mode))
+    assert len(set(drawn)) > len(TEMPLATES[mode]) / 2
+    assert set(wordings(folder.val_of(mode))) == {TEMPLATES[mode][0]}
+    assert set(wordings(folder.test)) == {TEMPLATES["direct"][0], TEMPLATES["reasoning"][0]}
+    write_prompts(folder, seed=0, mode=mode)
+    assert wordings(folder.rl_of(mode)) == drawn
+    write_prompts(folder, seed=1, mode=mode)
+    assert wordings(folder.rl_of(mode)) != drawn
 
 
 def test_no_rl_row_has_a_held_out_target_or_history(folder: DataFolder) -> None:

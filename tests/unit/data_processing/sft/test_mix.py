@@ -21,7 +21,7 @@ from data_processing.sft.curriculum import curriculum_order
 from data_processing.sft.lengths import LengthLimit
 from data_processing.sft.mix import SCHEMA, MixOptions, asked_rows, write_mix
 from data_processing.sft.rules import Wording
-from data_processing.sft.tasks import ITEM_TASKS, REASONING, TASKS, SftRow
+from data_processing.sft.tasks import CONTINUATION, ITEM_TASKS, REASONING, TASKS, SftRow
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
@@ -68,7 +68,8 @@ def awkward(folder: DataFolder) -> None:
     write_json(folder.item, items)
 
 
-# Of the rows that the implementation with numba made, which another, readable one was compared with.
+# Of the rows that the implementation with numba made, which another, readable one was compared with; it had one wording
+# of reasoning rows, and no continuations.
 @pytest.mark.parametrize(
     ("strange", "wording", "digest"),
     [
@@ -77,11 +78,15 @@ def awkward(folder: DataFolder) -> None:
         (True, "sentences", "ecf3defbbd82485ca5b69f9f612b23751af0f8b9e08c969de4a3feb383c95c4e"),
     ],
 )
-def test_the_rows_are_those_that_they_always_were(tmp_path: Path, strange: bool, wording: Wording, digest: str) -> None:
+def test_the_rows_are_those_that_they_always_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strange: bool, wording: Wording, digest: str
+) -> None:
+    monkeypatch.setitem(TASKS, REASONING, TASKS[REASONING][:1])
     folder = make_data(tmp_path, users=40)
     if strange:
         awkward(folder)
-    write_mix(folder, MixOptions(EVERYTHING, seed=3, history=9, block=4, wording=wording))
+    everything = {task: share for task, share in EVERYTHING.items() if task != CONTINUATION}
+    write_mix(folder, MixOptions(everything, seed=3, history=9, block=4, wording=wording))
     rows = json.dumps(pq.read_table(folder.mix).to_pylist(), ensure_ascii=False, sort_keys=True)
     assert hashlib.sha256(rows.encode()).hexdigest() == digest
 
@@ -191,6 +196,9 @@ def test_held_out_rows_are_in_no_mix(tmp_path: Path) -> None:
         if task in ("seqrec", REASONING):  # small_data: such items occur nowhere in training
             asked = {answer.removesuffix("</answer>").rpartition("<answer>")[2] for _, answer in held_out}
             assert asked <= {index.text(sequence[-2]) for sequence in sequences.values()}
+        if task == CONTINUATION:
+            ends = {index.text(sequence[-2]) for sequence in sequences.values()}
+            assert all(any(answer.endswith(end) for end in ends) for _, answer in held_out)
         if task in ITEM_TASKS:
             assert len(set(held_out)) == len(held_out)
 
@@ -254,6 +262,7 @@ def test_rows_that_do_not_fit_are_shortened_or_replaced(tmp_path: Path) -> None:
     assert tight["seqrec"]["longest"] <= limit < free["seqrec"]["longest"]
     assert tight["seqrec"]["shortened"] > 0
     assert tight["index2item"]["made"] == tight["seqrec"]["made"] == 40
+    assert tight[CONTINUATION]["made"] == 40 > tight[CONTINUATION]["exist"]
     short = [counts for counts in tight.values() if counts["made"] < 40]
     assert short
     assert all(counts["made"] + counts["left out"] == counts["exist"] for counts in short)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import make_data
 
+from data_processing.sft import tasks
 from data_processing.sft.tasks import (
     ITEM_TASKS,
     ITEM_TEXTS,
@@ -93,9 +94,19 @@ def test_half_of_seqrec_uses_the_prompt_of_evaluation(data: Data, corpus: Corpus
     assert 0.35 < len(canonical) / len(made) < 0.7
     shown = "".join(data[2].texts(sids_in(data, canonical[0].user)))
     assert messages(shown, "direct") == [{"role": "user", "content": canonical[0].user}]
-    reasoning = rows(corpus, REASONING)[0]
-    asked = messages("".join(data[2].texts(sids_in(data, reasoning.user))), "reasoning")
-    assert [turn["content"] for turn in asked] == [reasoning.system, reasoning.user]
+
+
+def test_reasoning_rows_have_the_system_turn_and_every_wording_of_training(data: Data, corpus: Corpus) -> None:
+    seen = set()
+    for row in rows(corpus, REASONING):
+        history = "".join(data[2].texts(sids_in(data, row.user)))
+        template = row.user.replace(history, "{history}")
+        assert messages(history, "reasoning", template) == [
+            {"role": "system", "content": row.system},
+            {"role": "user", "content": row.user},
+        ]
+        seen.add(template)
+    assert seen == set(TEMPLATES["reasoning"])
 
 
 def test_item_tasks_map_an_item_to_itself(data: Data, corpus: Corpus) -> None:
@@ -147,6 +158,32 @@ def test_windows_are_drawn_without_replacement_and_inside_the_sequence(count: in
     assert (specs[:, TEMPLATE] < len(TASKS["fusionseqrec"])).all()
 
 
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
+def test_every_pass_of_windows_asks_for_every_target_once(
+    lengths: list[int], count: int, window: int, seed: int
+) -> None:
+    sequences = {str(user): [str(item) for item in range(length)] for user, length in enumerate(lengths)}
+    items = {str(item): Item(f"T{item}") for item in range(9)}
+    corpus = Corpus(sequences, items, ItemIndex.from_codes(list(items), [(item,) for item in range(9)]))
+    everything = sorted((user, place) for user, length in enumerate(lengths) for place in range(1, length))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "WINDOW", window)
+        exist = corpus.exist("continuation")
+        specs = corpus.draw("continuation", count, seed)
+        phased = corpus._cut(np.arange(len(lengths))).T.tolist()
+    assert exist == sum(-(-max(length - 1, 0) // window) for length in lengths)
+    assert len(specs) == (count if exist else 0)
+    assert (specs[:, LENGTH] <= window).all()
+    for part in [phased, specs[:exist, :2].tolist()] if count >= exist else [phased]:
+        asked = []
+        for target, length in part:
+            user = int(np.searchsorted(corpus.starts, target, side="right")) - 1
+            place = target - int(corpus.starts[user])
+            asked += [(user, place - back) for back in range(length)]
+        assert sorted(asked) == everything
+
+
 def test_users_without_a_training_part_give_no_rows(data: Data) -> None:
     corpus = Corpus({"u": ["0"], "v": []}, *data[1:])
     assert [task for task in TASKS if task not in ITEM_TASKS and rows(corpus, task)] == []
@@ -160,9 +197,9 @@ def test_items_are_drawn_evenly(corpus: Corpus) -> None:
 
 def test_templates_are_all_different_and_name_only_known_fields() -> None:
     questions = [question for templates in TASKS.values() for question, _ in templates]
-    assert len(set(questions)) == len(questions) == 17 + 19 + 17 + 12 + 11 + 11 + 10 + 15 + 1
+    assert len(set(questions)) == len(questions) == 17 + 19 + 17 + 12 + 11 + 11 + 10 + 15 + 4 + 8
     of_items = {"sid", *ITEM_TEXTS}
-    of_windows = of_items | {"history", "titles", "query", "preference", "taste", "chain"}
+    of_windows = of_items | {"history", "titles", "query", "preference", "taste", "chain", "first", "following"}
     for task, templates in TASKS.items():
         for template in templates:
             fields = [{field for _, field, _, _ in string.Formatter().parse(text) if field} for text in template]
