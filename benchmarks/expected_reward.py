@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gream_verl.core.run_folder import RunFolder
-from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.semantic_ids import ItemIndex, SemanticId
 from gream_verl.core.token_text import TokenText
 from gream_verl.plugin.agent_loop import Shares, answer_start, shares_of
 from gream_verl.plugin.bgae import BgaeOptions, compute_bgae
@@ -38,7 +38,7 @@ class Rollout:
     prompt: list[int]
     response: list[int]
     reward: float
-    start: int | None = None
+    start: int = 0
     shares: Shares | None = None
 
 
@@ -62,7 +62,8 @@ def log_probs(model: Any, prefixes: list[list[int]], ends: list[list[int]], temp
 
 def roll(model: Any, tokenizer: Any, rows: list[dict[str, Any]], index: ItemIndex, temperature: float) -> list[Rollout]:
     """Return the rollouts of all prompts, with sampled rewards and shares."""
-    options, bgae, reader, found = RsvrOptions(), BgaeOptions(expected=True), TokenText(tokenizer), []
+    options, bgae, reader, found = RsvrOptions(), BgaeOptions(expected=True), TokenText(tokenizer), list[Rollout]()
+    closing = [*tokenizer.encode("</answer>", add_special_tokens=False), tokenizer.eos_token_id]
     for first in range(0, len(rows), BATCH):
         part = rows[first : first + BATCH]
         prompts = [
@@ -73,25 +74,24 @@ def roll(model: Any, tokenizer: Any, rows: list[dict[str, Any]], index: ItemInde
             input_ids=ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
             num_return_sequences=GROUP, max_new_tokens=LONGEST, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        batch, truths = [], []
+        known: list[tuple[Rollout, SemanticId, list[int]]] = []
         for number, sequence in enumerate(made[:, ids.shape[1] :].tolist()):
             end = sequence.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in sequence else LONGEST
             response, row = sequence[:end], part[number // GROUP]
             truth = reader.ground_truth(row["reward_model"], "row")
             reward = options.score(reader.read(response), truth, {}, index).score
             one = Rollout(first + number // GROUP, prompts[number // GROUP], response, reward)
-            one.start = answer_start([reader.read([token]) for token in response], truth, options, {}, index)
-            batch.append(one)
-            truths.append(truth)
-        known = [(one, truth) for one, truth in zip(batch, truths, strict=True) if one.start is not None]
-        tokens = [tokenizer.convert_tokens_to_ids(list(truth)) for _, truth in known]
-        before = [one.prompt + one.response[: one.start] for one, _ in known]
-        for (one, truth), ids_of_truth, scores in zip(
-            known, tokens, log_probs(model, before, tokens, temperature), strict=True
-        ):
+            place = answer_start([reader.read([token]) for token in response], truth, options, {}, index)
+            found.append(one)
+            if place is not None and place[1] < len(response):
+                one.start = place[1]
+                known.append((one, truth, [*tokenizer.convert_tokens_to_ids(list(truth)), *closing]))
+        before = [one.prompt + one.response[: one.start] for one, *_ in known]
+        scores = log_probs(model, before, [ids for *_, ids in known], temperature)
+        for (one, truth, ids), score in zip(known, scores, strict=True):
             rewards, answer = options.prefix_rewards(truth, index), one.response[one.start :]
-            one.shares = shares_of(answer, ids_of_truth, scores.double().exp().numpy(), rewards, GROUP, bgae)
-        found += batch
+            true_ids, probabilities = ids[: len(truth)], score.double().exp().numpy()
+            one.shares = shares_of(answer, true_ids, closing, probabilities, rewards, GROUP, bgae)
     return found
 
 
@@ -99,13 +99,10 @@ def payments(rollouts: list[Rollout], expected: bool) -> torch.Tensor:
     """Return what each token is paid, shape [rows, LONGEST]."""
     scores = torch.zeros(len(rollouts), LONGEST)
     for row, one in zip(scores, rollouts, strict=True):
-        last = len(one.response) - 1
-        if expected and one.shares and one.start is not None:
-            row[one.start - 1] = one.shares.worth
-            row[one.start : one.start + len(one.shares.answer)] = torch.tensor(one.shares.answer)
-            row[last] += one.reward + one.shares.bonus * (one.reward == 1) - row.sum()
+        if expected and one.shares:
+            one.shares.pay(row, one.start, one.reward + one.shares.bonus * (one.reward == 1))
         else:
-            row[last] = one.reward
+            row[len(one.response) - 1] = one.reward
     return scores
 
 

@@ -24,10 +24,10 @@ SMALLEST_LOG_PROB = -40.0
 def scoring_parameters(tokens: Sequence[int], temperature: float) -> dict[str, Any]:
     """Return the sampling parameters of a request that scores ``tokens``, the next ones after its prompt.
 
-    In an engine with ``ConstrainedAnswer`` the probabilities are those among real items. The engine must return the
-    log-probabilities after all processors (``logprobs_mode="processed_logprobs"``).
+    Where other processors forbid tokens, as ``ConstrainedAnswer`` does, the probabilities are those among the others.
+    The engine must return the log-probabilities after all processors (``logprobs_mode="processed_logprobs"``).
     """
-    extra = {"gream_truth": list(tokens), "gream_temperature": max(temperature, 1e-4), "gream": "direct"}
+    extra = {"gream_truth": list(tokens), "gream_temperature": max(temperature, 1e-4)}
     return {"temperature": 0.0, "max_tokens": len(tokens), "ignore_eos": True, "extra_args": extra}
 
 

@@ -5,8 +5,11 @@ of the true tokens after a chain of thought give its expectation V_0 without a d
 whose first i tokens are right (``gream_verl.core.rsvr.expected_values``). The response is paid in shares:
 
 1. The last token of ``<answer>`` gets V_0, the worth of the chain. A chain after which no answer is paid gets nothing.
-2. A true token of the answer gets V_(i+1) - V_i, the first wrong one r_i - V_i, every token after it nothing.
-3. The last token gets the rest, such as the loss of an answer that is not closed. The shares sum to the reward.
+2. A true token of the answer gets V_(i+1) - V_i, the first wrong one r_i - V_i, other tokens of the SID nothing.
+3. The tokens that close the response get the rest in equal parts, a token in their place that does not close it all.
+
+An answer is paid only if it is closed, so all values have the probability of that as a factor, as it is after the true
+answer. The shares sum to the sampled reward.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 from pydantic import Field
+from torch import Tensor
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
@@ -41,6 +45,7 @@ class Shares(NamedTuple):
     Attributes:
         worth: V_0, the share of the chain.
         answer: Shares of the first tokens of the answer.
+        closing: Positions in the answer of the tokens that get the rest.
         bonus: BGAE's bonus, which is paid to an exact hit in addition to its reward.
         expected: The expected RSVR, without the bonus.
         expected_hit: The probability of an exact hit.
@@ -48,14 +53,24 @@ class Shares(NamedTuple):
 
     worth: float
     answer: list[float]
+    closing: list[int]
     bonus: float
     expected: float
     expected_hit: float
+
+    def pay(self, scores: Tensor, start: int, total: float, penalty: float = 0.0) -> None:
+        """Write the shares, which sum to ``total``, into ``scores`` [tokens]; ``start`` is that of the answer."""
+        scores.zero_()
+        scores[start : start + len(self.answer)] = scores.new_tensor(self.answer)
+        scores[max(0, start - 1)] += self.worth + penalty  # direct mode has no chain
+        closing = [start + position for position in self.closing]
+        scores[closing] += (total - float(scores.sum())) / len(closing)
 
 
 def shares_of(
     answer: Sequence[int],
     truth: Sequence[int],
+    closing: Sequence[int],
     probabilities: np.ndarray,
     rewards: np.ndarray,
     n: int,
@@ -66,19 +81,29 @@ def shares_of(
     Args:
         answer: Token ids of the response after ``<answer>``.
         truth: Token ids of the true SID.
-        probabilities: Of each true token after the chain and the true ones before it, shape [len(truth)].
+        closing: Token ids of what has to follow the SID.
+        probabilities: Of each token of ``truth`` and ``closing``, after the chain and those before it, shape [tokens].
         rewards: r_i of an answer that goes wrong after i right tokens, shape [len(truth) + 1].
         n: Responses of a group.
         bgae: K and weight of the bonus, which is in units of the standard deviation of the reward given the chain.
     """
-    expected, square = (float(expected_values(probabilities, power)[0]) for power in (rewards, rewards**2))
+    # 1. The expectations, and the bonus.
+    right, closed = probabilities[: len(truth)], float(probabilities[len(truth) :].prod())
+    expected, square = (closed * float(expected_values(right, power)[0]) for power in (rewards, rewards**2))
     hit = float(probabilities.prod())
     bonus = bgae.weight * max(0.0, square - expected**2) ** 0.5 * expected_hit_bonus(hit, n, bgae)
+    # 2. The changes of the value, token by token, until one is wrong.
     paid = rewards + bonus * (np.arange(len(rewards)) == len(truth))
-    values = expected_values(probabilities, paid)
+    values = closed * expected_values(right, paid)
     depth = matching_depth(answer, truth)
-    wrong = [paid[depth] - values[depth]] if depth < min(len(truth), len(answer)) else []
-    return Shares(float(values[0]), [*np.diff(values[: depth + 1]), *wrong], bonus, expected, hit)
+    wrong = [closed * paid[depth] - values[depth]] if depth < min(len(truth), len(answer)) else []
+    # 3. The tokens that close the answer, or the first one in their place that does not.
+    near = list(answer[: len(truth) + 2])  # a wrong SID may have a collision token that the true one has not
+    begin = near.index(closing[0]) if closing[0] in near else min(len(truth), len(answer) - 1)
+    agree = matching_depth(answer[begin:], closing)
+    end = begin + agree if agree == len(closing) else min(begin + agree, len(answer) - 1) + 1
+    rest = list(range(begin if agree == len(closing) else end - 1, end))
+    return Shares(float(values[0]), [*np.diff(values[: depth + 1]), *wrong], rest, bonus, expected, hit)
 
 
 class PaidOutput(AgentLoopOutput):
@@ -91,15 +116,11 @@ class PaidOutput(AgentLoopOutput):
         """Return the row for verl, whose ``rm_scores`` are the shares."""
         row = super().as_dict()
         details = row["extra_fields"].setdefault("reward_extra_info", {})
-        shares = self.shares or Shares(0.0, [], 0.0, 0.0, 0.0)
+        shares = self.shares or Shares(0.0, [], [], 0.0, 0.0, 0.0)
         details |= {"expected": shares.expected, "expected_hit": shares.expected_hit}
         if self.shares and "rm_scores" in row:
-            scores, chain = row["rm_scores"], max(0, self.start - 1)  # direct mode has no chain
-            total = float(scores[-1]) + shares.bonus * details.get("acc", 0.0)
-            scores[-1] = 0.0
-            scores[self.start : self.start + len(shares.answer)] = scores.new_tensor(shares.answer)
-            scores[chain] += shares.worth + details.get("overlong", 0.0)
-            scores[-1] += total - float(scores.sum())
+            total = float(row["rm_scores"][-1]) + shares.bonus * details.get("acc", 0.0)
+            shares.pay(row["rm_scores"], self.start, total, details.get("overlong", 0.0))
         return row
 
 
@@ -121,22 +142,26 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         truth = reader.ground_truth(kwargs.get("reward_model"), f"row {extra_info.get('index')}")
         index = _index(options.index_file) if options.index_file else None
         pieces = [reader.read([token]) for token in output.response_ids]
-        start = answer_start(pieces, truth, options, extra_info, index)
-        if start is None or start + len(truth) > self.response_length:
-            return paid
-        # 3. The probabilities of the true tokens.
+        found = answer_start(pieces, truth, options, extra_info, index)
         true_ids = self.tokenizer.convert_tokens_to_ids(list(truth))
+        close = CLOSE if options.mode_of(extra_info) == "reasoning" else ""
+        closing = [*self.tokenizer.encode(close, add_special_tokens=False), self.tokenizer.eos_token_id]
+        if found is None or found[1] + len(true_ids) + len(closing) > self.response_length:
+            return paid
+        # 3. The probabilities of the true answer. `<answer>` is scored again, for a constraint to see it.
+        opening, paid.start = found
+        given = [*output.response_ids[opening : paid.start], *true_ids, *closing]
         scored = await self.server_manager.generate(
             request_id="scoring",
-            prompt_ids=output.prompt_ids + output.response_ids[:start],
-            sampling_params={**scoring_parameters(true_ids, sampling_params["temperature"]), "logprobs": True},
+            prompt_ids=output.prompt_ids + output.response_ids[:opening],
+            sampling_params={**scoring_parameters(given, sampling_params["temperature"]), "logprobs": True},
             priority=int(priority),
         )
+        probabilities = decompress(scored.log_probs)[paid.start - opening :]
         # 4. The shares.
         rewards, n = options.prefix_rewards(truth, index), self.rollout_config.n
-        bgae, answer = BgaeOptions.from_config(self.config.algorithm), output.response_ids[start:]
-        paid.shares = shares_of(answer, true_ids, decompress(scored.log_probs), rewards, n, bgae)
-        paid.start = start
+        bgae, answer = BgaeOptions.from_config(self.config.algorithm), output.response_ids[paid.start :]
+        paid.shares = shares_of(answer, true_ids, closing, probabilities, rewards, n, bgae) if answer else None
         return paid
 
 
@@ -159,21 +184,21 @@ def answer_start(
     options: RsvrOptions,
     extra_info: Mapping[str, Any],
     index: ItemIndex | None,
-) -> int | None:
-    """Return the position of the first token of the answer; None where even the true answer would not be paid.
+) -> tuple[int, int] | None:
+    """Return the positions of the tag's first token and of the answer's; None where no answer would be paid.
 
     Args:
         pieces: Text of each token of the response.
-        truth: The true SID.
+        truth: The true SID; what it would be paid decides.
         options: The format gate.
         extra_info: That of the row, which may name its mode.
         index: The items.
     """
     opening, closing = ("", "") if options.mode_of(extra_info) == "direct" else (OPEN, CLOSE)
-    text = "".join(pieces)
+    text, ends = "".join(pieces), [0, *accumulate(map(len, pieces))]
     opened = text.find(opening) + len(opening)
-    ends = [0, *accumulate(map(len, pieces))]
     if opening not in text or opened not in ends:
         return None
     best = options.score(text[:opened] + "".join(truth) + closing, truth, extra_info, index)
-    return ends.index(opened) if best.acc else None
+    first = max(position for position, end in enumerate(ends) if end <= opened - len(opening)) if opening else 0
+    return (first, ends.index(opened)) if best.acc else None

@@ -35,25 +35,45 @@ def answers(p: np.ndarray) -> list[tuple[tuple[int, ...], float]]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(PROBABILITY, min_size=3, max_size=3), st.sampled_from([2, 3]), st.sampled_from([0.0, 1.0]))
-def test_shares_sum_to_the_reward_and_change_nothing_in_expectation(p, base_levels, weight):
-    p, truth, bgae = np.array(p), (0, 0, 0), BgaeOptions(weight=weight)
+@given(st.lists(PROBABILITY, min_size=3, max_size=3), PROBABILITY, st.sampled_from([2, 3]), st.sampled_from([0.0, 1.0]))
+def test_shares_sum_to_the_reward_and_change_nothing_in_expectation(p, closed, base_levels, weight):
+    truth, bgae, known = (0, 0, 0), BgaeOptions(weight=weight), np.array([*p, closed, 1.0])
     rewards = prefix_matches(TRUTH, base_levels)
     mean = hit = square = 0.0
-    martingale = np.zeros(3)
-    for answer, probability in answers(p):
-        shares = shares_of(answer, truth, p, rewards, 8, bgae)
-        reward = rewards[matching_depth(answer, truth)]
-        exact = answer == truth
-        assert shares.worth + sum(shares.answer) == pytest.approx(reward + shares.bonus * exact)
-        mean, hit = mean + probability * reward, hit + probability * exact
-        square += probability * reward**2
-        martingale += probability * np.pad(shares.answer, (0, 3 - len(shares.answer)))
+    martingale = np.zeros(4)
+    for answer, probability in answers(np.array(p)):
+        # an answer is closed by 8 and 9 with the probability that the true one has, or goes on with 7
+        for end, chance in (((8, 9), closed), ((7, 7, 8, 9), 1 - closed)):
+            shares = shares_of([*answer, *end], truth, (8, 9), known, rewards, 8, bgae)
+            reward, exact = rewards[matching_depth(answer, truth)] * (len(end) == 2), (answer, len(end)) == (truth, 2)
+            rest = reward + shares.bonus * exact - shares.worth - sum(shares.answer)
+            assert shares.closing == ([3, 4] if len(end) == 2 else [3])
+            mean, hit = mean + probability * chance * reward, hit + probability * chance * exact
+            square += probability * chance * reward**2
+            martingale[:3] += probability * chance * np.pad(shares.answer, (0, 3 - len(shares.answer)))
+            martingale[3] += probability * chance * rest
     assert shares.expected == pytest.approx(mean)
     assert shares.expected_hit == pytest.approx(hit)
     assert shares.worth == pytest.approx(mean + shares.bonus * hit)
     assert shares.bonus == pytest.approx(weight * np.sqrt(square - mean**2) * expected_hit_bonus(hit, 8, bgae))
-    assert martingale == pytest.approx(np.zeros(3), abs=1e-12)
+    assert martingale == pytest.approx(np.zeros(4), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answer", "closing"),
+    [
+        ([1, 2, 3, 8, 9], [3, 4]),
+        ([1, 2, 8, 9], [2, 3]),  # of another length
+        ([1, 2, 3, 8, 7, 8, 9], [4]),
+        ([1, 2, 3, 8], [3]),  # cut off
+        ([1, 2, 3, 4, 8, 9], [4, 5]),  # a collision token
+        ([1, 2], [1]),
+        ([1, 2, 3, 7, 7, 7], [3]),
+    ],
+)
+def test_the_rest_is_for_the_tokens_that_close_or_the_first_that_does_not(answer, closing):
+    probabilities, rewards = np.full(5, 0.5), prefix_matches(TRUTH, 3)
+    assert shares_of(answer, (1, 2, 3), (8, 9), probabilities, rewards, 8, BgaeOptions()).closing == closing
 
 
 def test_the_bonus_of_a_hit_is_the_mean_over_all_draws_of_the_other_responses():
@@ -73,8 +93,9 @@ def test_the_bonus_of_a_hit_is_the_mean_over_all_draws_of_the_other_responses():
 @pytest.mark.parametrize(
     ("pieces", "start"),
     [
-        ([*CHAIN, "<|a_1|>"], 7),
-        (CHAIN, 7),
+        ([*CHAIN, "<|a_1|>"], (5, 7)),
+        (CHAIN, (5, 7)),
+        ([*CHAIN[:4], "so<ans", "wer>"], (4, 6)),
         (CHAIN[:-1], None),  # no answer
         (["<think>", "a", "<answer>", "<|a_1|>"], None),  # the thinking is still open
         (["a", *CHAIN], None),
@@ -83,7 +104,7 @@ def test_the_bonus_of_a_hit_is_the_mean_over_all_draws_of_the_other_responses():
 )
 def test_an_answer_starts_after_a_chain_that_passes_the_gate(pieces, start):
     assert answer_start(pieces, TRUTH, RsvrOptions(), {}, None) == start
-    assert answer_start(pieces, TRUTH, RsvrOptions(), {"type": "direct"}, None) == 0
+    assert answer_start(pieces, TRUTH, RsvrOptions(), {"type": "direct"}, None) == (0, 0)
 
 
 def test_a_row_has_the_shares_at_their_tokens_and_the_rest_at_its_end():
@@ -95,17 +116,17 @@ def test_a_row_has_the_shares_at_their_tokens_and_the_rest_at_its_end():
         output.shares, output.start = shares, start
         return output.as_dict()
 
-    shares = Shares(0.25, [0.5, -0.125], 0.0, 0.25, 0.125)
+    shares = Shares(0.25, [0.5, -0.125], [1, 2], 0.0, 0.25, 0.125)
     paid = row(0.625, 3, shares, acc=0.0)
     assert paid["rm_scores"].tolist() == [0, 0, 0.25, 0.5, -0.125, 0]
     assert paid["extra_fields"]["reward_extra_info"] == {"acc": 0.0, "expected": 0.25, "expected_hit": 0.125}
     assert "shares" not in paid
-    # an answer that is not closed, and a penalty
-    assert row(0.0, 3, shares, acc=0.0)["rm_scores"].tolist() == [0, 0, 0.25, 0.5, -0.125, -0.625]
+    # an answer that is well closed, and a penalty
+    assert row(0.75, 3, shares, acc=0.0)["rm_scores"].tolist() == [0, 0, 0.25, 0.5, -0.0625, 0.0625]
     assert row(0.125, 3, shares, acc=0.0, overlong=-0.5)["rm_scores"].tolist() == [0, 0, -0.25, 0.5, -0.125, 0]
     # direct mode, a hit with its bonus, and a chain without an answer
     assert row(0.625, 0, shares, acc=0.0)["rm_scores"].tolist() == [0.75, -0.125, 0, 0, 0, 0]
-    hit = Shares(0.5, [0.5, 0.25], 0.25, 0.25, 0.125)
+    hit = Shares(0.5, [0.5, 0.25], [2, 3], 0.25, 0.25, 0.125)
     assert row(1.0, 2, hit, acc=1.0)["rm_scores"].tolist() == [0, 0.5, 0.5, 0.25, 0, 0]
     malformed = row(0.0, 0, None, acc=0.0)
     assert malformed["rm_scores"].tolist() == [0] * 6
