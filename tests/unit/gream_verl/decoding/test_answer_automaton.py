@@ -151,7 +151,7 @@ def test_whatever_is_sampled_every_finished_answer_is_an_item(seed):
     generator = torch.Generator().manual_seed(seed)
     direct = np.array([False, False, False, True])
     states = np.where(direct, ROOT, FREE)
-    outputs = [ids("<think></think>"), ids("<think>x</think>"), ids("<think></think>likes"), []]
+    outputs = [ids("<think>likes</think>"), ids("<think>x</think>"), ids("<think>x</think>likes"), []]
     outputs = [tokens + (ids(OPEN) if not now else []) for tokens, now in zip(outputs, direct, strict=True)]
     for row, tokens in enumerate(outputs):
         for token in tokens:
