@@ -25,7 +25,10 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path, read_json, write_json
 from gream_verl.core.split import read_splits
 
-TINY_MIX = {"seqrec": 18000, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000, "reasoning": 7000}
+TINY_MIX = {
+    "seqrec": 9000, "continuation": 4300, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000,
+    "reasoning": 7000,
+}  # fmt: skip
 """Rows of the tiny model's mix, the default."""
 HELD_OUT_ROWS = 256
 """Most rows of a held-out file."""
