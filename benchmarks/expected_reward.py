@@ -87,10 +87,10 @@ def roll(model: Any, tokenizer: Any, rows: list[dict[str, Any]], index: ItemInde
                 one.start = place[1]
                 known.append((one, truth, [*tokenizer.convert_tokens_to_ids(list(truth)), *closing]))
         before = [one.prompt + one.response[: one.start] for one, *_ in known]
-        scores = log_probs(model, before, [ids for *_, ids in known], temperature)
-        for (one, truth, ids), score in zip(known, scores, strict=True):
+        scores = log_probs(model, before, [tokens for *_, tokens in known], temperature)
+        for (one, truth, tokens), score in zip(known, scores, strict=True):
             rewards, answer = options.prefix_rewards(truth, index), one.response[one.start :]
-            true_ids, probabilities = ids[: len(truth)], score.double().exp().numpy()
+            true_ids, probabilities = tokens[: len(truth)], score.double().exp().numpy()
             one.shares = shares_of(answer, true_ids, closing, probabilities, rewards, GROUP, bgae)
     return found
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,8 +87,8 @@ def reference_answer(response: str, mode: Mode) -> SemanticId | None:
     return parse_sid(found[1]) if found else None
 
 
-def matching_depth(answer: SemanticId, truth: SemanticId) -> int:
-    """Return the number of leading tokens of ``answer`` that agree with ``truth``."""
+def matching_depth(answer: Sequence[object], truth: Sequence[object]) -> int:
+    """Return the number of leading tokens (texts or ids) of ``answer`` that agree with ``truth``."""
     pairs = enumerate(zip(answer, truth, strict=False))
     return next((depth for depth, (given, true) in pairs if given != true), min(len(answer), len(truth)))
 

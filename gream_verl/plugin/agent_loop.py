@@ -134,7 +134,7 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         if not options.expected:
             return await super().run(sampling_params, priority=priority, **kwargs)
         # 1. The response.
-        self.server_manager = OneServer(self.server_manager)
+        self.server_manager: Any = OneServer(self.server_manager)
         output = await super().run(dict(sampling_params), priority=priority, **kwargs)
         paid = PaidOutput.model_construct({*output.model_fields_set}, **dict(output))
         # 2. Where the answer begins.

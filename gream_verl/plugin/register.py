@@ -40,13 +40,17 @@ def _register_advantage(core_algos: ModuleType) -> None:
     core_algos.register_adv_est("bgae")(compute_bgae)
 
 
+def _register_after(module: ModuleType) -> None:
+    importlib.import_module(f"gream_verl.plugin.{AFTER[module.__name__]}")
+
+
 def register() -> None:
     """Register everything with verl; costs milliseconds, because every Ray process does it."""
     cpu.activate()
     when_imported("hydra.core.plugins", _register_recipes)
     when_imported("verl.trainer.ppo.core_algos", _register_advantage)
-    for module, ours in AFTER.items():
-        when_imported(module, lambda _, ours=ours: importlib.import_module(f"gream_verl.plugin.{ours}"))
+    for module in AFTER:
+        when_imported(module, _register_after)
 
 
 try:
