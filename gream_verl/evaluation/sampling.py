@@ -160,9 +160,11 @@ class VllmSampler:
 
     def sample(self, requests: Batch[int | None]) -> list[Response]:
         """Return a response to every prompt and seed; see ``HuggingFaceSampler``."""
+        # Not by temperature 0: one such request in a batch, and vLLM 0.27 on a CPU ignores the seeds of the others.
+        greedy = {"top_k": 1, "seed": 0}
         outputs = self.engine.generate(
             [{"prompt_token_ids": list(sequence)} for sequence, _ in requests],
-            [self.parameters(**({"temperature": 0.0} if seed is None else {"seed": seed})) for _, seed in requests],
+            [self.parameters(**(greedy if seed is None else {"seed": seed})) for _, seed in requests],
             use_tqdm=False,
         )
 

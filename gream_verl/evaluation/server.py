@@ -83,7 +83,9 @@ class ServerSampler:
             extra |= {"repeat_penalty": 1.0}  # llama.cpp's name for it
         neutral = {"top_k": -1, "min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
         sampling = self.options.model_dump(include={"temperature", "top_p", "max_tokens"})
-        drawn = {"seed": 0, "temperature": 0.0} if seed is None else {"seed": seed}
+        drawn: dict[str, Any] = {"seed": seed}
+        if seed is None:  # the most likely tokens; see VllmSampler for the temperature
+            drawn = {"seed": 0, "top_k": 1} if self.is_vllm else {"seed": 0, "temperature": 0.0}
         body = {**neutral, **sampling, "n": 1, **drawn, **extra}
         try:
             completion = await client.completions.create(model=self.model, prompt=prompt, extra_body=body)
