@@ -286,7 +286,6 @@ def test_every_recipe_is_a_base_a_mix_in_or_a_part():
                 "reward.reward_kwargs.rsvr.mode": "direct",
                 "data.train_files": "runs/quickstart/data/ml-100k-rl-direct.parquet",
                 "data.val_files": "runs/quickstart/data/ml-100k-val-direct.parquet",
-                "actor_rollout_ref.rollout.val_kwargs.n": 1,
             },
         ),
         (
