@@ -123,16 +123,15 @@ def test_scoring_requests_return_the_probabilities_of_the_model(engine, constrai
 
     tokenizer, temperature = engine.get_tokenizer(), 0.7
     model = AutoModelForCausalLM.from_pretrained(engine.llm_engine.model_config.model, dtype=torch.float32).eval()
-    prompts, truths = [], []
+    opening, closing = (tokenizer.encode(tag, add_special_tokens=False) for tag in ("<answer>", "</answer>"))
+    truth = tokenizer.convert_tokens_to_ids(list(INDEX.sids["3"]))
+    given, prompts = [*opening, *truth, *closing, tokenizer.eos_token_id], []
     for row in rl_rows(TAUGHT, 12):
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
-        prompts.append(ids + tokenizer.encode("<think>likes it</think><answer>", add_special_tokens=False))
-        truths.append(tokenizer.convert_tokens_to_ids(list(INDEX.sids["3"])))
-    parameters = []
-    for truth in truths:
-        wanted = scoring_parameters(truth, temperature)
-        wanted["extra_args"] |= {} if constrained else {"gream": "off"}
-        parameters.append(SamplingParams(**wanted, logprobs=0, detokenize=False))
+        prompts.append(ids + tokenizer.encode("<think>likes it</think>", add_special_tokens=False))
+    wanted = scoring_parameters(given, temperature)
+    wanted["extra_args"] |= {} if constrained else {"gream": "off"}
+    parameters = [SamplingParams(**wanted, logprobs=0, detokenize=False)] * len(prompts)
     # among requests that sample, so that both kinds share a batch
     sampling = SamplingParams(temperature=0.8, max_tokens=9, seed=1, detokenize=False)
     mixed = [one for prompt in prompts for one in (prompt, prompt)]
@@ -144,14 +143,16 @@ def test_scoring_requests_return_the_probabilities_of_the_model(engine, constrai
         ids = tokenizer.convert_tokens_to_ids(list(sid))
         for level, token in enumerate(ids):
             children.setdefault(tuple(ids[:level]), set()).add(token)
-    for output, prompt, truth in zip(outputs, prompts, truths, strict=True):
+    for output, prompt in zip(outputs, prompts, strict=True):
         answer = output.outputs[0]
-        assert list(answer.token_ids) == truth
-        found = decompress([step[token].logprob for step, token in zip(answer.logprobs, truth, strict=True)])
+        assert list(answer.token_ids) == given
+        found = decompress([step[token].logprob for step, token in zip(answer.logprobs, given, strict=True)])
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + truth])).logits[0, len(prompt) - 1 : -1].double() / temperature
-        for level, token in enumerate(truth):
-            row = logits[level]
-            allowed = sorted(children[tuple(truth[:level])]) if constrained else range(len(row))
-            expected = float((row[token] - row[list(allowed)].logsumexp(0)).exp())
-            assert found[level] == pytest.approx(expected, rel=2e-3, abs=1e-6)
+            logits = model(torch.tensor([prompt + given])).logits[0, len(prompt) - 1 : -1].double() / temperature
+        for place in range(len(opening), len(given)):
+            row, level = logits[place], place - len(opening)
+            allowed = range(len(row))
+            if constrained:  # after the SID only the tokens that close it
+                allowed = sorted(children[tuple(truth[:level])]) if level < len(truth) else [given[place]]
+            expected = float((row[given[place]] - row[list(allowed)].logsumexp(0)).exp())
+            assert found[place] == pytest.approx(expected, rel=2e-3, abs=1e-6)
