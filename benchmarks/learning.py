@@ -1,15 +1,14 @@
 """SRPO against SFT: several seeds of SRPO from one SFT checkpoint, compared on held-out validation prompts.
 
 ``python benchmarks/learning.py`` takes a finished quickstart. Every user's second last interaction is a validation
-prompt; it is in no training row. Each SRPO model answers each prompt five times, and the one SFT model as often as all
-of them together. Intervals are bootstrapped over users, after averaging over answers (and over seeds, for all seeds).
+prompt; it is in no training row. Printed are the differences of each SRPO model from the SFT model, and of the mean of
+all seeds, with 95% intervals bootstrapped over users.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,79 +16,76 @@ from rich.table import Table
 
 from gream_verl.core.files import write_json, write_text
 from gream_verl.core.run_folder import RunFolder
-from gream_verl.evaluation.metrics import bootstrap_mean
+from gream_verl.evaluation.compare import paired_differences
+from gream_verl.evaluation.metrics import paired_difference
 from gream_verl.evaluation.results import Evaluation
 from gream_verl.pipeline.quickstart import recipe_folder
 from gream_verl.pipeline.runner import Step, run_steps, stamp_file
 
-STEPS = 60
-"""Steps of SRPO: three times those of the quickstart."""
-CHAINS = 5
-"""Answers per prompt and seed, at the temperature and top-p of the authors' validation."""
+CHAINS = 3
+"""Chains of thought per prompt."""
 
 
-def learning_steps(run: RunFolder, folder: Path, seeds: int) -> list[Step]:
+def learning_steps(run: RunFolder, folder: Path, seeds: int, steps: int) -> list[Step]:
     """Return the steps: validation of SFT; then, for each seed, SRPO and its validation.
 
     Args:
         run: A finished quickstart.
         folder: Where the results go: a run folder of its own, with the same data.
         seeds: Number of seeds.
+        steps: Steps of SRPO.
     """
     data = run.data
-    steps = [validation(run, folder, "sft", run.sft, run.sft / "model.safetensors", chains=CHAINS * seeds)]
+    commands = [validation(run, folder, "sft", run.sft, run.sft / "model.safetensors")]
     for seed in range(seeds):
         name = f"srpo-{seed}"
         train = f"python -m verl.trainer.main_ppo +recipe=gream_srpo_cpu gream.run={folder} gream.dataset={data.name} "
         train += f"gream.model={run.sft} gream.checkpoints={folder / name} gream.seed={seed} "
-        train += f"trainer.total_training_steps={STEPS} trainer.val_before_train=false trainer.test_freq=-1"
+        train += f"trainer.total_training_steps={steps} trainer.val_before_train=false trainer.test_freq=-1"
         made = folder / name / "latest_checkpointed_iteration.txt"
         reads = [data.rl, data.val, data.index, run.sft, recipe_folder()]
-        steps.append(Step(name, train, reads, [made], checkpoints=folder / name))
-        steps.append(validation(run, folder, name, folder / name, stamp_file(folder, name), chains=CHAINS, seed=seed))
-    return steps
+        commands.append(Step(name, train, reads, [made], checkpoints=folder / name))
+        commands.append(validation(run, folder, name, folder / name, stamp_file(folder, name)))
+    return commands
 
 
-def validation(
-    run: RunFolder, folder: Path, name: str, model: Path, finished: Path, *, chains: int, seed: int = 0
-) -> Step:
-    """Return the step that samples answers to the validation prompts."""
-    command = f"gream evaluate {folder} {model} -c {folder}/evaluation.yaml --name {name} --chains {chains}"
+def validation(run: RunFolder, folder: Path, name: str, model: Path, finished: Path) -> Step:
+    """Return the step that evaluates a model on the validation prompts, with the same draws for every model."""
+    command = f"gream evaluate {folder} {model} -c {folder}/evaluation.yaml --name {name}"
     made = folder / "evaluation" / f"{name}-val-reasoning.json"
-    return Step(f"evaluate-{name}", f"{command} --seed {seed}", [finished, run.data.val, run.data.index], [made])
-
-
-def compared(after: np.ndarray, before: np.ndarray) -> dict[str, Any]:
-    """Return means, difference and 95% interval of RSVR [users] after and before SRPO."""
-    low, high = bootstrap_mean(after - before)
-    difference = float((after - before).mean())
-    return {"sft": float(before.mean()), "srpo": float(after.mean()), "difference": difference, "interval": [low, high]}
+    return Step(f"evaluate-{name}", command, [finished, run.data.val, run.data.index], [made])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60, help="steps of SRPO; the quickstart has 30")
     given = parser.parse_args()
     run, console = RunFolder.open(given.run), Console()
     folder = run.root / "learning"
     folder.mkdir(exist_ok=True)
     if not (folder / "data").exists():
         (folder / "data").symlink_to(run.data.root.resolve())
-    write_text(folder / "evaluation.yaml", "modes: [reasoning]\nsplit: val\nbeams: 0\nmax_tokens: 128\n")
-    run_steps(folder, learning_steps(run, folder, given.seeds), console)
+    write_text(folder / "evaluation.yaml", f"modes: [reasoning]\nsplit: val\nmax_tokens: 128\nchains: {CHAINS}\n")
+    run_steps(folder, learning_steps(run, folder, given.seeds, given.steps), console)
 
-    names = ["sft", *(f"srpo-{seed}" for seed in range(given.seeds))]
-    results = [Evaluation.load(folder / "evaluation" / f"{name}-val-reasoning.json") for name in names]
-    before, *after = [np.array([row["rsvr"] for row in result.rows]) for result in results]
-    rows = {name: compared(values, before) for name, values in zip(names[1:], after, strict=True)}
-    rows["all seeds"] = compared(np.mean(after, axis=0), before)
-    write_json(folder / "learning.json", {"prompts": len(before), "steps": STEPS, "results": rows}, indent=2)
-    table = Table("", "SFT", "SRPO", "difference", "95% interval", title=f"Mean RSVR of {len(before)} prompts")
-    for name, row in rows.items():
-        low, high = row["interval"]
-        means = f"{row['sft']:.4f}", f"{row['srpo']:.4f}", f"{row['difference']:+.4f}"
-        table.add_row(name, *means, f"{low:+.4f} to {high:+.4f}")
+    names = [f"srpo-{seed}" for seed in range(given.seeds)]
+    sft, *after = (Evaluation.load(folder / f"evaluation/{name}-val-reasoning.json") for name in ("sft", *names))
+    found = paired_differences(dict(zip(names, after, strict=True)), sft)
+    found["all seeds"] = {}
+    for metric in found[names[0]]:
+        values = [one.values(metric) for one in after]
+        found["all seeds"][metric] = paired_difference(np.mean(values, axis=0), sft.values(metric))
+    means = {name: dict(one.metrics) for name, one in zip(("sft", *names), (sft, *after), strict=True)}
+    write_json(folder / "learning.json", {"steps": given.steps, "metrics": means, "differences": found}, indent=2)
+    table = Table("difference from SFT", *found, title=f"{len(sft.rows)} validation users, {given.steps} steps of SRPO")
+    for metric in found[names[0]]:
+        cells = [
+            f"{d['difference']:+.4f}\n{d['low']:+.4f} to {d['high']:+.4f}"
+            for d in (one[metric] for one in found.values())
+        ]
+        table.add_row(f"{metric}\nSFT: {sft.metrics[metric]:.4f}", *cells)
     console.print(table)
 
 
