@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Group
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.faithfulness import ClaimReader, faithfulness
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
-from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.core.semantic_ids import ItemIndex, find_sids
 from gream_verl.evaluation.compare import protocol_table, results_table, warning_texts
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.floors import evaluate_floors
 from gream_verl.evaluation.metrics import CUTOFFS
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import MODES, modes_of, read_protocol, refuse_to_lose
+from gream_verl.evaluation.prompts import MODES, Prompt, modes_of, read_protocol, refuse_to_lose
 from gream_verl.evaluation.reasoning import evaluate_reasoning
 from gream_verl.evaluation.results import FLOORS, Evaluation, measure, read_folder, training_counts
 from gream_verl.model.loading import resolve_model
@@ -59,6 +61,9 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
             evaluation = evaluate_direct(folder, prompts, index, options)
         else:
             evaluation = evaluate_reasoning(folder, prompts, index, options, progress)
+            if run.data.item.is_file():
+                shares = faithful_shares(evaluation, prompts, ClaimReader(run.data.read_items(), index), index)
+                evaluation = replace(evaluation, metrics={**evaluation.metrics, **shares})
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
         save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
         progress.unlink(missing_ok=True)  # the results hold all of it
@@ -69,6 +74,19 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     baselines = {file: one for file, one in saved.items() if one.is_baseline and file.endswith("-val") == bool(suffix)}
     shown = {file: one for file, one in baselines.items() if not new[first].disagreements(one)} | new
     return Group(results_table(shown), *warning_texts(baselines | new, first), protocol_table(new))
+
+
+def faithful_shares(
+    evaluation: Evaluation, prompts: Sequence[Prompt], reader: ClaimReader, index: ItemIndex
+) -> dict[str, float]:
+    """Return the share of chains that say nothing untrue about the history that they were shown, and of true claims."""
+    shown = {
+        prompt.user: [index.items[sid] for sid in find_sids(prompt.messages[-1]["content"]) if sid in index.items]
+        for prompt in prompts
+    }
+    claims = (reader.read(chain["text"], shown[row["user"]]) for row in evaluation.rows for chain in row["chains"])
+    shares = faithfulness(claims)
+    return {"faithful": shares.pop("faithful", 0.0), **{f"true {kind}": share for kind, share in shares.items()}}
 
 
 def modes_asked(options: EvaluationOptions) -> tuple[Mode, ...]:

@@ -9,19 +9,22 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from assets import TITLES, make_tiny_model
+from assets import TITLES, make_index, make_tiny_model
 from rich.console import Console
 from small_data import make_data
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from gream_verl.cli.evaluate import evaluate_app
+from gream_verl.core.data_folder import Item
 from gream_verl.core.errors import InputError
+from gream_verl.core.faithfulness import ClaimReader
 from gream_verl.core.files import read_json, write_json
 from gream_verl.core.semantic_ids import ItemIndex, parse_token
 from gream_verl.evaluation.options import EvaluationOptions
-from gream_verl.evaluation.prompts import make_prompts
+from gream_verl.evaluation.prompts import Prompt, make_prompts
 from gream_verl.evaluation.results import Evaluation
+from gream_verl.evaluation.run import faithful_shares
 
 WORDS = [*TITLES, "History: Had Next item? Think, then recommend the next item."]
 
@@ -193,3 +196,17 @@ def test_modes_of_different_users_do_not_share_a_table(run: Path) -> None:
     pl.DataFrame(rows).write_parquet(run / "odd.parquet")
     with pytest.raises(InputError, match="its users differ between the modes; evaluate one mode at a time"):
         evaluate(run, "--prompts", run / "odd.parquet")
+
+
+def test_chains_are_read_against_the_history_that_the_prompt_shows():
+    index = make_index()
+    items = {item: Item(f"Title {item} of one", categories=("Crime",)) for item in index.sids}
+    question = {"role": "user", "content": f"History: {index.text('2')}{index.text('3')} Next?"}
+    prompt = Prompt("u", "4", ("1", "2", "3"), [question], index.text("4"))
+    chains = [
+        {"text": f"<think>Crime {count}.</think>{index.text('2')}<answer>{index.text('4')}</answer>"}
+        for count in (2, 3)
+    ]
+    evaluation = Evaluation({}, {}, [{"user": "u", "chains": chains}])
+    shares = faithful_shares(evaluation, [prompt], ClaimReader(items, index), index)
+    assert shares == {"faithful": 0.5, "true count": 0.5, "true denoised item": 1.0, "true order": 1.0}
