@@ -22,7 +22,7 @@ from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import RANKING, bootstrap_mean, coverage, rank_of, ranking_metrics, user_metric
 
 FLOORS = ("popularity", "co-occurrence")
-MODEL_MODES = ("direct", "reasoning")  # settings["mode"] of a language model; anything else is a baseline
+MODEL_MODES = ("direct", "reasoning", "merged")  # settings["mode"] of a language model; anything else is a baseline
 # Settings of the protocol that comparable results share, the first two also baselines, which read no prompt. Template
 # and mode are part of the model.
 DECISIVE = ("drop_history", "items", "seen", "history")
@@ -109,6 +109,24 @@ class Evaluation:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not the result of an evaluation ({error!r}); {REMEDY}") from error
         return cls(metrics, settings, rows, intervals)
+
+
+def merged(first: Evaluation, second: Evaluation) -> Evaluation:
+    """Return one list for each user from two: the best of the first, the best of the second, and so on, each item once.
+
+    No model runs. The list of a user has the length of the shorter one.
+    """
+    lists_of = {row["user"]: row["recommended"] for row in second.rows}
+    rows = []
+    for row in first.rows:
+        pairs = zip(row["recommended"], lists_of[row["user"]], strict=False)
+        length = min(len(row["recommended"]), len(lists_of[row["user"]]))
+        items = list(dict.fromkeys(chain.from_iterable(pairs)))[:length]
+        kept = {key: row[key] for key in ("user", "target", "history_length") if key in row}
+        rows.append({**kept, "recommended": items})
+    ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
+    settings = {**first.settings, "mode": "merged", "score": "ranks of both modes in turn"}
+    return Evaluation(ranking_metrics(ranks), settings, rows)
 
 
 def row_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

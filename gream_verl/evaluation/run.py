@@ -20,14 +20,15 @@ from gream_verl.evaluation.metrics import CUTOFFS
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import MODES, Prompt, modes_of, read_protocol, refuse_to_lose
 from gream_verl.evaluation.reasoning import evaluate_reasoning
-from gream_verl.evaluation.results import FLOORS, Evaluation, measure, read_folder, training_counts
+from gream_verl.evaluation.results import FLOORS, Evaluation, measure, merged, read_folder, training_counts
 from gream_verl.model.loading import resolve_model
 
 
 def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOptions) -> Group:
     """Evaluate a checkpoint in the modes asked for, and the floors; save the results and return tables of them.
 
-    The files are ``NAME-<mode>.json`` and ``<floor>.json`` in ``RUN/evaluation``; on the validation split
+    After both modes, half of a list from each makes the lists of ``NAME-merged.json``. The files are
+    ``NAME-<mode>.json`` and ``<floor>.json`` in ``RUN/evaluation``; on the validation split
     ``NAME-val-<mode>.json`` and ``<floor>-val.json``. The checkpoint is a Hugging Face folder or verl's folder of
     checkpoints; None takes ``RUN/srpo`` if it holds a checkpoint, else ``RUN/sft``.
     """
@@ -38,7 +39,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     if any([prompt.user for prompt in some] != [prompt.user for prompt in prompts] for some, _ in asked.values()):
         raise InputError(f"{protocol['prompts']}: its users differ between the modes; evaluate one mode at a time")
     suffix = "-val" if options.split == "val" else ""
-    files = {mode: f"{options.name or checkpoint.absolute().name}{suffix}-{mode}" for mode in asked}
+    files: dict[str, str] = {mode: f"{options.name or checkpoint.absolute().name}{suffix}-{mode}" for mode in asked}
     if not options.overwrite:
         for floor in FLOORS:
             refuse_to_lose(run.evaluation / f"{floor}{suffix}.json", prompts, protocol)
@@ -55,6 +56,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
     for floor, evaluation in floors.items():
         save(f"{floor}{suffix}", evaluation)
+    done: dict[str, Evaluation] = {}
     for mode, (prompts, protocol) in asked.items():
         progress = run.evaluation / f".{files[mode]}.progress.jsonl"
         if mode == "direct":
@@ -65,8 +67,12 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
                 shares = faithful_shares(evaluation, prompts, ClaimReader(run.data.read_items(), index), index)
                 evaluation = replace(evaluation, metrics={**evaluation.metrics, **shares})
         about = {key: protocol[key] for key in ("prompts", "users_in_file", "seed")}
-        save(files[mode], replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol}))
+        done[mode] = replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol})
+        save(files[mode], done[mode])
         progress.unlink(missing_ok=True)  # the results hold all of it
+    if len(done) == 2 and options.beams:
+        files |= {"merged": files["direct"].removesuffix("direct") + "merged"}
+        save(files["merged"], merged(done["direct"], done["reasoning"]))
 
     saved = read_folder(run.evaluation)
     new = {file: saved[file] for file in files.values()}

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from evaluation_files import PROTOCOL, make_evaluation
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gream_verl.core.errors import InputError
-from gream_verl.evaluation.results import DECISIVE, Evaluation, read_folder
+from gream_verl.evaluation.results import DECISIVE, Evaluation, merged, read_folder
 
 
 @pytest.fixture
@@ -121,3 +123,23 @@ def test_a_folder_is_read_baselines_first_and_other_files_are_passed_over(result
     result.with_suffix(".rows.jsonl").unlink()
     with pytest.raises(InputError, match=r"rows\.jsonl: no such file"):
         Evaluation.load(result)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.permutations("abcdefgh"), min_size=2, max_size=2), st.integers(2, 6), st.integers(2, 6))
+def test_merged_lists_take_both_in_turn_and_no_item_twice(lists, one, other):
+    first, second = lists[0][:one], lists[1][:other]
+    results = [
+        Evaluation({}, {"mode": mode, "users": 1}, [{"user": "u", "target": "c", "recommended": some}])
+        for mode, some in (("direct", first), ("reasoning", second))
+    ]
+    both = merged(*results)
+    (row,) = both.rows
+    assert len(row["recommended"]) == len(set(row["recommended"])) == min(one, other)
+    assert row["recommended"][:1] == first[:1]
+    assert set(row["recommended"]) <= {*first, *second}
+    in_turn = [item for pair in zip(first, second, strict=False) for item in pair]
+    assert row["recommended"] == sorted(row["recommended"], key=in_turn.index)
+    found = row["recommended"].index("c") + 1 if "c" in row["recommended"] else 99
+    assert both.metrics["recall@5"] == (found <= 5)
+    assert not both.is_baseline
