@@ -34,7 +34,7 @@ class Profile:
     evaluation: str
 
 
-TINY = Profile(Path("runs/quickstart"), "tiny_cpu.yaml", "gream_srpo_cpu", "", "--chains 3 --max-tokens 128")
+TINY = Profile(Path("runs/quickstart"), "tiny_cpu.yaml", "gream_srpo_cpu", "", "--chains 2 --max-tokens 128")
 PRETRAINED = Profile(
     Path("runs/pretrained"),
     "smollm2_cpu.yaml",

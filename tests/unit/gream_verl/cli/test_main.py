@@ -102,9 +102,9 @@ def test_the_quickstart_is_the_list_of_the_readme(monkeypatch):
         f"gream data mix {run}",
         f"gream model tiny {run}",
         "llamafactory-cli train sft_configs/tiny_cpu.yaml",
-        f"gream evaluate {run} {run}/sft --chains 3 --max-tokens 128 --overwrite",
+        f"gream evaluate {run} {run}/sft --chains 2 --max-tokens 128 --overwrite",
         "python -m verl.trainer.main_ppo +recipe=gream_srpo_cpu",
-        f"gream evaluate {run} {run}/srpo --chains 3 --max-tokens 128 --overwrite",
+        f"gream evaluate {run} {run}/srpo --chains 2 --max-tokens 128 --overwrite",
         f"gream report {run}",
     ]
 
