@@ -84,7 +84,8 @@ def results_table(results: Mapping[str, Evaluation], differences: Differences | 
     """
     answers = {name: one for name, one in results.items() if "rsvr" in one.metrics}
     tables = [_table(results, LISTS, differences)] + [_table(answers, ANSWERS, differences)] * bool(answers)
-    return Group(*tables, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
+    spaced = [part for table in tables for part in (table, Text())]
+    return Group(*spaced, Text(LEGEND + (TESTS.format(other) if differences else ""), style="dim"))
 
 
 def _table(results: Mapping[str, Evaluation], headings: Mapping[str, str], differences: Differences | None) -> Table:
