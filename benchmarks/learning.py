@@ -72,11 +72,13 @@ def main() -> None:
 
     names = [f"srpo-{seed}" for seed in range(given.seeds)]
     sft, *after = (Evaluation.load(folder / f"evaluation/{name}-val-reasoning.json") for name in ("sft", *names))
-    found = paired_differences(dict(zip(names, after, strict=True)), sft)
-    found["all seeds"] = {}
+    found = dict(paired_differences(dict(zip(names, after, strict=True)), sft))
+    all_seeds = {}
     for metric in found[names[0]]:
-        values = [one.values(metric) for one in after]
-        found["all seeds"][metric] = paired_difference(np.mean(values, axis=0), sft.values(metric))
+        before, *values = (one.values(metric) for one in (sft, *after))
+        assert before is not None
+        all_seeds[metric] = paired_difference(np.mean(np.array(values), axis=0), before)
+    found["all seeds"] = all_seeds
     means = {name: dict(one.metrics) for name, one in zip(("sft", *names), (sft, *after), strict=True)}
     write_json(folder / "learning.json", {"steps": given.steps, "metrics": means, "differences": found}, indent=2)
     table = Table("difference from SFT", *found, title=f"{len(sft.rows)} validation users, {given.steps} steps of SRPO")

@@ -43,8 +43,8 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     if not options.overwrite:
         for floor in FLOORS:
             refuse_to_lose(run.evaluation / f"{floor}{suffix}.json", prompts, protocol)
-        for mode, file in files.items():
-            refuse_to_lose(run.evaluation / f"{file}.json", *asked[mode])
+        for mode, read in asked.items():
+            refuse_to_lose(run.evaluation / f"{files[mode]}.json", *read)
 
     counts = training_counts(run.data.inter, index.sids)
 
