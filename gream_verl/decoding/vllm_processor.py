@@ -23,6 +23,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from gream_verl.core.options import checked_options
 from gream_verl.core.semantic_ids import ItemIndex
@@ -148,21 +149,8 @@ class TruthScorer(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the requests that vLLM adds to the batch, removes from it and moves within it."""
-        if batch_update is None:
-            return
-        for slot in batch_update.removed:
-            self.slots.pop(slot, None)
-        for slot, parameters, _, output in batch_update.added:
-            self.slots.pop(slot, None)
-            if extra := parameters.extra_args:
-                # a request that was interrupted comes again with the rest of max_tokens
-                given = extra.get("gream_truth", [])[-(parameters.max_tokens or 0) :]
-                self.slots[slot] = (given, extra.get("gream_temperature", 1.0), output)
-        for source, target, direction in batch_update.moved:
-            moved, other = self.slots.pop(source, None), self.slots.pop(target, None)
-            self.slots |= {target: moved} if moved else {}
-            self.slots |= {source: other} if other and direction == MoveDirectionality.SWAP else {}
+        """Follow the scoring requests that vLLM adds to the batch, removes from it and moves within it."""
+        process_dict_updates(self.slots, batch_update, _scoring_request)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Force the next token of every scoring request; ``logits`` are [requests, vocabulary]."""
@@ -177,3 +165,14 @@ class TruthScorer(LogitsProcessor):
             )
             logits[slots] = force(logits[slots], tokens, temperatures)
         return logits
+
+
+def _scoring_request(
+    parameters: SamplingParams, _: list[int] | None, output: list[int]
+) -> tuple[list[int], float, list[int]] | None:
+    """Return the given tokens, the temperature and the tokens so far of a scoring request, None for another one."""
+    extra = parameters.extra_args or {}
+    if "gream_truth" not in extra:
+        return None
+    # a request that was interrupted comes again with the rest of max_tokens
+    return extra["gream_truth"][-(parameters.max_tokens or 0) :], extra.get("gream_temperature", 1.0), output
