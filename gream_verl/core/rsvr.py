@@ -111,10 +111,7 @@ def prefix_matches(truth: SemanticId, base_levels: int) -> np.ndarray:
     >>> prefix_matches(("<|a_1|>", "<|b_2|>"), 2).round(2).tolist()
     [0.0, 0.71, 1.0]
     """
-    depths = np.arange(len(truth) + 1)
-    matches = np.where(depths < base_levels, np.sqrt(depths / base_levels), BASE_PATH_MATCH)
-    matches[-1] = 1.0
-    return matches
+    return np.array([match_score(truth[:depth], truth, base_levels) for depth in range(len(truth) + 1)])
 
 
 def expected_values(probabilities: np.ndarray, rewards: np.ndarray) -> np.ndarray:
