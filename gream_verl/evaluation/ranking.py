@@ -17,6 +17,7 @@ from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
 from gream_verl.evaluation.batches import Batch, HalvedBatches, pad_left
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import Prompt
+from gream_verl.model.answer_judge import ending_log_probs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -116,23 +117,12 @@ class ItemRanker:
             for best, values in zip(found.tolist(), scores.tolist(), strict=True)
         ]
 
-    @torch.inference_mode()
     def _score_batch(self, batch: Batch[str]) -> list[tuple[float, float]]:
-        # 1. One pass over each sequence and its true SID, whose tokens end the row.
+        # 1. The log-probability of each true token, in one pass over each sequence and its true SID.
         sids = [self.index.sids[item] for _, item in batch]
         whole = [[*ids, *(self.token_ids[token] for token in sid)] for (ids, _), sid in zip(batch, sids, strict=True)]
-        ids, mask = (part.to(self.model.device) for part in pad_left(whole))
-        longest = max(map(len, sids))
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0),
-            use_cache=False,
-            logits_to_keep=longest + 1,
-        ).logits[:, :-1]
-        # 2. The log-probability of each true token, [sequences, longest], then both measures.
-        tokens = logits.float().log_softmax(dim=-1).gather(2, ids[:, -longest:, None])[:, :, 0].double().cpu().numpy()
-        true = [row[-len(sid) :] for row, sid in zip(tokens, sids, strict=True)]
+        true = ending_log_probs(self.model, whole, list(map(len, sids)))
+        # 2. Both measures.
         matches = [prefix_matches(sid, self.index.base_levels) for sid in sids]
         values = [expected_values(np.exp(row), some)[0] for row, some in zip(true, matches, strict=True)]
         return [(float(value), float(row.sum())) for value, row in zip(values, true, strict=True)]
