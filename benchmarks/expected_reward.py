@@ -1,7 +1,7 @@
-"""Expected against sampled RSVR: how much of the learning signal is noise, on the same rollouts.
+"""Expected against sampled RSVR: how much of the learning signal is noise, after the same chains of thought.
 
 ``python benchmarks/expected_reward.py`` takes a finished quickstart. Its SFT model answers validation prompts, eight
-times each. Both ways pay the same responses, with the functions that verl calls. Printed are the variance of the reward
+times each. Both ways pay the same chains, with the functions that verl calls. Printed are the variance of the reward
 within a group, and the cosine between the policy gradients of two disjoint halves of the prompts: 1 for a signal
 without noise, 0 for noise alone.
 """
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex, SemanticId
 from gream_verl.core.token_text import TokenText
-from gream_verl.plugin.agent_loop import Shares, answer_start, shares_of
+from gream_verl.plugin.agent_loop import Payment, answer_start, payment_of
 from gream_verl.plugin.bgae import BgaeOptions, compute_bgae
 from gream_verl.plugin.reward_manager import RsvrOptions
 
@@ -32,14 +32,18 @@ GROUP, LONGEST, BATCH = 8, 128, 16
 
 @dataclass
 class Rollout:
-    """A response with both of its rewards; ``start`` is the position of its answer."""
+    """A response with its sampled reward, and what expected rewards train on: ``true`` has the true answer.
+
+    ``start`` is the position of the answer; without a payment the response is all chain.
+    """
 
     group: int
     prompt: list[int]
     response: list[int]
     reward: float
+    true: list[int]
     start: int = 0
-    shares: Shares | None = None
+    payment: Payment | None = None
 
 
 def padded(sequences: list[list[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +65,7 @@ def log_probs(model: Any, prefixes: list[list[int]], ends: list[list[int]], temp
 
 
 def roll(model: Any, tokenizer: Any, rows: list[dict[str, Any]], index: ItemIndex, temperature: float) -> list[Rollout]:
-    """Return the rollouts of all prompts, with sampled rewards and shares."""
+    """Return the rollouts of all prompts, with both rewards."""
     options, bgae, reader, found = RsvrOptions(), BgaeOptions(expected=True), TokenText(tokenizer), list[Rollout]()
     closing = [*tokenizer.encode("</answer>", add_special_tokens=False), tokenizer.eos_token_id]
     for first in range(0, len(rows), BATCH):
@@ -80,41 +84,38 @@ def roll(model: Any, tokenizer: Any, rows: list[dict[str, Any]], index: ItemInde
             response, row = sequence[:end], part[number // GROUP]
             truth = reader.ground_truth(row["reward_model"], "row")
             reward = options.score(reader.read(response), truth, {}, index).score
-            one = Rollout(first + number // GROUP, prompts[number // GROUP], response, reward)
+            one = Rollout(first + number // GROUP, prompts[number // GROUP], response, reward, response)
             place = answer_start([reader.read([token]) for token in response], truth, options, {}, index)
             found.append(one)
-            if place is not None and place[1] < len(response):
-                one.start = place[1]
-                known.append((one, truth, [*tokenizer.convert_tokens_to_ids(list(truth)), *closing]))
+            if place is not None:
+                answer = [*tokenizer.convert_tokens_to_ids(list(truth)), *closing]
+                one.start, one.true = place[1], [*response[: place[1]], *answer]
+                known.append((one, truth, answer))
         before = [one.prompt + one.response[: one.start] for one, *_ in known]
         scores = log_probs(model, before, [tokens for *_, tokens in known], temperature)
-        for (one, truth, tokens), score in zip(known, scores, strict=True):
-            rewards, answer = options.prefix_rewards(truth, index), one.response[one.start :]
-            true_ids, probabilities = tokens[: len(truth)], score.double().exp().numpy()
-            one.shares = shares_of(answer, true_ids, closing, probabilities, rewards, GROUP, bgae)
+        for (one, truth, _), score in zip(known, scores, strict=True):
+            rewards = options.prefix_rewards(truth, index)
+            one.payment = payment_of(score.double().exp().numpy(), rewards, GROUP, bgae)
     return found
-
-
-def payments(rollouts: list[Rollout], expected: bool) -> torch.Tensor:
-    """Return what each token is paid, shape [rows, LONGEST]."""
-    scores = torch.zeros(len(rollouts), LONGEST)
-    for row, one in zip(scores, rollouts, strict=True):
-        if expected and one.shares:
-            one.shares.pay(row, one.start, one.reward + one.shares.bonus * (one.reward == 1))
-        else:
-            row[len(one.response) - 1] = one.reward
-    return scores
 
 
 def gradient(model: Any, rollouts: list[Rollout], expected: bool, temperature: float) -> torch.Tensor:
     """Return the policy gradient of some groups, as one vector."""
-    mask = torch.tensor([[1] * len(one.response) + [0] * (LONGEST - len(one.response)) for one in rollouts])
+    responses = [one.true if expected else one.response for one in rollouts]
+    longest = max(map(len, responses))
+    mask = torch.tensor([[1] * len(response) + [0] * (longest - len(response)) for response in responses])
+    scores = torch.zeros(len(rollouts), longest)
+    for row, one in zip(scores, rollouts, strict=True):
+        if not expected:
+            row[len(one.response) - 1] = one.reward
+        elif one.payment:
+            row[one.start : one.start + len(one.payment.shares)] = torch.tensor(one.payment.shares)
     groups = np.array([one.group for one in rollouts])
-    advantages, _ = compute_bgae(payments(rollouts, expected), mask, groups, {"bgae": {"expected": expected}})
+    advantages, _ = compute_bgae(scores, mask, groups, {"bgae": {"expected": expected}})
     model.zero_grad()
     for first in range(0, len(rollouts), 64):
-        part = rollouts[first : first + 64]
-        found = log_probs(model, [one.prompt for one in part], [one.response for one in part], temperature)
+        prompts = [one.prompt for one in rollouts[first : first + 64]]
+        found = log_probs(model, prompts, responses[first : first + 64], temperature)
         terms = [(row[: len(one)] * one).sum() for row, one in zip(advantages[first:], found, strict=False)]
         (-torch.stack(terms).sum() / mask.sum()).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
@@ -139,7 +140,7 @@ def main() -> None:
     )
     for expected in (False, True):
         worth = (
-            [one.shares.expected if one.shares else 0.0 for one in rollouts]
+            [one.payment.expected if one.payment else 0.0 for one in rollouts]
             if expected
             else [o.reward for o in rollouts]
         )

@@ -53,7 +53,7 @@ def write_prompts(
         mode: Mode of RL and validation prompts; ``direct`` ones go to ``<D>-rl-direct.parquet`` and
             ``<D>-val-direct.parquet``.
         history: Most items in a prompt, the most recent ones.
-        rl_rows: RL rows to draw; all when None.
+        rl_rows: RL rows, the latest of every user first; all when None.
 
     Returns:
         Rows by file, and the number of users without a test.
@@ -72,7 +72,7 @@ def write_prompts(
     if not len(targets):
         raise InputError(f"{folder.inter}: {NO_TARGET}")
     generator, users = np.random.default_rng(seed), list(sequences)
-    drawn = generator.permutation(len(targets))[:rl_rows]
+    drawn = targets.draw(rl_rows, generator)
     worded = generator.integers(len(TEMPLATES[mode]), size=len(drawn)).tolist()
     located = zip(*(part.tolist() for part in targets.locate(drawn)), worded, strict=True)
     training = [Target(users[user], position, mode, template) for user, position, template in located]

@@ -85,6 +85,15 @@ class TrainingTargets:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def draw(self, count: int | None, generator: np.random.Generator) -> np.ndarray:
+        """Return the numbers of ``count`` targets, all when None, in random order; int64 [targets].
+
+        They are the last one of every user, then the second last ones, and so on: what is held out comes after them.
+        """
+        numbers = np.arange(len(self))
+        age = self._ends[np.searchsorted(self._ends, numbers, side="right")] - numbers
+        return generator.permutation(np.lexsort((generator.permutation(numbers), age))[:count])
+
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of the user, and the position in the user's sequence, of targets; int64 [targets]."""
         users = np.searchsorted(self._ends, numbers, side="right")

@@ -114,26 +114,21 @@ def prefix_matches(truth: SemanticId, base_levels: int) -> np.ndarray:
     return np.array([match_score(truth[:depth], truth, base_levels) for depth in range(len(truth) + 1)])
 
 
-def expected_values(probabilities: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """Return the expected reward V_i of an answer after i right tokens, shape [..., tokens + 1].
+def expected_shares(probabilities: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    """Return what each true token adds to the expected reward of an answer, shape [..., tokens].
 
-    RSVR pays for a matched prefix, so the next token decides: the true one leads to V_(i+1), any other one is paid r_i.
-    V_i = p_(i+1) V_(i+1) + (1 - p_(i+1)) r_i. V_0 is the expected RSVR of a chain of thought.
+    RSVR pays for a matched prefix: r_i - r_(i-1) for token i, if it and the tokens before it are right. Its share is
+    (r_i - r_(i-1)) p_1 ... p_i. The shares sum to the expected RSVR.
 
     Args:
         probabilities: p_i of each true token after the true ones before it, shape [..., tokens].
-        rewards: r_i of an answer that goes wrong after i right tokens; the last one is that of the whole SID, shape
+        rewards: r_i of an answer that goes wrong after i right tokens, from r_0 = 0 to that of the whole SID, shape
             [tokens + 1]. See ``prefix_matches``.
 
-    >>> expected_values(np.array([0.5, 0.5]), np.array([0.0, 0.7, 1.0])).tolist()
-    [0.425, 0.85, 1.0]
+    >>> expected_shares(np.array([0.5, 0.5]), np.array([0.0, 0.7, 1.0])).round(3).tolist()
+    [0.35, 0.075]
     """
-    values = np.empty((*probabilities.shape[:-1], len(rewards)))
-    values[..., -1] = rewards[-1]
-    for i in reversed(range(len(rewards) - 1)):
-        p = probabilities[..., i]
-        values[..., i] = p * values[..., i + 1] + (1 - p) * rewards[i]
-    return values
+    return np.diff(rewards) * np.cumprod(probabilities, axis=-1)
 
 
 def score_response(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gream_verl.core.errors import InputError
-from gream_verl.core.rsvr import expected_values, prefix_matches
+from gream_verl.core.rsvr import expected_shares, prefix_matches
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_search import Prefix, beam_search, check_output_layer
 from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
@@ -124,5 +124,5 @@ class ItemRanker:
         true = ending_log_probs(self.model, whole, list(map(len, sids)))
         # 2. Both measures.
         matches = [prefix_matches(sid, self.index.base_levels) for sid in sids]
-        values = [expected_values(np.exp(row), some)[0] for row, some in zip(true, matches, strict=True)]
+        values = [expected_shares(np.exp(row), some).sum() for row, some in zip(true, matches, strict=True)]
         return [(float(value), float(row.sum())) for value, row in zip(values, true, strict=True)]

@@ -1,15 +1,15 @@
 """The agent loop ``gream``: verl's single turn, paid by expected RSVR (``rollout.agent.default_agent_loop=gream``).
 
-Nearly all variance of a sampled reward is the draw of the answer. RSVR pays for a matched prefix, so the probabilities
-of the true tokens after a chain of thought give its expectation V_0 without a draw, and the value V_i of an answer
-whose first i tokens are right (``gream_verl.core.rsvr.expected_values``). The response is paid in shares:
+Nearly all variance of a sampled reward is the draw of the answer. RSVR pays for a matched prefix, so its expectation
+after a chain of thought needs no draw. With r_i the reward of i right tokens, p_i the probability of the i-th true
+token after the chain and the true tokens before it, and c that of the tokens that close the answer:
 
-1. The last token of ``<answer>`` gets V_0, the worth of the chain. A chain after which no answer is paid gets nothing.
-2. A true token of the answer gets V_(i+1) - V_i, the first wrong one r_i - V_i, other tokens of the SID nothing.
-3. The tokens that close the response get the rest in equal parts, a token in their place that does not close it all.
+    E = s_1 + ... + s_H        s_i = (r_i - r_(i-1)) p_1 ... p_i c
 
-An answer is paid only if it is closed, so all values have the probability of that as a factor, as it is after the true
-answer. The shares sum to the sampled reward.
+Nor does its gradient with respect to the answer: (s_i + ... + s_H) times that of log p_i, and E times that of log c. So
+the loop puts the true answer in the place of the sampled one, pays s_i at its i-th token, and
+``gream_verl.plugin.bgae.share_advantage`` makes advantages of them. A chain after which no answer would be paid keeps
+its own, and gets nothing. Validation keeps the sampled answers and their rewards.
 """
 
 from __future__ import annotations
@@ -22,105 +22,75 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import OmegaConf
 from pydantic import Field
-from torch import Tensor
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 from gream_verl.core.options import checked_options
-from gream_verl.core.rsvr import expected_values, matching_depth
+from gream_verl.core.rsvr import expected_shares
 from gream_verl.core.semantic_ids import ItemIndex, SemanticId
 from gream_verl.core.token_text import TokenText
 from gream_verl.decoding.answer_automaton import CLOSE, OPEN
 from gream_verl.decoding.truth_scoring import decompress, scoring_parameters
-from gream_verl.plugin.bgae import BgaeOptions, expected_hit_bonus
-from gream_verl.plugin.reward_manager import OPTIONS, RsvrOptions
+from gream_verl.plugin.bgae import SMALLEST_SHARE, BgaeOptions, expected_hit_bonus
+from gream_verl.plugin.reward_manager import OPTIONS, SAMPLED, RsvrOptions
 
 _reader = cache(TokenText)  # verl makes an agent loop for every response
 _index = cache(ItemIndex.load)
 
 
-class Shares(NamedTuple):
-    """Shares of a response.
+class Payment(NamedTuple):
+    """What a chain of thought is paid.
 
     Attributes:
-        worth: V_0, the share of the chain.
-        answer: Shares of the first tokens of the answer.
-        closing: Positions in the answer of the tokens that get the rest.
-        bonus: BGAE's bonus, which is paid to an exact hit in addition to its reward.
-        expected: The expected RSVR, without the bonus.
+        shares: Of each token of the true SID.
+        expected: The expected RSVR, without BGAE's bonus.
         expected_hit: The probability of an exact hit.
     """
 
-    worth: float
-    answer: list[float]
-    closing: list[int]
-    bonus: float
+    shares: list[float]
     expected: float
     expected_hit: float
 
-    def pay(self, scores: Tensor, start: int, total: float, penalty: float = 0.0) -> None:
-        """Write the shares, which sum to ``total``, into ``scores`` [tokens]; ``start`` is that of the answer."""
-        scores.zero_()
-        scores[start : start + len(self.answer)] = scores.new_tensor(self.answer)
-        scores[max(0, start - 1)] += self.worth + penalty  # direct mode has no chain
-        closing = [start + position for position in self.closing]
-        scores[closing] += (total - float(scores.sum())) / len(closing)
 
-
-def shares_of(
-    answer: Sequence[int],
-    truth: Sequence[int],
-    closing: Sequence[int],
-    probabilities: np.ndarray,
-    rewards: np.ndarray,
-    n: int,
-    bgae: BgaeOptions,
-) -> Shares:
-    """Return what the chain and each token of its answer are paid.
+def payment_of(probabilities: np.ndarray, rewards: np.ndarray, n: int, bgae: BgaeOptions) -> Payment:
+    """Return what a chain is paid.
 
     Args:
-        answer: Token ids of the response after ``<answer>``.
-        truth: Token ids of the true SID.
-        closing: Token ids of what has to follow the SID.
-        probabilities: Of each token of ``truth`` and ``closing``, after the chain and those before it, shape [tokens].
-        rewards: r_i of an answer that goes wrong after i right tokens, shape [len(truth) + 1].
+        probabilities: Of each token of the true SID and of those that close it, after the chain and those before it,
+            shape [tokens].
+        rewards: r_i of an answer that goes wrong after i right tokens, shape [tokens of the SID + 1].
         n: Responses of a group.
         bgae: K and weight of the bonus, which is in units of the standard deviation of the reward given the chain.
     """
-    # 1. The expectations, and the bonus.
-    right, closed = probabilities[: len(truth)], float(probabilities[len(truth) :].prod())
-    expected, square = (closed * float(expected_values(right, power)[0]) for power in (rewards, rewards**2))
+    levels = len(rewards) - 1
+    right, closed = probabilities[:levels], float(probabilities[levels:].prod())
+    expected, square = (closed * float(expected_shares(right, power).sum()) for power in (rewards, rewards**2))
     hit = float(probabilities.prod())
     bonus = bgae.weight * max(0.0, square - expected**2) ** 0.5 * expected_hit_bonus(hit, n, bgae)
-    # 2. The changes of the value, token by token, until one is wrong.
-    paid = rewards + bonus * (np.arange(len(rewards)) == len(truth))
-    values = closed * expected_values(right, paid)
-    depth = matching_depth(answer, truth)
-    wrong = [closed * paid[depth] - values[depth]] if depth < min(len(truth), len(answer)) else []
-    # 3. The tokens that close the answer, or the first one in their place that does not.
-    near = list(answer[: len(truth) + 2])  # a wrong SID may have a collision token that the true one has not
-    begin = near.index(closing[0]) if closing[0] in near else min(len(truth), len(answer) - 1)
-    agree = matching_depth(answer[begin:], closing)
-    end = begin + agree if agree == len(closing) else min(begin + agree, len(answer) - 1) + 1
-    rest = list(range(begin if agree == len(closing) else end - 1, end))
-    return Shares(float(values[0]), [*np.diff(values[: depth + 1]), *wrong], rest, bonus, expected, hit)
+    paid = rewards + bonus * (np.arange(levels + 1) == levels)
+    return Payment(np.maximum(closed * expected_shares(right, paid), SMALLEST_SHARE).tolist(), expected, hit)
 
 
 class PaidOutput(AgentLoopOutput):
-    """A response with its shares, None for one after whose chain no answer is paid; ``start`` is that of the answer."""
+    """A response with its payment, None for one after whose chain no answer is paid.
 
-    shares: Shares | None = Field(default=None, exclude=True)
-    start: int = Field(default=0, exclude=True)
+    ``start`` is the position of the answer, None for a response that is not trained on.
+    """
+
+    payment: Payment | None = Field(default=None, exclude=True)
+    start: int | None = Field(default=None, exclude=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for verl, whose ``rm_scores`` are the shares."""
         row = super().as_dict()
+        row["extra_fields"].pop(SAMPLED, None)
         details = row["extra_fields"].setdefault("reward_extra_info", {})
-        shares = self.shares or Shares(0.0, [], [], 0.0, 0.0, 0.0)
-        details |= {"expected": shares.expected, "expected_hit": shares.expected_hit}
-        if self.shares and "rm_scores" in row:
-            total = float(row["rm_scores"][-1]) + shares.bonus * details.get("acc", 0.0)
-            shares.pay(row["rm_scores"], self.start, total, details.get("overlong", 0.0))
+        paid = self.payment or Payment([], 0.0, 0.0)
+        details |= {"expected": paid.expected, "expected_hit": paid.expected_hit}
+        if self.start is not None and "rm_scores" in row:
+            scores = row["rm_scores"].zero_()
+            scores[self.start : self.start + len(paid.shares)] = scores.new_tensor(paid.shares)
+            scores[max(0, self.start - 1)] += details.get("overlong", 0.0)
         return row
 
 
@@ -145,23 +115,31 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         found = answer_start(pieces, truth, options, extra_info, index)
         true_ids = self.tokenizer.convert_tokens_to_ids(list(truth))
         close = CLOSE if options.mode_of(extra_info) == "reasoning" else ""
-        closing = [*self.tokenizer.encode(close, add_special_tokens=False), self.tokenizer.eos_token_id]
-        if found is None or found[1] + len(true_ids) + len(closing) > self.response_length:
+        answer = [*true_ids, *self.tokenizer.encode(close, add_special_tokens=False), self.tokenizer.eos_token_id]
+        if found is None or found[1] + len(answer) > self.response_length:
             return paid
         # 3. The probabilities of the true answer. `<answer>` is scored again, for a constraint to see it.
-        opening, paid.start = found
-        given = [*output.response_ids[opening : paid.start], *true_ids, *closing]
+        opening, start = found
         scored = await self.server_manager.generate(
             request_id="scoring",
             prompt_ids=output.prompt_ids + output.response_ids[:opening],
-            sampling_params={**scoring_parameters(given, sampling_params["temperature"]), "logprobs": True},
+            sampling_params={
+                **scoring_parameters([*output.response_ids[opening:start], *answer], sampling_params["temperature"]),
+                "logprobs": True,
+            },
             priority=int(priority),
         )
-        probabilities = decompress(scored.log_probs)[paid.start - opening :]
-        # 4. The shares.
-        rewards, n = options.prefix_rewards(truth, index), self.rollout_config.n
-        bgae, answer = BgaeOptions.from_config(self.config.algorithm), output.response_ids[paid.start :]
-        paid.shares = shares_of(answer, true_ids, closing, probabilities, rewards, n, bgae) if answer else None
+        probabilities = decompress(scored.log_probs)[start - opening :]
+        rewards, bgae = options.prefix_rewards(truth, index), BgaeOptions.from_config(self.config.algorithm)
+        paid.payment = payment_of(probabilities, rewards, self.rollout_config.n, bgae)
+        # 4. The true answer in the place of the sampled one, which the reward manager still judges.
+        if kwargs.get("for_training", True):
+            paid.start, paid.extra_fields[SAMPLED] = start, output.response_ids
+            paid.response_ids = [*output.response_ids[:start], *answer]
+            paid.response_mask = [1] * len(paid.response_ids)
+            if output.response_logprobs:
+                log_probs = np.log(np.maximum(probabilities, np.finfo(float).tiny))
+                paid.response_logprobs = [*output.response_logprobs[:start], *log_probs.tolist()]
         return paid
 
 

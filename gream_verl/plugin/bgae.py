@@ -7,16 +7,21 @@ With rewards r of a group of n responses, c of them exact hits, and eps = 1e-6:
 B is the analytic Pass@K advantage on hits. With rho = 1 - C(n-c, K) / C(n, K) and sigma = sqrt(rho (1 - rho)) it is
 (1 - rho) / (sigma + eps) for a hit and (1 - rho - C(n-c-1, K-1) / C(n-1, K-1)) / (sigma + eps) for a miss.
 
-With expected rewards (``gream_verl.plugin.agent_loop``) a response is paid in shares: the chain of thought by what it
-is worth, each answer token by what it changes. The chain's advantage is its share minus the group's mean, that of an
-answer token its own share, and the bonus is in the shares.
+With expected rewards (``gream_verl.plugin.agent_loop``) the true answer stands after every chain of thought, paid in
+shares s_1 ... s_H, and a scoring rule says what of them is maximised:
+
+    linear   s_1 + ... + s_H, the expected RSVR; the bonus is in s_H
+    log      log m_1 + ... + log m_H, with m_i the mean of s_i over the group
+
+The linear rule is not proper: it is best to be sure of the first guess, and the other guesses get worse. The log rule
+is best for the true probabilities. It needs no bonus: log p is the sum over K of (Pass@K - 1) / K, while B has one K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import comb
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +32,10 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
 
 EPSILON = 1e-6
+SMALLEST_SHARE = 1e-9
+"""A share that counts as nothing, but tells that a token is one of the answer."""
+
+ScoringRule = Literal["log", "linear"]
 
 
 class BgaeOptions(BaseModel):
@@ -37,6 +46,7 @@ class BgaeOptions(BaseModel):
         weight: Weight of the bonus.
         success: Smallest reward of an exact hit.
         expected: Responses are paid in shares, as the agent loop ``gream`` pays them.
+        scoring_rule: What is made of expected rewards: their logarithm, or themselves.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +55,7 @@ class BgaeOptions(BaseModel):
     weight: float = 1.0
     success: float = 0.999
     expected: bool = False
+    scoring_rule: ScoringRule = "log"
 
     @classmethod
     def from_config(cls, algorithm: Mapping[str, Any] | None) -> BgaeOptions:
@@ -81,33 +92,44 @@ def bgae_advantage(
     return torch.where(active, advantage, 0.0).to(rewards.dtype)
 
 
-def share_advantage(shares: Tensor, groups: Tensor, active: Tensor, normalise: bool = True) -> Tensor:
-    """Return the advantage of every token of responses that are paid in shares.
+def share_advantage(
+    shares: Tensor, groups: Tensor, active: Tensor, mask: Tensor, options: BgaeOptions, normalise: bool = True
+) -> Tensor:
+    """Return the advantage of every token of responses that are paid in shares: the gradient of the scoring rule.
 
-    The tokens up to the first share have that share minus the mean of the group; a response without any has 0 as its
-    only share. A later token has its own share. Divided by the root mean square of what changes in a response, which is
-    the standard deviation of the reward given the prompt, because the changes of an expectation do not correlate.
+    ``linear`` is the expected reward E, the sum of the shares. ``log`` is the sum over the tokens of the SID of the
+    logarithm of the group's mean share: each share is divided by that mean. Then a token of the SID has the shares from
+    its own on, the tokens that close the answer have them all, and the chain of thought has them all, and its penalty,
+    minus the mean of the group.
 
     Args:
-        shares: Shape [rows, tokens]; the advantages have their type and shape.
+        shares: Above 0 at the tokens of the true SID; a penalty of the chain, below 0, stands before them. A response
+            without any is all chain. Shape [rows, tokens]; the advantages have their type and shape.
         groups: Number of the group of each row, from 0, shape [rows].
         active: False for padding rows, which count in no group and get 0, shape [rows].
-        normalise: Divide at all.
+        mask: 1 for tokens of the response, shape [rows, tokens].
+        options: The scoring rule.
+        normalise: Divide by the root mean square over all tokens.
     """
-    # 1. The first share of each row, and the tokens it is for.
-    paid = shares != 0
-    first = paid.double().argmax(dim=-1)
-    worth = shares.double().gather(1, first[:, None])[:, 0]
-    early = (torch.arange(shares.shape[1], device=shares.device) <= first[:, None]) | ~paid.any(dim=-1, keepdim=True)
-    # 2. The advantage of the chain and of the tokens after it.
-    _, centred = _centred(worth, groups, active)
-    later = torch.where(early, 0.0, shares.double())
-    advantage = torch.where(early, centred[:, None], later)
+    # 1. The shares of the answer, and where it begins.
+    present, penalty = shares > 0, shares.double().clamp(max=0).sum(dim=-1)
+    exact = torch.where(shares > 2 * SMALLEST_SHARE, shares.double(), 0.0)
+    after_chain = present.cumsum(dim=-1) > 0
+    if options.scoring_rule == "log":
+        number = groups[:, None] * shares.shape[1] + (present.cumsum(dim=-1) - 1).clamp(min=0)
+        sums = _totals(exact.flatten(), number.flatten(), active[:, None].expand_as(exact).flatten())
+        n = _totals(active, groups, active).clamp(min=1)
+        exact = exact / (sums[number] / n[groups][:, None]).clamp(min=SMALLEST_SHARE)
+    # 2. The advantages of answer and chain.
+    total = exact.sum(dim=-1)
+    rest = exact.flip(-1).cumsum(dim=-1).flip(-1)
+    of_answer = torch.where(rest > 0, rest, total[:, None])
+    _, of_chain = _centred(total + penalty, groups, active)
+    advantage = torch.where(after_chain, of_answer, of_chain[:, None]) * (mask * active[:, None])
     # 3. One scale for the whole batch, so that all tokens keep their proportion.
     if normalise:
-        energy = centred.square() + later.square().sum(dim=-1)
-        advantage /= (energy * active).sum().div(active.sum().clamp(min=1)).sqrt() + EPSILON
-    return torch.where(active[:, None], advantage, 0.0).to(shares.dtype)
+        advantage /= (advantage.square().sum() / mask.sum().clamp(min=1)).sqrt() + EPSILON
+    return advantage.to(shares.dtype)
 
 
 def expected_hit_bonus(hit_probability: float, n: int, options: BgaeOptions) -> float:
@@ -156,9 +178,10 @@ def _choose_ratio(a: Tensor, b: Tensor, k: Tensor) -> Tensor:
 
 
 def group_statistics(rewards: Tensor, groups: Tensor, options: BgaeOptions) -> dict[str, float]:
-    """Return the learning signal of a batch: groups without a hit and hits per group.
+    """Return the learning signal of a batch of sampled rewards.
 
-    With sampled rewards also groups without an advantage and the mean size of the weighted bonus.
+    These are the groups without a hit or without an advantage, the hits per group, and the mean size of the weighted
+    bonus.
 
     Args:
         rewards: Rewards, shape [rows].
@@ -167,13 +190,12 @@ def group_statistics(rewards: Tensor, groups: Tensor, options: BgaeOptions) -> d
     """
     reward, active = rewards.double(), torch.ones_like(groups, dtype=torch.bool)
     hits = torch.bincount(groups, weights=(reward >= options.success).double())
-    of_hits = {"groups_without_hit": float((hits == 0).double().mean()), "hits_mean": float(hits.mean())}
-    if options.expected:
-        return of_hits
     full = bgae_advantage(reward, groups, active, options)
     plain = bgae_advantage(reward, groups, active, options.model_copy(update={"weight": 0.0}))
     size = torch.bincount(groups, weights=full.abs())
-    return of_hits | {
+    return {
+        "groups_without_hit": float((hits == 0).double().mean()),
+        "hits_mean": float(hits.mean()),
         "groups_without_advantage": float((size < EPSILON).double().mean()),
         "bonus_abs_mean": float((full - plain).abs().mean()),
     }
@@ -204,7 +226,7 @@ def compute_bgae(
     with torch.no_grad():
         active = response_mask.sum(dim=-1) > 0
         if options.expected:
-            advantages = share_advantage(token_level_rewards, groups, active, normalise)
+            advantages = share_advantage(token_level_rewards, groups, active, response_mask, options, normalise)
         else:
             rewards = token_level_rewards.sum(dim=-1)
             advantages = bgae_advantage(rewards, groups, active, options, normalise).unsqueeze(-1)

@@ -57,10 +57,10 @@ class SemanticIdDataset(RLHFDataset):
     def _check_size(self) -> None:
         """Refuse training files with less than one batch: verl starts its engines first, and divides by 0 then."""
         files, size = self.config.get("train_files"), self.config.get("train_batch_size")
-        for_training = list(self.original_data_files) == ([files] if isinstance(files, str) else files)
+        trained_on = list(self.original_data_files) == ([files] if isinstance(files, str) else files)
         # Validation may read the same files.
-        for_training = for_training and self.max_samples == self.config.get("train_max_samples", -1)
-        if for_training and len(self) < size:
+        self.for_training = trained_on and self.max_samples == self.config.get("train_max_samples", -1)
+        if self.for_training and len(self) < size:
             raise InputError(
                 f"{', '.join(self.original_data_files)}: {len(self)} rows are less than one batch of "
                 f"data.train_batch_size={size}; lower it"
@@ -80,8 +80,8 @@ class SemanticIdDataset(RLHFDataset):
             raise InputError(f"{row}: the prompt is longer than {limit} even with its latest item only; raise it")
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        """Return a row whose prompt lost as many of its oldest items as it takes to fit."""
-        row: dict[str, Any] = super().__getitem__(item)
+        """Return a row whose prompt lost as many of its oldest items as it takes to fit, and its ``for_training``."""
+        row: dict[str, Any] = {**super().__getitem__(item), "for_training": self.for_training}
         prompt: Prompt = row["raw_prompt"]
         if not self._fits(prompt):
             # The fewest items to drop, by bisection: ``too_few`` does not fit, ``enough`` does.

@@ -40,8 +40,8 @@ class GroupFilterOptions(BaseModel):
         max_inflight_gen_batches: Batches that may be generated at the same time.
         max_failed_share: Share of ``train_batch_size`` that may fail in a step, without any response, and be replaced.
         when_exhausted: ``fill`` the batch up with uniform groups, which have no advantage, or ``raise`` an error.
-        bgae: Options of the advantage estimator, to log the learning signal (``bgae/...``). None logs nothing, as a
-            reward model that shares the actor's GPUs needs, because its rewards come too late.
+        bgae: Options of the advantage estimator, to log the learning signal of sampled rewards (``bgae/...``). None
+            logs nothing, as a reward model that shares the actor's GPUs needs, because its rewards come too late.
         step_timeout: Seconds from one batch to the next, validation and checkpoint included, after which the training
             hangs and is ended; None for never.
         poll_interval: Seconds between two looks at the queue; verl's own 2 s are longer than a step of a small model.
@@ -122,7 +122,7 @@ class BoundedGroupFilter(ReplayBuffer):
             metrics["training/filter_groups/uniform_kept"] = self._uniform_kept
             evicted = metrics.get("training/filter_groups/evicted_samples", 0)
             metrics["training/filter_groups/eviction_rate"] = evicted / (evicted + batch_size)
-        if self.options.bgae is not None:
+        if self.options.bgae is not None and not self.options.bgae.expected:
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
             rewards = torch.stack([scores.sum() for scores in data["rm_scores"]])
             groups = torch.from_numpy(np.unique([key.split("_")[0] for key in batch.keys], return_inverse=True)[1])

@@ -28,6 +28,8 @@ from gream_verl.plugin.unread_keys import refuse_unread_keys
 
 OPTIONS = "reward.reward_kwargs.rsvr"
 CUSTOM = "reward.custom_reward_function"
+SAMPLED = "sampled_response"
+"""Extra field of an agent loop's output: the token ids to judge, where the response itself has another answer."""
 SCORER = "gream_verl.decoding.vllm_processor:TruthScorer"
 
 
@@ -52,7 +54,7 @@ class RsvrOptions(BaseModel):
         require_valid_item: Pay nothing for an answer that is no item.
         binary: Pay exact answers only, an ablation.
         overlong: Penalty of long responses; filter groups by ``reward`` then, because ``match`` does not have it.
-        expected: Pay the chain by expected RSVR and each answer token by what it changes, see ``plugin.agent_loop``.
+        expected: Pay the chain by expected RSVR and train on the true answer, see ``plugin.agent_loop``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -172,6 +174,7 @@ class RsvrRewardManager(RewardManagerBase):
         label = f"{columns.get('data_source')}: row {extra_info.get('index')}"
         response = row.batch["responses"]
         ids: list[int] = response[: int(row.batch["attention_mask"][-len(response) :].sum())].tolist()
+        ids = (columns.get("tool_extra_fields") or {}).get(SAMPLED, ids)
         truth = self.text.ground_truth(columns.get("reward_model"), label)
         reward = self.options.score(self.text.read(ids), truth, extra_info, self.index)
         score = reward.acc if self.options.binary else reward.score

@@ -32,6 +32,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, scale):
 OPTIONS = (
     "algorithm.filter_groups.max_num_gen_batches=1",  # so that every step takes the next four prompts
     "actor_rollout_ref.actor.optim.lr=0.01",  # so that one update changes the probabilities
+    "actor_rollout_ref.actor.optim.lr_scheduler_type=constant",
+    # the passes that the recipe leaves out
+    "algorithm.rollout_correction.bypass_mode=false",
+    "actor_rollout_ref.actor.use_kl_loss=true",
 )
 DIFFERENCE = "training/rollout_probs_diff_mean"
 
@@ -106,12 +110,13 @@ def test_the_weights_move_and_reach_the_rollout_engine(run, steps):
     assert max(steps[step][DIFFERENCE] for step in (1, 2, 3)) < difference_of_updates(run) / 20
 
 
-def test_the_shares_of_a_response_sum_to_its_reward_and_the_bonus_of_a_hit(run, steps):
+def test_the_true_answer_stands_after_every_chain_and_is_paid_by_its_probability(run, steps):
     rows = [row for step in (1, 2) for row in rollouts(run, step)]
     rewards = [score_response(row["output"], parse_sid(row["gts"]), base_levels=3) for row in rows]
-    assert max(reward.score for reward in rewards) > 0
+    assert any(row["score"] > 0 for row in rows)
     for row, reward in zip(rows, rewards, strict=True):
-        assert row["score"] == pytest.approx(reward.score, abs=1e-5) or (reward.acc and 1 < row["score"] < 2)
+        assert (row["score"] > 0) == reward.acc
+        assert row["score"] < 1.3
 
 
 def test_the_expected_reward_is_the_mean_of_the_sampled_one(run, steps):
@@ -125,7 +130,7 @@ def test_the_expected_reward_is_the_mean_of_the_sampled_one(run, steps):
 def test_constrained_rollouts_answer_with_real_items_only(run, steps):
     assert steps[0]["val-aux/tiny/format/mean@1"] > 0.3
     answered = [row for step in (0, 2) for row in rollouts(run, step, "validation") if row["format"]]
-    assert answered
+    assert any(row["acc"] == 0 for row in answered)
     assert all(row["valid_item"] == 1 for row in answered)
 
 

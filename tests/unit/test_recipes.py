@@ -136,7 +136,7 @@ def test_verl_accepts_the_recipe(names, no_model_on_disk):
     from verl.utils.config import omega_conf_to_dataclass, validate_config
 
     config = copy.deepcopy(recipe(*names))
-    assert need_reference_policy(config)
+    assert need_reference_policy(config) == config.actor_rollout_ref.actor.use_kl_loss
     assert not need_critic(config)
     validate_config(config, use_reference_policy=True, use_critic=False)
     OmegaConf.resolve(config)

@@ -109,14 +109,26 @@ def test_direct_prompts_go_to_files_of_their_own(folder: DataFolder) -> None:
     assert {row["extra_info"]["type"] for row in read(folder.rl)} == {"reasoning"}
 
 
-def test_samples_are_part_of_the_whole_and_the_same_seed_gives_the_same_bytes(folder: DataFolder) -> None:
+def test_fewer_rows_are_the_latest_of_every_user(folder: DataFolder) -> None:
+    write_prompts(folder, seed=0)
+    whole = keys(read(folder.rl))
+    ages = {(user, position): max(p for u, p in whole if u == user) - position for user, position in whole}
+    for rows in (7, len(whole) // 2):
+        write_prompts(folder, seed=0, rl_rows=rows)
+        drawn = keys(read(folder.rl))
+        assert drawn != sorted(drawn)
+        assert len({*drawn}) == rows
+        assert sorted(ages[key] for key in drawn) == sorted(ages.values())[:rows]
+
+
+def test_the_same_seed_gives_the_same_bytes(folder: DataFolder) -> None:
     write_prompts(folder, seed=0)
     whole, content = keys(read(folder.rl)), [path.read_bytes() for path in (folder.rl, folder.val, folder.test)]
     assert whole != sorted(whole)
     write_prompts(folder, seed=0)
     assert [path.read_bytes() for path in (folder.rl, folder.val, folder.test)] == content
     assert write_prompts(folder, seed=0, rl_rows=7)["rows"] == {"rl": 7, "val": 12, "test": 24}
-    assert keys(read(folder.rl)) == whole[:7]
+    assert {*keys(read(folder.rl))} < {*whole}
     write_prompts(folder, seed=1)
     assert folder.rl.read_bytes() != content[0]
 

@@ -1,4 +1,4 @@
-"""Shares of expected RSVR, against every answer that a small tree of tokens allows."""
+"""The payment by expected RSVR, against every answer that a small tree of tokens allows."""
 
 from __future__ import annotations
 
@@ -11,69 +11,67 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.rsvr import matching_depth, prefix_matches
-from gream_verl.plugin.agent_loop import PaidOutput, Shares, answer_start, shares_of
-from gream_verl.plugin.bgae import BgaeOptions, expected_hit_bonus, share_advantage
-from gream_verl.plugin.reward_manager import RsvrOptions
+from gream_verl.plugin.agent_loop import PaidOutput, Payment, answer_start, payment_of
+from gream_verl.plugin.bgae import SMALLEST_SHARE, BgaeOptions, expected_hit_bonus, share_advantage
+from gream_verl.plugin.reward_manager import SAMPLED, RsvrOptions
 
 CODES = 3
+LINEAR, LOG = (BgaeOptions(expected=True, scoring_rule=rule, weight=0) for rule in ("linear", "log"))
 PROBABILITY = st.floats(0.001, 0.999)
 TRUTH = ("<|a_1|>", "<|b_1|>", "<|c_1|>")
 CHAIN = ["<think>", "likes ", "horror", "</think>", "so", "<ans", "wer>"]
 
 
-def answers(p: np.ndarray) -> list[tuple[tuple[int, ...], float]]:
-    """Every answer of three levels with its probability; the truth is (0, 0, 0), other codes share what p leaves."""
-    found = []
-    for answer in product(range(CODES), repeat=len(p)):
-        probability = 1.0
+def sampled_rewards(logits: torch.Tensor, rewards: np.ndarray) -> torch.Tensor:
+    """The expected reward by its definition, over every answer: the truth is code 0 at each level, then it is closed.
+
+    ``logits`` [levels + 1, CODES] hold after true tokens; the last row is that of the closing token.
+    """
+    p, total = logits.softmax(dim=-1), torch.zeros((), dtype=torch.float64)
+    for answer in product(range(CODES), repeat=len(logits) - 1):
+        chance = torch.ones((), dtype=torch.float64)
         for level, code in enumerate(answer):
             # after a wrong token any distribution will do
-            right = p[level] if not any(answer[:level]) else 0.2
-            probability *= right if code == 0 else (1 - right) / (CODES - 1)
-        found.append((answer, probability))
-    return found
+            chance = chance * (p[level, code] if not any(answer[:level]) else 1 / CODES)
+        total = total + chance * p[-1, 0] * rewards[matching_depth(answer, (0,) * len(answer))]
+    return total
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(PROBABILITY, min_size=3, max_size=3), PROBABILITY, st.sampled_from([2, 3]), st.sampled_from([0.0, 1.0]))
-def test_shares_sum_to_the_reward_and_change_nothing_in_expectation(p, closed, base_levels, weight):
-    truth, bgae, known = (0, 0, 0), BgaeOptions(weight=weight), np.array([*p, closed, 1.0])
+@given(st.lists(st.floats(-3, 3), min_size=4 * CODES, max_size=4 * CODES), st.sampled_from([2, 3]))
+def test_shares_give_the_expected_reward_and_its_gradient(values, base_levels):
+    logits = torch.tensor(values, dtype=torch.float64).reshape(4, CODES).requires_grad_()
     rewards = prefix_matches(TRUTH, base_levels)
-    mean = hit = square = 0.0
-    martingale = np.zeros(4)
-    for answer, probability in answers(np.array(p)):
-        # an answer is closed by 8 and 9 with the probability that the true one has, or goes on with 7
-        for end, chance in (((8, 9), closed), ((7, 7, 8, 9), 1 - closed)):
-            shares = shares_of([*answer, *end], truth, (8, 9), known, rewards, 8, bgae)
-            reward, exact = rewards[matching_depth(answer, truth)] * (len(end) == 2), (answer, len(end)) == (truth, 2)
-            rest = reward + shares.bonus * exact - shares.worth - sum(shares.answer)
-            assert shares.closing == ([3, 4] if len(end) == 2 else [3])
-            mean, hit = mean + probability * chance * reward, hit + probability * chance * exact
-            square += probability * chance * reward**2
-            martingale[:3] += probability * chance * np.pad(shares.answer, (0, 3 - len(shares.answer)))
-            martingale[3] += probability * chance * rest
-    assert shares.expected == pytest.approx(mean)
-    assert shares.expected_hit == pytest.approx(hit)
-    assert shares.worth == pytest.approx(mean + shares.bonus * hit)
-    assert shares.bonus == pytest.approx(weight * np.sqrt(square - mean**2) * expected_hit_bonus(hit, 8, bgae))
-    assert martingale == pytest.approx(np.zeros(4), abs=1e-12)
+    by_definition = sampled_rewards(logits, rewards)
+    log_probs = logits.log_softmax(dim=-1)[:, 0]
+    payment = payment_of(log_probs.detach().exp().numpy(), rewards, 8, BgaeOptions(weight=0))
+    assert payment.expected == pytest.approx(by_definition.item())
+    assert sum(payment.shares) == pytest.approx(payment.expected, abs=1e-8)
+
+    # The response is one token of a chain, the true SID and its end; verl's gradient is that of advantage * log p.
+    shares = torch.zeros(1, 5, dtype=torch.float64)
+    shares[0, 1:4] = torch.tensor(payment.shares)
+    one = torch.ones(1, dtype=torch.bool)
+    advantage = share_advantage(
+        shares, torch.zeros(1, dtype=torch.long), one, torch.ones(1, 5), LINEAR, normalise=False
+    )
+    (found,) = torch.autograd.grad((advantage[0, 1:] * log_probs).sum(), logits, retain_graph=True)
+    (true,) = torch.autograd.grad(by_definition, logits)
+    torch.testing.assert_close(found, true, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("answer", "closing"),
-    [
-        ([1, 2, 3, 8, 9], [3, 4]),
-        ([1, 2, 8, 9], [2, 3]),  # of another length
-        ([1, 2, 3, 8, 7, 8, 9], [4]),
-        ([1, 2, 3, 8], [3]),  # cut off
-        ([1, 2, 3, 4, 8, 9], [4, 5]),  # a collision token
-        ([1, 2], [1]),
-        ([1, 2, 3, 7, 7, 7], [3]),
-    ],
-)
-def test_the_rest_is_for_the_tokens_that_close_or_the_first_that_does_not(answer, closing):
-    probabilities, rewards = np.full(5, 0.5), prefix_matches(TRUTH, 3)
-    assert shares_of(answer, (1, 2, 3), (8, 9), probabilities, rewards, 8, BgaeOptions()).closing == closing
+@given(st.lists(PROBABILITY, min_size=3, max_size=3), PROBABILITY)
+def test_the_bonus_raises_the_last_share_by_deviations_of_the_reward(p, closed):
+    bgae, rewards = BgaeOptions(weight=0.5), prefix_matches(TRUTH, 3)
+    known = np.array([*p, closed])
+    plain, paid = (payment_of(known, rewards, 8, options) for options in (BgaeOptions(weight=0), bgae))
+    hit = float(np.prod(known))
+    # the distribution of the reward: i right tokens and then a wrong one, all right, or an answer that is not closed
+    chances = [np.prod(p[:depth]) * (1 - p[depth]) * closed for depth in range(3)] + [hit]
+    mean, square = (sum(c * r**power for c, r in zip(chances, rewards, strict=True)) for power in (1, 2))
+    bonus = 0.5 * np.sqrt(max(0, square - mean**2)) * expected_hit_bonus(hit, 8, bgae)
+    assert np.subtract(paid.shares, plain.shares) == pytest.approx([0, 0, bonus * hit], abs=1e-8)
+    assert (paid.expected, paid.expected_hit) == pytest.approx((mean, hit))
 
 
 def test_the_bonus_of_a_hit_is_the_mean_over_all_draws_of_the_other_responses():
@@ -107,55 +105,83 @@ def test_an_answer_starts_after_a_chain_that_passes_the_gate(pieces, start):
     assert answer_start(pieces, TRUTH, RsvrOptions(), {"type": "direct"}, None) == (0, 0)
 
 
-def test_a_row_has_the_shares_at_their_tokens_and_the_rest_at_its_end():
-    def row(reward: float, start: int, shares: Shares | None, **details: float):
-        output = PaidOutput(
-            prompt_ids=[1], response_ids=list(range(6)), response_mask=[1] * 6, metrics={}, reward_score=reward
-        )
-        output.extra_fields["reward_extra_info"] = details
-        output.shares, output.start = shares, start
-        return output.as_dict()
+def test_a_row_has_the_shares_at_the_tokens_of_the_true_answer():
+    def row(start: int | None, payment: Payment | None, **details: float):
+        output = PaidOutput(prompt_ids=[1], response_ids=[7] * 6, response_mask=[1] * 6, metrics={}, reward_score=0.5)
+        output.extra_fields = {"reward_extra_info": details, SAMPLED: [7, 7]}
+        output.payment, output.start = payment, start
+        made = output.as_dict()
+        assert not {"payment", "start", SAMPLED} & {*made, *made["extra_fields"]}
+        return made["rm_scores"].tolist(), made["extra_fields"]["reward_extra_info"]
 
-    shares = Shares(0.25, [0.5, -0.125], [1, 2], 0.0, 0.25, 0.125)
-    paid = row(0.625, 3, shares, acc=0.0)
-    assert paid["rm_scores"].tolist() == [0, 0, 0.25, 0.5, -0.125, 0]
-    assert paid["extra_fields"]["reward_extra_info"] == {"acc": 0.0, "expected": 0.25, "expected_hit": 0.125}
-    assert "shares" not in paid
-    # an answer that is well closed, and a penalty
-    assert row(0.75, 3, shares, acc=0.0)["rm_scores"].tolist() == [0, 0, 0.25, 0.5, -0.0625, 0.0625]
-    assert row(0.125, 3, shares, acc=0.0, overlong=-0.5)["rm_scores"].tolist() == [0, 0, -0.25, 0.5, -0.125, 0]
-    # direct mode, a hit with its bonus, and a chain without an answer
-    assert row(0.625, 0, shares, acc=0.0)["rm_scores"].tolist() == [0.75, -0.125, 0, 0, 0, 0]
-    hit = Shares(0.5, [0.5, 0.25], [2, 3], 0.25, 0.25, 0.125)
-    assert row(1.0, 2, hit, acc=1.0)["rm_scores"].tolist() == [0, 0.5, 0.5, 0.25, 0, 0]
-    malformed = row(0.0, 0, None, acc=0.0)
-    assert malformed["rm_scores"].tolist() == [0] * 6
-    assert malformed["extra_fields"]["reward_extra_info"]["expected"] == 0
+    payment = Payment([0.25, 0.125], 0.3125, 0.0625)
+    assert row(3, payment) == ([0, 0, 0, 0.25, 0.125, 0], {"expected": 0.3125, "expected_hit": 0.0625})
+    assert row(3, payment, overlong=-0.5)[0] == [0, 0, -0.5, 0.25, 0.125, 0]
+    assert row(0, payment)[0] == [0.25, 0.125, 0, 0, 0, 0]  # direct mode
+    # a response that is not trained on has the reward of its own answer, as has one that the gate refuses
+    assert row(None, payment) == ([0, 0, 0, 0, 0, 0.5], {"expected": 0.3125, "expected_hit": 0.0625})
+    assert row(None, None)[1] == {"expected": 0.0, "expected_hit": 0.0}
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_tokens_have_the_advantage_of_their_own_share(normalise):
+def test_tokens_have_the_advantage_of_the_shares_that_depend_on_them(normalise):
     shares = torch.tensor(
         [
-            [0.0, 0.3, 0.2, -0.1, 0.0],
-            [0.0, 0.0, 0.5, 0.0, 0.1],
-            [0.0, 0.0, 0.0, 0.0, 0.0],  # nothing was paid: the whole response is compared
-            [0.4, 0.0, 0.0, 0.0, 0.0],  # alone in its group
+            [0.0, 0.3, 0.1, 0.0, 0.0],
+            [0.0, -0.2, 0.4, 0.2, 0.0],  # with a penalty
+            [0.0, 0.0, 0.0, 0.0, 0.0],  # nothing is paid: the whole response is a chain
+            [0.4, 0.1, 0.0, 0.0, 0.0],  # direct mode
             [9.0, 9.0, 9.0, 9.0, 9.0],  # padding
         ]
     )
-    mean = (0.3 + 0.5 + 0.0) / 3
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1] * 5, [1] * 5, [1] * 5, [0] * 5])
+    mean = (0.4 + 0.4 + 0.0) / 3
     expected = torch.tensor(
         [
-            [0.3 - mean, 0.3 - mean, 0.2, -0.1, 0.0],
-            [0.5 - mean, 0.5 - mean, 0.5 - mean, 0.0, 0.1],
+            [0.4 - mean, 0.4, 0.1, 0.4, 0.0],
+            [0.4 - mean, 0.4 - mean, 0.6, 0.2, 0.6],
             [-mean] * 5,
-            [0.4, 0.0, 0.0, 0.0, 0.0],
+            [0.5, 0.1, 0.5, 0.5, 0.5],
             [0.0] * 5,
         ]
     )
-    energies = [(0.3 - mean) ** 2 + 0.2**2 + 0.1**2, (0.5 - mean) ** 2 + 0.1**2, mean**2, 0.4**2]
-    scale = np.sqrt(np.mean(energies)) if normalise else 1.0
+    scale = (expected.square().sum() / 19).sqrt() if normalise else 1.0
     active = torch.tensor([True] * 4 + [False])
-    found = share_advantage(shares, torch.tensor([0, 0, 0, 1, 1]), active, normalise)
+    found = share_advantage(shares, torch.tensor([0, 0, 0, 1, 1]), active, mask, LINEAR, normalise)
     torch.testing.assert_close(found, expected / scale, rtol=1e-5, atol=1e-6)
+
+
+def chain_and_answers(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of two chains, and of three tokens of the true answer after each; logits are [2, 4]."""
+    return logits[:, 0].log_softmax(dim=0), torch.nn.functional.logsigmoid(logits[:, 1:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(-2, 2), min_size=8, max_size=8), st.integers(1, 5))
+def test_the_log_rule_has_the_gradient_of_the_log_of_the_chance_to_match_each_level(values, times):
+    # Chains come as often as they are probable: `times` the first one and `8 - times` the second.
+    logits = torch.tensor(values, dtype=torch.float64).reshape(2, 4)
+    logits[:, 0] = torch.tensor([times, 8 - times], dtype=torch.float64).log()
+    logits.requires_grad_()
+    chains, answers = chain_and_answers(logits)
+    chances = (chains.exp()[:, None] * answers.cumsum(dim=1).exp()).sum(dim=0)
+    (true,) = torch.autograd.grad(chances.log().sum(), logits, retain_graph=True)
+
+    # Rows of a chain token, two tokens of the SID, and a third one; the steps of the reward do not matter.
+    drawn = torch.tensor([0] * times + [1] * (8 - times))
+    steps = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    shares = torch.nn.functional.pad(answers.detach().cumsum(dim=1).exp() * steps, (1, 0))[drawn]
+    one = torch.ones(8, 4)
+    advantage = share_advantage(shares, torch.zeros(8, dtype=torch.long), one[:, 0] > 0, one, LOG, normalise=False)
+    taken = torch.cat([chains[:, None], answers], dim=1)[drawn]
+    (found,) = torch.autograd.grad((advantage * taken).sum() / 8, logits)
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-7)
+
+
+def test_the_log_rule_gives_nothing_to_a_chain_without_an_answer_and_to_steps_that_are_not_paid():
+    shares = torch.tensor([[0.0, 0.2, SMALLEST_SHARE, 0.3], [0.0, 0.0, 0.0, 0.0], [0.1, SMALLEST_SHARE, 0.3, 0.0]])
+    groups, active, mask = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool), torch.ones(3, 4)
+    found = share_advantage(shares, groups, active, mask, LOG, normalise=False)
+    # the means of the group are 0.1, 0 and 0.2
+    expected = [[3.5 - 2, 3.5, 1.5, 1.5], [-2.0] * 4, [2.5, 1.5, 1.5, 2.5]]
+    torch.testing.assert_close(found, torch.tensor(expected))

@@ -124,10 +124,10 @@ def test_the_switches_of_verls_algorithm_node_are_heeded():
     index = np.array(["u"] * 4, dtype=object)
     plain, _ = compute_bgae(rewards, mask, index, config={"norm_adv_by_std_in_grpo": False})
     assert plain[:, 0].tolist() == pytest.approx([0.375, -0.125, -0.125, -0.125], rel=1e-5)
-    shares = torch.tensor([[0.25, 0.5], [0.75, -0.5]])
-    config = {"bgae": {"expected": True}, "norm_adv_by_std_in_grpo": False}
+    shares = torch.tensor([[0.0, 0.5], [0.0, 0.25]])
+    config = {"bgae": {"expected": True, "scoring_rule": "linear"}, "norm_adv_by_std_in_grpo": False}
     paid, _ = compute_bgae(shares, torch.tensor([[1, 1], [1, 1]]), np.array(["u"] * 2, dtype=object), config=config)
-    assert paid.tolist() == [[-0.25, 0.5], [0.25, -0.5]]
+    assert paid.tolist() == [[0.125, 0.5], [-0.125, 0.25]]
     with pytest.raises(InputError, match="use_kl_in_reward"):
         compute_bgae(rewards, mask, index, config={"use_kl_in_reward": True})
 
