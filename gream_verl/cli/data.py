@@ -112,7 +112,9 @@ def stats(run: Run, dataset: Dataset = None) -> None:
 @data_app.command()
 def rl(
     run: Run,
-    rl_rows: Annotated[int | None, Option(min=1, help="RL prompts to draw. Default: all.")] = None,
+    rl_rows: Annotated[
+        int | None, Option(min=1, help="RL prompts, the latest of every user first. Default: all.")
+    ] = None,
     mode: Annotated[Mode, Option(help="Mode of the prompts of SRPO.")] = "reasoning",
     history: History = 20,
     seed: Seed = 0,

@@ -72,13 +72,14 @@ def payment_of(probabilities: np.ndarray, rewards: np.ndarray, n: int, bgae: Bga
 
 
 class PaidOutput(AgentLoopOutput):
-    """A response with its payment, None for one after whose chain no answer is paid.
+    """A response with its payment, None for one after whose chain no answer is paid; ``start`` is that of the answer.
 
-    ``start`` is the position of the answer, None for a response that is not trained on.
+    One that is not ``for_training`` has the reward of its own answer.
     """
 
     payment: Payment | None = Field(default=None, exclude=True)
-    start: int | None = Field(default=None, exclude=True)
+    start: int = Field(default=1, exclude=True)
+    for_training: bool = Field(default=True, exclude=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for verl, whose ``rm_scores`` are the shares."""
@@ -87,7 +88,7 @@ class PaidOutput(AgentLoopOutput):
         details = row["extra_fields"].setdefault("reward_extra_info", {})
         paid = self.payment or Payment([], 0.0, 0.0)
         details |= {"expected": paid.expected, "expected_hit": paid.expected_hit}
-        if self.start is not None and "rm_scores" in row:
+        if self.for_training and "rm_scores" in row:
             scores = row["rm_scores"].zero_()
             scores[self.start : self.start + len(paid.shares)] = scores.new_tensor(paid.shares)
             scores[max(0, self.start - 1)] += details.get("overlong", 0.0)
@@ -107,6 +108,7 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         self.server_manager: Any = OneServer(self.server_manager)
         output = await super().run(dict(sampling_params), priority=priority, **kwargs)
         paid = PaidOutput.model_construct({*output.model_fields_set}, **dict(output))
+        paid.for_training = kwargs.get("for_training", True)
         # 2. Where the answer begins.
         reader, extra_info = _reader(self.tokenizer), kwargs.get("extra_info") or {}
         truth = reader.ground_truth(kwargs.get("reward_model"), f"row {extra_info.get('index')}")
@@ -133,7 +135,7 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         rewards, bgae = options.prefix_rewards(truth, index), BgaeOptions.from_config(self.config.algorithm)
         paid.payment = payment_of(probabilities, rewards, self.rollout_config.n, bgae)
         # 4. The true answer in the place of the sampled one, which the reward manager still judges.
-        if kwargs.get("for_training", True):
+        if paid.for_training:
             paid.start, paid.extra_fields[SAMPLED] = start, output.response_ids
             paid.response_ids = [*output.response_ids[:start], *answer]
             paid.response_mask = [1] * len(paid.response_ids)

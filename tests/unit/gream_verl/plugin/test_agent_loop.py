@@ -106,21 +106,21 @@ def test_an_answer_starts_after_a_chain_that_passes_the_gate(pieces, start):
 
 
 def test_a_row_has_the_shares_at_the_tokens_of_the_true_answer():
-    def row(start: int | None, payment: Payment | None, **details: float):
+    def row(start: int, payment: Payment | None, for_training: bool = True, **details: float):
         output = PaidOutput(prompt_ids=[1], response_ids=[7] * 6, response_mask=[1] * 6, metrics={}, reward_score=0.5)
         output.extra_fields = {"reward_extra_info": details, SAMPLED: [7, 7]}
-        output.payment, output.start = payment, start
+        output.payment, output.start, output.for_training = payment, start, for_training
         made = output.as_dict()
-        assert not {"payment", "start", SAMPLED} & {*made, *made["extra_fields"]}
+        assert not {"payment", "start", "for_training", SAMPLED} & {*made, *made["extra_fields"]}
         return made["rm_scores"].tolist(), made["extra_fields"]["reward_extra_info"]
 
     payment = Payment([0.25, 0.125], 0.3125, 0.0625)
     assert row(3, payment) == ([0, 0, 0, 0.25, 0.125, 0], {"expected": 0.3125, "expected_hit": 0.0625})
     assert row(3, payment, overlong=-0.5)[0] == [0, 0, -0.5, 0.25, 0.125, 0]
     assert row(0, payment)[0] == [0.25, 0.125, 0, 0, 0, 0]  # direct mode
-    # a response that is not trained on has the reward of its own answer, as has one that the gate refuses
-    assert row(None, payment) == ([0, 0, 0, 0, 0, 0.5], {"expected": 0.3125, "expected_hit": 0.0625})
-    assert row(None, None)[1] == {"expected": 0.0, "expected_hit": 0.0}
+    # a response without an answer, and one that is not trained on, which has the reward of its own answer
+    assert row(1, None, overlong=-0.5) == ([-0.5, 0, 0, 0, 0, 0], {"overlong": -0.5, "expected": 0, "expected_hit": 0})
+    assert row(1, payment, for_training=False) == ([0, 0, 0, 0, 0, 0.5], {"expected": 0.3125, "expected_hit": 0.0625})
 
 
 @pytest.mark.parametrize("normalise", [True, False])
