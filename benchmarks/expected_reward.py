@@ -1,7 +1,7 @@
 """Expected against sampled RSVR: how much of the learning signal is noise, after the same chains of thought.
 
 ``python benchmarks/expected_reward.py`` takes a finished quickstart. Its SFT model answers validation prompts, eight
-times each. Both ways pay the same chains, with the functions that verl calls. Printed are the variance of the reward
+times each. All ways pay the same chains, with the functions that verl calls. Printed are the variance of the reward
 within a group, and the cosine between the policy gradients of two disjoint halves of the prompts: 1 for a signal
 without noise, 0 for noise alone.
 """
@@ -28,6 +28,11 @@ from gream_verl.plugin.bgae import BgaeOptions, compute_bgae
 from gream_verl.plugin.reward_manager import RsvrOptions
 
 GROUP, LONGEST, BATCH = 8, 128, 16
+WAYS = {
+    "sampled": BgaeOptions(),
+    "expected, linear": BgaeOptions(expected=True, scoring_rule="linear"),
+    "expected, log": BgaeOptions(expected=True, scoring_rule="log"),
+}
 
 
 @dataclass
@@ -99,19 +104,19 @@ def roll(model: Any, tokenizer: Any, rows: list[dict[str, Any]], index: ItemInde
     return found
 
 
-def gradient(model: Any, rollouts: list[Rollout], expected: bool, temperature: float) -> torch.Tensor:
+def gradient(model: Any, rollouts: list[Rollout], options: BgaeOptions, temperature: float) -> torch.Tensor:
     """Return the policy gradient of some groups, as one vector."""
-    responses = [one.true if expected else one.response for one in rollouts]
+    responses = [one.true if options.expected else one.response for one in rollouts]
     longest = max(map(len, responses))
     mask = torch.tensor([[1] * len(response) + [0] * (longest - len(response)) for response in responses])
     scores = torch.zeros(len(rollouts), longest)
     for row, one in zip(scores, rollouts, strict=True):
-        if not expected:
+        if not options.expected:
             row[len(one.response) - 1] = one.reward
         elif one.payment:
             row[one.start : one.start + len(one.payment.shares)] = torch.tensor(one.payment.shares)
     groups = np.array([one.group for one in rollouts])
-    advantages, _ = compute_bgae(scores, mask, groups, {"bgae": {"expected": expected}})
+    advantages, _ = compute_bgae(scores, mask, groups, {"bgae": options.model_dump()})
     model.zero_grad()
     for first in range(0, len(rollouts), 64):
         prompts = [one.prompt for one in rollouts[first : first + 64]]
@@ -125,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--prompts", type=int, default=192)
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, default=1.0)
     given = parser.parse_args()
     torch.manual_seed(0)
     run = RunFolder.open(given.run)
@@ -138,17 +143,12 @@ def main() -> None:
     table = Table(
         "reward", "variance within a group", "groups of equal rewards", "cosine of the gradients of two halves"
     )
-    for expected in (False, True):
-        worth = (
-            [one.payment.expected if one.payment else 0.0 for one in rollouts]
-            if expected
-            else [o.reward for o in rollouts]
-        )
-        grouped = np.array(worth).reshape(-1, GROUP)
-        one, other = (gradient(model, half, expected, given.temperature) for half in halves)
+    for name, options in WAYS.items():
+        paid = [one.payment.expected if one.payment else 0.0 for one in rollouts]
+        grouped = np.array(paid if options.expected else [one.reward for one in rollouts]).reshape(-1, GROUP)
+        one, other = (gradient(model, half, options, given.temperature) for half in halves)
         cosine = float(torch.nn.functional.cosine_similarity(one, other, dim=0))
         equal = float((np.ptp(grouped, axis=1) == 0).mean())
-        name = "expected" if expected else "sampled"
         table.add_row(name, f"{grouped.var(axis=1, ddof=1).mean():.5f}", f"{equal:.2f}", f"{cosine:.3f}")
     Console().print(table)
 
