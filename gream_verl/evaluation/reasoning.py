@@ -229,9 +229,10 @@ class _Recommender:
         sequences = encode(direct, self.index, self.tokenizer, ranker.model.config, room)
         with_chain = ranker.score_targets([(ids, prompt.target) for prompt, ids, _ in begun])
         alone = ranker.score_targets([(ids, prompt.target) for prompt, ids in zip(direct, sequences, strict=True)])
-        shape = len(piece), self.options.chains, 2
-        gates = np.array([[is_formed, 1] for _, _, is_formed in begun])
-        means = (np.array(with_chain) * gates).reshape(shape).mean(axis=1)
+        values, gates = np.array(with_chain), np.array([is_formed for *_, is_formed in begun])
+        shape = len(piece), self.options.chains
+        rewards = (values[:, 0] * gates).reshape(shape).mean(axis=1)
+        log_probs = np.logaddexp.reduce(values[:, 1].reshape(shape), axis=1) - np.log(self.options.chains)
         return [
             {
                 "expected_rsvr": round(float(expected), 4),
@@ -239,7 +240,7 @@ class _Recommender:
                 "target_logprob_without_chain": round(float(without), 3),
                 "chain_gain": round(float(logprob - without), 3),
             }
-            for (expected, logprob), (_, without) in zip(means, alone, strict=True)
+            for expected, logprob, (_, without) in zip(rewards, log_probs, alone, strict=True)
         ]
 
     def _search(self, begun: Sequence[_Begun]) -> list[list[dict[str, float]]]:
