@@ -313,3 +313,10 @@ def test_the_learning_signal_of_a_batch_is_logged(sampler):
     assert metrics["bgae/groups_without_advantage"] == 0
     assert metrics["bgae/hits_mean"] == 1
     assert metrics["bgae/bonus_abs_mean"] > 0
+
+
+@pytest.mark.timeout(20)
+def test_hits_are_not_counted_in_expected_rewards(sampler):
+    built, _ = sampler(lambda number: number % 2, bgae=OmegaConf.create({"expected": True}))
+    _, metrics = built.sample(1, "train", BATCH)
+    assert not any(name.startswith("bgae/") for name in metrics)
