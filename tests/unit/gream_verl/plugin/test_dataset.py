@@ -152,7 +152,10 @@ def test_fewer_rows_than_a_batch_are_refused_for_training_only(tmp_path, tokeniz
         rows(train, train_max_samples=3, val_max_samples=-1, train_batch_size=4)
     # Validation on some rows of the training file.
     node = config(tmp_path, train_files=train, train_batch_size=4, train_max_samples=-1)
-    assert len(SemanticIdDataset(train, tokenizer, node, max_samples=2)) == 2
+    validation = SemanticIdDataset(train, tokenizer, node, max_samples=2)
+    assert len(validation) == 2
+    assert not validation[0]["for_training"]
+    assert SemanticIdDataset(train, tokenizer, node)[0]["for_training"]
 
 
 def test_a_loader_that_goes_on_in_the_middle_of_an_epoch_gives_the_same_batches(tmp_path, tokenizer):
