@@ -15,12 +15,11 @@ its own, and gets nothing. Validation keeps the sampled answers and their reward
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
@@ -34,8 +33,22 @@ from gream_verl.decoding.truth_scoring import decompress, scoring_parameters
 from gream_verl.plugin.bgae import SMALLEST_SHARE, BgaeOptions, expected_hit_bonus
 from gream_verl.plugin.reward_manager import OPTIONS, SAMPLED, RsvrOptions
 
-_reader = cache(TokenText)  # verl makes an agent loop for every response
-_index = cache(ItemIndex.load)
+
+class Rules(NamedTuple):
+    """What all responses of a run share. It is read once, because verl makes an agent loop for every response."""
+
+    config: DictConfig
+    options: RsvrOptions
+    bgae: BgaeOptions
+    reader: TokenText
+    items: ItemIndex | None
+
+    @classmethod
+    def read(cls, config: DictConfig, tokenizer: Any) -> Rules:
+        """Read the options of a run, and its index."""
+        options = checked_options(RsvrOptions, OPTIONS, OmegaConf.select(config, OPTIONS))
+        index = ItemIndex.load(options.index_file) if options.expected and options.index_file else None
+        return cls(config, options, BgaeOptions.from_config(config.algorithm), TokenText(tokenizer), index)
 
 
 class Payment(NamedTuple):
@@ -65,8 +78,9 @@ def payment_of(probabilities: np.ndarray, rewards: np.ndarray, n: int, bgae: Bga
     levels = len(rewards) - 1
     right, closed = probabilities[:levels], float(probabilities[levels:].prod())
     expected, square = (closed * float(expected_shares(right, power).sum()) for power in (rewards, rewards**2))
-    hit = float(probabilities.prod())
-    bonus = bgae.weight * max(0.0, square - expected**2) ** 0.5 * expected_hit_bonus(hit, n, bgae)
+    hit, bonus = float(probabilities.prod()), 0.0
+    if bgae.scoring_rule == "linear":
+        bonus = bgae.weight * max(0.0, square - expected**2) ** 0.5 * expected_hit_bonus(hit, n, bgae)
     paid = rewards + bonus * (np.arange(levels + 1) == levels)
     return Payment(np.maximum(closed * expected_shares(right, paid), SMALLEST_SHARE).tolist(), expected, hit)
 
@@ -99,9 +113,17 @@ class PaidOutput(AgentLoopOutput):
 class GreamAgentLoop(SingleTurnAgentLoop):
     """One response, and one request that scores the true answer after its chain of thought."""
 
+    rules: ClassVar[Rules | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.rules is None or self.rules.config is not self.config:
+            GreamAgentLoop.rules = Rules.read(self.config, self.tokenizer)
+
     async def run(self, sampling_params: dict[str, Any], priority: int = 0, **kwargs: Any) -> AgentLoopOutput:
         """Return the response to a prompt; ``kwargs`` are the columns of its row."""
-        options = checked_options(RsvrOptions, OPTIONS, OmegaConf.select(self.config, OPTIONS))
+        assert self.rules is not None
+        _, options, bgae, reader, index = self.rules
         if not options.expected:
             return await super().run(sampling_params, priority=priority, **kwargs)
         # 1. The response.
@@ -110,9 +132,8 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         paid = PaidOutput.model_construct({*output.model_fields_set}, **dict(output))
         paid.for_training = kwargs.get("for_training", True)
         # 2. Where the answer begins.
-        reader, extra_info = _reader(self.tokenizer), kwargs.get("extra_info") or {}
+        extra_info = kwargs.get("extra_info") or {}
         truth = reader.ground_truth(kwargs.get("reward_model"), f"row {extra_info.get('index')}")
-        index = _index(options.index_file) if options.index_file else None
         pieces = [reader.read([token]) for token in output.response_ids]
         found = answer_start(pieces, truth, options, extra_info, index)
         true_ids = self.tokenizer.convert_tokens_to_ids(list(truth))
@@ -132,7 +153,7 @@ class GreamAgentLoop(SingleTurnAgentLoop):
             priority=int(priority),
         )
         probabilities = decompress(scored.log_probs)[start - opening :]
-        rewards, bgae = options.prefix_rewards(truth, index), BgaeOptions.from_config(self.config.algorithm)
+        rewards = options.prefix_rewards(truth, index)
         paid.payment = payment_of(probabilities, rewards, self.rollout_config.n, bgae)
         # 4. The true answer in the place of the sampled one, which the reward manager still judges.
         if paid.for_training:

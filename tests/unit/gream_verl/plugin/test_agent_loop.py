@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from assets import make_index, make_tiny_model
+from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.workers.rollout.replica import TokenOutput
 
 from gream_verl.core.rsvr import matching_depth, prefix_matches
-from gream_verl.plugin.agent_loop import PaidOutput, Payment, answer_start, payment_of
+from gream_verl.decoding.truth_scoring import COMPRESSION
+from gream_verl.plugin.agent_loop import GreamAgentLoop, PaidOutput, Payment, answer_start, payment_of
 from gream_verl.plugin.bgae import SMALLEST_SHARE, BgaeOptions, expected_hit_bonus, share_advantage
 from gream_verl.plugin.reward_manager import SAMPLED, RsvrOptions
 
@@ -62,7 +70,7 @@ def test_shares_give_the_expected_reward_and_its_gradient(values, base_levels):
 
 @given(st.lists(PROBABILITY, min_size=3, max_size=3), PROBABILITY)
 def test_the_bonus_raises_the_last_share_by_deviations_of_the_reward(p, closed):
-    bgae, rewards = BgaeOptions(weight=0.5), prefix_matches(TRUTH, 3)
+    bgae, rewards = BgaeOptions(weight=0.5, scoring_rule="linear"), prefix_matches(TRUTH, 3)
     known = np.array([*p, closed])
     plain, paid = (payment_of(known, rewards, 8, options) for options in (BgaeOptions(weight=0), bgae))
     hit = float(np.prod(known))
@@ -185,3 +193,63 @@ def test_the_log_rule_gives_nothing_to_a_chain_without_an_answer_and_to_steps_th
     # the means of the group are 0.1, 0 and 0.2
     expected = [[3.5 - 2, 3.5, 1.5, 1.5], [-2.0] * 4, [2.5, 1.5, 1.5, 2.5]]
     torch.testing.assert_close(found, torch.tensor(expected))
+
+
+class FakeServer:
+    """A rollout engine that answers with given tokens, and finds every scored token half as probable as sure."""
+
+    def __init__(self, response: list[int]) -> None:
+        self.response, self.scored, self.requests = response, list[int](), list[str]()
+
+    async def generate(self, request_id: str, prompt_ids: list[int], sampling_params: dict, **_: object) -> TokenOutput:
+        self.requests.append(request_id)
+        if "extra_args" not in sampling_params:
+            return TokenOutput(token_ids=self.response, log_probs=[-1.0] * len(self.response))
+        self.scored = sampling_params["extra_args"]["gream_truth"]
+        return TokenOutput(token_ids=self.scored, log_probs=[np.log(0.5) / COMPRESSION] * len(self.scored))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder, index = tmp_path_factory.mktemp("loop"), make_index()
+    make_tiny_model(folder, index)
+    index.save(folder / "items.json")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=["+recipe=gream_srpo_cpu", f"gream.index={folder}/items.json"])
+    return config, AutoTokenizer.from_pretrained(folder), index
+
+
+@pytest.mark.parametrize("for_training", [True, False])
+@pytest.mark.parametrize("well_formed", [True, False])
+def test_the_true_answer_takes_the_place_of_the_sampled_one_in_training(world, well_formed, for_training):
+    config, tokenizer, index = world
+    (truth, *_), (*_, other) = index.items, index.items
+    chain = tokenizer.encode("<think>so</think><answer>" if well_formed else "<think>so<answer>")
+    closing = [*tokenizer.encode("</answer>"), tokenizer.eos_token_id]
+    sampled = [*chain, *tokenizer.convert_tokens_to_ids(list(other)), *closing]
+    true = [*tokenizer.convert_tokens_to_ids(list(truth)), *closing]
+    server = FakeServer(sampled)
+    wrapped = DictConfigWrap(config), server, tokenizer, None, RLHFDataset, DictConfigWrap(config.data)
+    row = {"raw_prompt": [{"role": "user", "content": "Next?"}], "reward_model": {"ground_truth": "".join(truth)}}
+    parameters = {"temperature": 1.0, "logprobs": True}
+
+    async def run() -> PaidOutput:
+        return await GreamAgentLoop(*wrapped).run(parameters, for_training=for_training, **row)
+
+    output = asyncio.run(run())
+    assert len({*server.requests}) == 1
+    made = output.as_dict()
+    if well_formed:
+        assert server.scored[-len(true) :] == true
+        expected = sum(np.diff(prefix_matches(truth, index.base_levels)) * 0.5 ** np.arange(1, len(truth) + 1))
+        expected *= 0.5 ** len(closing)
+        assert made["extra_fields"]["reward_extra_info"]["expected"] == pytest.approx(expected)
+    if well_formed and for_training:
+        assert made["responses"].tolist() == [*chain, *true]
+        assert made["response_mask"].tolist() == [1] * len([*chain, *true])
+        log_probs = torch.tensor([-1.0] * len(chain) + [np.log(0.5)] * len(true), dtype=torch.float32)
+        torch.testing.assert_close(made["rollout_log_probs"], log_probs)
+        assert output.extra_fields[SAMPLED] == sampled
+    else:
+        assert made["responses"].tolist() == sampled
+        assert SAMPLED not in output.extra_fields
