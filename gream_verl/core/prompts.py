@@ -91,7 +91,7 @@ class TrainingTargets:
         They are the last one of every user, then the second last ones, and so on: what is held out comes after them.
         """
         numbers = np.arange(len(self))
-        age = self._ends[np.searchsorted(self._ends, numbers, side="right")] - numbers
+        age = self._ends[self.locate(numbers)[0]] - numbers
         return generator.permutation(np.lexsort((generator.permutation(numbers), age))[:count])
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -77,12 +77,13 @@ def payment_of(probabilities: np.ndarray, rewards: np.ndarray, n: int, bgae: Bga
     """
     levels = len(rewards) - 1
     right, closed = probabilities[:levels], float(probabilities[levels:].prod())
-    expected, square = (closed * float(expected_shares(right, power).sum()) for power in (rewards, rewards**2))
-    hit, bonus = float(probabilities.prod()), 0.0
+    shares = closed * expected_shares(right, rewards)
+    expected, hit = float(shares.sum()), float(probabilities.prod())
     if bgae.scoring_rule == "linear":
-        bonus = bgae.weight * max(0.0, square - expected**2) ** 0.5 * expected_hit_bonus(hit, n, bgae)
-    paid = rewards + bonus * (np.arange(levels + 1) == levels)
-    return Payment(np.maximum(closed * expected_shares(right, paid), SMALLEST_SHARE).tolist(), expected, hit)
+        square = closed * float(expected_shares(right, rewards**2).sum())
+        deviation = max(0.0, square - expected**2) ** 0.5
+        shares[-1] += hit * bgae.weight * deviation * expected_hit_bonus(hit, n, bgae)
+    return Payment(np.maximum(shares, SMALLEST_SHARE).tolist(), expected, hit)
 
 
 class PaidOutput(AgentLoopOutput):

@@ -112,11 +112,11 @@ def share_advantage(
         normalise: Divide by the root mean square over all tokens.
     """
     # 1. The shares of the answer, and where it begins.
-    present, penalty = shares > 0, shares.double().clamp(max=0).sum(dim=-1)
+    penalty = shares.double().clamp(max=0).sum(dim=-1)
     exact = torch.where(shares > 2 * SMALLEST_SHARE, shares.double(), 0.0)
-    after_chain = present.cumsum(dim=-1) > 0
+    level = (shares > 0).cumsum(dim=-1)  # 0 in the chain, then the tokens of the SID so far
     if options.scoring_rule == "log":
-        number = groups[:, None] * shares.shape[1] + (present.cumsum(dim=-1) - 1).clamp(min=0)
+        number = groups[:, None] * shares.shape[1] + (level - 1).clamp(min=0)
         sums = _totals(exact.flatten(), number.flatten(), active[:, None].expand_as(exact).flatten())
         n = _totals(active, groups, active).clamp(min=1)
         exact = exact / (sums[number] / n[groups][:, None]).clamp(min=SMALLEST_SHARE)
@@ -125,7 +125,7 @@ def share_advantage(
     rest = exact.flip(-1).cumsum(dim=-1).flip(-1)
     of_answer = torch.where(rest > 0, rest, total[:, None])
     _, of_chain = _centred(total + penalty, groups, active)
-    advantage = torch.where(after_chain, of_answer, of_chain[:, None]) * (mask * active[:, None])
+    advantage = torch.where(level > 0, of_answer, of_chain[:, None]) * (mask * active[:, None])
     # 3. One scale for the whole batch, so that all tokens keep their proportion.
     if normalise:
         advantage /= (advantage.square().sum() / mask.sum().clamp(min=1)).sqrt() + EPSILON

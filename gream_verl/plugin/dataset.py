@@ -7,6 +7,7 @@ verl itself would cut off the head of the conversation, and through a semantic I
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,16 @@ class SemanticIdDataset(RLHFDataset):
         """Keep every row: ``__getitem__`` shortens long prompts."""
         return dataframe
 
+    @cached_property
+    def for_training(self) -> bool:
+        """Whether these are the training rows; validation may read the same files."""
+        files = self.config.get("train_files")
+        trained_on = list(self.original_data_files) == ([files] if isinstance(files, str) else files)
+        return trained_on and self.max_samples == self.config.get("train_max_samples", -1)
+
     def _check_size(self) -> None:
         """Refuse training files with less than one batch: verl starts its engines first, and divides by 0 then."""
-        files, size = self.config.get("train_files"), self.config.get("train_batch_size")
-        trained_on = list(self.original_data_files) == ([files] if isinstance(files, str) else files)
-        # Validation may read the same files.
-        self.for_training = trained_on and self.max_samples == self.config.get("train_max_samples", -1)
+        size = self.config.get("train_batch_size")
         if self.for_training and len(self) < size:
             raise InputError(
                 f"{', '.join(self.original_data_files)}: {len(self)} rows are less than one batch of "
