@@ -23,6 +23,8 @@ DEFAULTS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    # The engine computes in its own process, as the recipe asks: between two of them vLLM waits by spinning on a core.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # FSDP engines are registered for the devices cuda and npu only (verl/workers/engine/fsdp/transformer_impl.py:1143);
     # this stock override looks them up under the former (verl/workers/engine/base.py:405).
     "VERL_ENGINE_DEVICE": "cuda",
