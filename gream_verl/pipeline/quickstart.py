@@ -28,15 +28,24 @@ class Profile:
     """
 
     run: Path
+    train: str
     config: str
     recipe: str
     mix: str
     evaluation: str
 
 
-TINY = Profile(Path("runs/quickstart"), "tiny_cpu.yaml", "gream_srpo_cpu", "", "--chains 2 --max-tokens 128")
+TINY = Profile(
+    Path("runs/quickstart"),
+    "python -m gream_verl.cpu.llamafactory train",
+    "tiny_cpu.yaml",
+    "gream_srpo_cpu",
+    "",
+    "--chains 2 --max-tokens 128",
+)
 PRETRAINED = Profile(
     Path("runs/pretrained"),
+    "llamafactory-cli train",
     "smollm2_cpu.yaml",
     "gream_srpo_smollm2_cpu",
     "--rows seqrec=1800 --rows item2index=400 --rows index2item=300 --rows fusionseqrec=200 --rows reasoning=500 "
@@ -107,7 +116,7 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
             Step("sft-data", f"{mix.command} --tokenizer {run.model}", [*mix.reads, weights], rows),
             Step("sft-check", f"gream sft check {config} {sft}", [config, *rows, run.model], checkpoints=run.sft),
         ]
-    train_sft = f"llamafactory-cli train {config} {sft}"
+    train_sft = f"{profile.train} {config} {sft}"
     train_srpo = f"python -m verl.trainer.main_ppo +recipe={profile.recipe} {srpo}"
     prompts, latest = [data.rl, data.val, data.index], run.srpo / "latest_checkpointed_iteration.txt"
     stamp = stamp_file(root, "srpo")

@@ -101,7 +101,7 @@ def test_the_quickstart_is_the_list_of_the_readme(monkeypatch):
         f"gream data rl {run} --rl-rows 4000",
         f"gream data mix {run}",
         f"gream model tiny {run}",
-        "llamafactory-cli train sft_configs/tiny_cpu.yaml",
+        "python -m gream_verl.cpu.llamafactory train sft_configs/tiny_cpu.yaml",
         f"gream evaluate {run} {run}/sft --chains 2 --max-tokens 128 --overwrite",
         "python -m verl.trainer.main_ppo +recipe=gream_srpo_cpu",
         f"gream evaluate {run} {run}/srpo --chains 2 --max-tokens 128 --overwrite",
