@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="steps of SRPO; the quickstart has 40")
+    parser.add_argument("--steps", type=int, default=60, help="steps of SRPO; the quickstart has 32")
     given = parser.parse_args()
     run, console = RunFolder.open(given.run), Console()
     folder = run.root / "learning"

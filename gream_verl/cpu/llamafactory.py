@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gream_verl.cpu import is_active
+
 
 def orthogonalised(update: Tensor, steps: int) -> Tensor:
-    """Return a matrix with the singular vectors of ``update`` and singular values near 1, by Newton-Schulz iterations.
+    """Return ``update`` [rows, columns] with all singular values near 1, by ``steps`` of Newton and Schulz.
 
-    The coefficients are those of Muon (https://kellerjordan.github.io/posts/muon), as in LLaMA-Factory.
-
-    Args:
-        update: Shape [rows, columns].
-        steps: Iterations.
+    The coefficients are those of https://kellerjordan.github.io/posts/muon, and of LLaMA-Factory.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = update if update.shape[0] <= update.shape[1] else update.T
@@ -32,8 +30,6 @@ def main() -> None:
     """Run ``llamafactory-cli`` with the arguments of this process."""
     from llamafactory.cli import main as llamafactory_cli
     from llamafactory.third_party.muon import muon
-
-    from gream_verl.cpu import is_active
 
     if is_active():
         muon.zeropower_via_newtonschulz5 = orthogonalised

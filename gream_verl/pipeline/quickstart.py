@@ -35,13 +35,9 @@ class Profile:
     evaluation: str
 
 
+MUON_FOR_CPUS = "python -m gream_verl.cpu.llamafactory train"
 TINY = Profile(
-    Path("runs/quickstart"),
-    "python -m gream_verl.cpu.llamafactory train",
-    "tiny_cpu.yaml",
-    "gream_srpo_cpu",
-    "",
-    "--chains 2 --max-tokens 128",
+    Path("runs/quickstart"), MUON_FOR_CPUS, "tiny_cpu.yaml", "gream_srpo_cpu", "", "--chains 2 --max-tokens 128"
 )
 PRETRAINED = Profile(
     Path("runs/pretrained"),

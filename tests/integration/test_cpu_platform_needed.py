@@ -1,4 +1,4 @@
-"""Proof that verl and vLLM still need the parts of ``gream_verl.cpu``: a test that fails names a file that can go.
+"""Proof that verl, vLLM and LLaMA-Factory still need the parts of ``gream_verl.cpu``: a test that fails names a file that can go.
 
 The facts come from a process with verl and without any plugin.
 """
@@ -110,3 +110,11 @@ def test_vllm_weights_vllm_drops_the_weights_it_packs():
         pytest.skip("vLLM is not installed")
     layers = Path(package.submodule_search_locations[0]) / "model_executor/layers/linear.py"
     assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)" in layers.read_text()
+
+
+def test_llamafactory_muon_multiplies_in_bfloat16():
+    package = importlib.util.find_spec("llamafactory")
+    if package is None:
+        pytest.skip("LLaMA-Factory is not installed")
+    muon = Path(package.submodule_search_locations[0]) / "third_party/muon/muon.py"
+    assert "X = G.bfloat16()" in muon.read_text()
