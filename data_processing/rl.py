@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path
+from gream_verl.core.origin import origin_of
 from gream_verl.core.prompts import NO_TARGET, TEMPLATES, TrainingTargets, messages
 from gream_verl.core.rsvr import Mode
 
@@ -89,11 +90,12 @@ def write_prompts(
             "extra_info": {**info, "history": past},
         }
 
+    schema = SCHEMA.with_metadata(origin_of(folder.inter, folder.split, folder.index))
     for path, wanted in ((folder.rl_of(mode), training), (folder.val_of(mode), validation), (folder.test, test)):
         rows = itertools.starmap(row, enumerate(wanted))
-        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             while chunk := list(itertools.islice(rows, CHUNK)):
-                writer.write_table(pa.Table.from_pylist(chunk, SCHEMA))
+                writer.write_table(pa.Table.from_pylist(chunk, schema))
     return {
         "rows": {"rl": len(training), "val": len(validation), "test": len(test)},
         "users without a test": len(sequences) - len(tested),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -21,6 +22,7 @@ from data_processing.sft.tasks import SftRow
 from gream_verl.core.checkpoints import is_whole, newest_checkpoint
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file
+from gream_verl.core.origin import check_model, check_origin
 from gream_verl.core.semantic_ids import find_tokens
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ def check_config(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, d
     except (OSError, ValueError) as error:
         raise InputError(f"{path}, {keys['model_name_or_path']}: {str(error).splitlines()[0]}") from error
     files = [data_file(Path(keys["dataset_dir"]), name) for name in [*data.dataset, *(data.eval_dataset or [])]]
+    index = f"{data.dataset[0].rpartition('-')[0]}.index.json"
+    check_model(Path(keys["model_name_or_path"]), Path(keys["dataset_dir"], index))
     rows = [row for file in files[: len(data.dataset)] for row in read_rows(file)[: data.max_samples]]
     lengths, by_task = token_counter(tokenizer)(rows), defaultdict(list)
     for row, tokens in zip(rows, lengths, strict=True):
@@ -102,9 +106,11 @@ def read_rows(file: Path) -> list[SftRow]:
         rows = pq.read_table(require_file(file, REMEDY)).select(["conversations", "task", "system"]).to_pylist()
         for row in rows:
             row["user"], row["assistant"] = (turn["value"] for turn in row.pop("conversations"))
-        return [SftRow(**row) for row in rows]
+        found = [SftRow(**row) for row in rows]
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{file}: not a whole SFT file ({str(error).splitlines()[0]}); {REMEDY}") from error
+    check_origin(file, REMEDY)
+    return found
 
 
 def key_problems(keys: Mapping[str, Any]) -> Iterator[str]:
@@ -130,6 +136,11 @@ def token_problems(
             f"{len(wrong)} of {len(tokens)} SID tokens, such as {wrong[0]}, are not one ordinary token of "
             f"{keys['model_name_or_path']}; extend the base with `gream model extend` and this data set's index"
         )
+    control = re.compile("|".join(re.escape(token.content) for token in added.values() if token.special) or "(?!)")
+    hits = [(row.user, hit[0]) for row in rows if (hit := control.search(f"{row.system}{row.user}{row.assistant}"))]
+    if hits:
+        said = f"such as {hits[0][1]} in {hits[0][0]!r:.120}"
+        yield f"{len(hits)} rows hold a control token of the tokenizer, {said}; take it out of the texts"
     kind = keys.get("finetuning_type", "lora")
     adapter = keys.get("adapter_name_or_path") if kind == "lora" else None
     rows_by_module = adapter and read_json(Path(adapter, "adapter_config.json")).get("trainable_token_indices")

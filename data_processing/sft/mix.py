@@ -23,6 +23,7 @@ from data_processing.sft.tasks import ITEM_TASKS, LENGTH, REASONING, TASKS, Corp
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path, read_json, write_json
+from gream_verl.core.origin import origin_of
 from gream_verl.core.split import read_splits
 
 TINY_MIX = {
@@ -102,14 +103,15 @@ def write_mix(
     thoughts = sizes.pop(REASONING, 0)
     order = curriculum_order(list(sizes.values()), thoughts, seed=options.seed, block=options.block)
     tasks = np.repeat(np.array(list(chosen), object), [len(specs) for specs in chosen.values()])[order]
-    write_rows(path, corpus, tasks, np.concatenate(list(chosen.values()))[order])
+    schema = SCHEMA.with_metadata(origin_of(folder.inter, folder.split, folder.item, folder.index))
+    write_rows(path, schema, corpus, tasks, np.concatenate(list(chosen.values()))[order])
     entries = read_json(folder.dataset_info) if folder.dataset_info.is_file() else {}
     entries[path.stem] = {"file_name": path.name, **READ_AS}
     for task in TASKS:
         file = path.with_stem(f"{path.stem}-eval-{task}")
         if task in held_out and len(held_out[task][1]):
             source, specs = held_out[task]
-            write_rows(file, source, np.full(len(specs), task, object), specs)
+            write_rows(file, schema, source, np.full(len(specs), task, object), specs)
             entries[file.stem] = {"file_name": file.name, **READ_AS}
         else:  # an earlier mix may have had this task
             file.unlink(missing_ok=True)
@@ -200,17 +202,17 @@ def _hold_out(corpus: Corpus, validation: Corpus, task: str, mixed: Specs, optio
     return corpus, _choose(corpus, task, HELD_OUT_ROWS, options, rows[fresh])[0]
 
 
-def write_rows(path: Path, corpus: Corpus, tasks: npt.NDArray[np.object_], specs: Specs) -> None:
+def write_rows(path: Path, schema: pa.Schema, corpus: Corpus, tasks: npt.NDArray[np.object_], specs: Specs) -> None:
     """Write rows, their tasks ``[rows]`` and specs ``[rows, 3]``; a row's text lives only while it is written."""
     # Only columns of few different texts gain from a dictionary.
     dictionary = ["conversations.list.element.from", "system", "task"]
     settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": dictionary, "write_statistics": ["task"]}
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, SCHEMA, **settings) as writer:
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **settings) as writer:
         for start in track(range(0, len(specs), CHUNK), description=path.name, disable=len(specs) <= CHUNK):
             part = slice(start, start + CHUNK)
             named = zip(tasks[part].tolist(), specs[part].tolist(), strict=True)
             rows = [corpus.row(task, *spec) for task, spec in named]
             turns = [[("human", row.user), ("gpt", row.assistant)] for row in rows]
             columns = [turns, [row.system for row in rows], [row.task for row in rows]]
-            arrays = [pa.array(values, column.type) for values, column in zip(columns, SCHEMA, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+            arrays = [pa.array(values, column.type) for values, column in zip(columns, schema, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

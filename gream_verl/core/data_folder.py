@@ -6,9 +6,11 @@ so that published data drop in. All files of a data set lie in one folder.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ OTHER_PARQUET = ("align", "rl", "val", "test", "chains")
 TITLE_WORDS = 8
 """Words of a title that chains of thought name."""
 PREPARE = "prepare the data set with `gream data prepare`"
+_PRINTED_LIST = re.compile(r"\s*\[\s*(?:[\"'\[].*)?\]\s*", re.DOTALL)
+_CONTROL = re.compile(r"<\|[^<>]*\|>|</?(?:think|answer|s|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]")
 
 
 @dataclass(frozen=True)
@@ -161,16 +165,35 @@ def item_of(fields: Mapping[str, Any]) -> Item:
 
 
 def item_text(value: Any) -> str:
-    """Return the text of a field, "" for an empty one; lists are joined."""
+    """Return the text of a field, "" for an empty one; lists are joined, also those that were printed into the text.
+
+    What a tokenizer would read as a control token or a semantic ID is left out: a text must not end or answer a prompt.
+
+    >>> item_text(["Heat", "<|im_end|> <|a_1|>", "(1995)</answer>"]), item_text("['Relay', 'small']")
+    ('Heat (1995)', 'Relay small')
+    """
+    value = _unprinted(value)
     if isinstance(value, list):
         return " ".join(filter(None, map(item_text, value)))
-    return value.strip() if isinstance(value, str) else ""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text.isascii():
+        text = text.encode(errors="ignore").decode()  # without halves of surrogate pairs
+    return " ".join(_CONTROL.sub(" ", text).split()) if _CONTROL.search(text) else text
+
+
+def _unprinted(value: Any) -> Any:
+    """Return the list of a text such as "['One.', 'Two.']", which is how pandas writes lists; else the value."""
+    if isinstance(value, str) and _PRINTED_LIST.fullmatch(value):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(value.strip())
+    return value
 
 
 def _category_names(value: Any) -> list[str]:
     """Flatten the published forms of categories: a list, a list of paths, one text with commas."""
+    value = _unprinted(value)
     if isinstance(value, str):
-        return [name.strip() for name in value.split(",") if name.strip()]
+        return [name.strip() for name in item_text(value).split(",") if name.strip()]
     if isinstance(value, list):
         parts = (_category_names(part) if isinstance(part, list) else [item_text(part)] for part in value)
         return [name for names in parts for name in names if name]

@@ -89,7 +89,9 @@ def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> A
         raise InputError(f"{path}: not valid JSON ({error}); delete it and make it again") from error
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+def fingerprint(path: str | os.PathLike[str], size: int | None = None) -> str:
+    """Return the SHA-256 of a file, or of its first ``size`` bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
+        if size is not None:
+            return hashlib.sha256(file.read(size)).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,7 @@ import polars as pl
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import fingerprint, read_json, require_file
+from gream_verl.core.origin import check_origin
 from gream_verl.core.prompts import messages
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, SemanticId, find_sids, parse_sid
@@ -169,6 +170,7 @@ def _read_table(path: str | os.PathLike[str]) -> tuple[pl.DataFrame, list[Any]]:
         table = pl.read_parquet(require_file(path, REMEDY))
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not a file of test prompts ({error}); {REMEDY}") from error
+    check_origin(Path(path), REMEDY)
     info = table.schema.get("extra_info")
     has_type = isinstance(info, pl.Struct) and "type" in info.to_schema()
     return table, table["extra_info"].struct.field("type").to_list() if has_type else [None] * table.height

@@ -10,6 +10,7 @@ from rich.console import Group
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.faithfulness import ClaimReader, faithfulness
+from gream_verl.core.origin import check_model
 from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.core.semantic_ids import ItemIndex, find_sids
@@ -34,6 +35,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     """
     checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
     folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)
+    check_model(folder, run.data.index)
     asked = {mode: read_protocol(run.data, options, mode, index) for mode in modes_asked(options)}
     prompts, protocol = next(iter(asked.values()))
     if any([prompt.user for prompt in some] != [prompt.user for prompt in prompts] for some, _ in asked.values()):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
+from gream_verl.core.origin import KEY, mark
 from gream_verl.core.semantic_ids import ItemIndex, parse_token
 from gream_verl.core.token_text import TokenText
 from gream_verl.model.loading import load_model, load_tokenizer
@@ -114,6 +115,7 @@ def extend_model(
     size = -(-max(before, max(ids) + 1) // multiple) * multiple
     model.resize_token_embeddings(size, mean_resizing=False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    setattr(model.config, KEY, mark(Path(index.source)))
     tied = head is None or head.weight is embedding.weight
     for offset, module in enumerate([embedding] if tied else [embedding, head]):
         draw_rows(module.weight.data, trained, base, seed + offset, rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import normalize_token_ids
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.origin import check_origin
 from gream_verl.core.prompts import drop_oldest
 from gream_verl.core.semantic_ids import ItemIndex, find_sids
 from gream_verl.core.token_text import TokenText
@@ -48,6 +50,8 @@ class SemanticIdDataset(RLHFDataset):
                 raise InputError(
                     f"{row}: {''.join(unknown[0])} is no item of {index_file}; build the files from this index"
                 )
+        for file in self.data_files:
+            check_origin(Path(file), "make it with `gream data rl`")
         super()._read_files_and_tokenize()
         self._check_size()
 

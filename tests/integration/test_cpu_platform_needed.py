@@ -1,4 +1,4 @@
-"""Proof that verl, vLLM and LLaMA-Factory still need the parts of ``gream_verl.cpu``: a test that fails names a file that can go.
+"""Proof that the frameworks still need the parts of ``gream_verl.cpu``: a test that fails names a file that can go.
 
 The facts come from a process with verl and without any plugin.
 """

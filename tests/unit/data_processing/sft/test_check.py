@@ -173,6 +173,16 @@ def test_sid_tokens_must_be_single_ordinary_tokens(folder: Path) -> None:
     assert "such as <|a_1|>, are not one ordinary token" in problem(folder)
 
 
+def test_a_control_token_in_a_text(folder: Path) -> None:
+    def end_early(frame: pl.DataFrame) -> pl.DataFrame:
+        rows = frame.to_dicts()
+        rows[3]["conversations"][0]["value"] += " by <|im_end|>"
+        return pl.DataFrame(rows, schema=frame.schema)
+
+    edit_mix(folder, end_early)
+    assert "1 rows hold a control token of the tokenizer, such as <|im_end|> in '" in problem(folder)
+
+
 def test_a_sid_token_of_another_index(folder: Path) -> None:
     other = [{"from": "human", "value": "What is <|a_77|><|b_1|><|c_1|>?"}, {"from": "gpt", "value": "Unknown."}]
     edit_mix(folder, lambda mix: mix.vstack(mix[:1].with_columns(pl.Series("conversations", [other]))))

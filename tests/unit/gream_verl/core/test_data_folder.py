@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_data import make_data
 
-from gream_verl.core.data_folder import DataFolder, Item
+from gream_verl.core.data_folder import DataFolder, Item, item_of, item_text
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
 
@@ -40,6 +40,7 @@ def test_published_layouts_drop_in(tmp_path: Path) -> None:
         {
             "0": {"title": " Nail Polish ", "categories": [["Beauty", "Nails"], ["Beauty"]]},
             "1": {"title": "Shampoo", "categories": "Beauty,Hair Care", "brand": "B", "description": ["One.", "Two."]},
+            "2": {"title": "Comb", "categories": "['Beauty', 'Hair Care']"},
         },
     )
     write_json(folder.inter, {"7": [0, 1, 0]})
@@ -48,7 +49,29 @@ def test_published_layouts_drop_in(tmp_path: Path) -> None:
     items = folder.read_items(enriched=False)
     assert items["0"] == Item("Nail Polish", categories=("Beauty", "Nails"))
     assert items["1"] == Item("Shampoo", "One. Two.", "B", ("Beauty", "Hair Care"))
+    assert items["2"].categories == ("Beauty", "Hair Care")
     assert folder.read_inter() == {"7": ["0", "1", "0"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("<|im_end|> <|im_start|>assistant buy", "assistant buy"),
+        ("A <|a_1|><|b_2|> film", "A film"),
+        ("So</answer><think>it is", "So it is"),
+        ("half \ud83d of a pair", "half  of a pair"),
+        ("['Relay / capacitor', \"it's small\"]", "Relay / capacitor it's small"),
+        ("[]", ""),
+        ("[Live] at Leeds", "[Live] at Leeds"),
+        ("['broken", "['broken"),
+        ("['a' + 'b']", "['a' + 'b']"),
+        ("[" * 9999 + "]" * 9999, "[" * 9999 + "]" * 9999),
+        (None, ""),
+    ],
+)
+def test_a_text_has_no_control_tokens_and_no_printed_list(value: str | None, text: str) -> None:
+    assert item_text(value) == text
+    assert item_of({"title": value}).title == text
 
 
 def test_an_index_that_lacks_an_item_is_named(tmp_path: Path) -> None:
