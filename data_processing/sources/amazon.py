@@ -7,7 +7,7 @@ items without a title or without metadata. The metadata of 2014 are Python liter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from operator import attrgetter
@@ -31,11 +31,12 @@ from data_processing.sources.common import (
     whole_times,
 )
 from data_processing.sources.json_lines import read_json_lines
-from gream_verl.core.data_folder import Item, item_of
+from gream_verl.core.data_folder import Item, item_of, item_text
 
 CHUNK = 50_000
-TITLE_WORDS = 8
 LONGEST_CATEGORY = 60
+LONGEST_DESCRIPTION = 2000
+"""Characters of a description of 2023, whose text is spread over three fields."""
 
 _BEFORE_2023 = {"user": "reviewerID", "item": "asin", "timestamp": "unixReviewTime", "text": "reviewText"}
 NAMES = {
@@ -58,7 +59,7 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
     """Read a file of reviews or of ratings, and the metadata of the same release.
 
     JSON lines are streamed; of the metadata only reviewed items are kept. A later metadata line of an item fills the
-    fields that earlier ones left empty. An item without a readable title gets the first words of its description.
+    fields that earlier ones left empty.
 
     Args:
         year: Release of the dump: 2014, 2018 or 2023.
@@ -76,11 +77,7 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
         interactions = _read_reviews(reviews, year, review_checks)
     wanted = set(interactions["item"].unique())
     items = _read_metadata(metadata, year, item_checks, wanted)
-    untitled = [key for key, item in items.items() if not item.title]
-    for key in untitled:
-        items[key] = replace(items[key], title=" ".join(items[key].description.split()[:TITLE_WORDS]))
     tables = source_tables(interactions, items, review_checks, item_checks)
-    tables.report["titles taken from the description"] = sum(bool(items[key].title) for key in untitled)
     tables.report["reviewed items without metadata"] = len(wanted) - len(items)
     return tables
 
@@ -109,17 +106,32 @@ def _read_reviews(path: Path, year: int, checks: RowChecks) -> pl.DataFrame:
     for chunk in read_chunks(path, year, checks, [("user", Id), ("item", Id), ("timestamp", Time)]):
         frames.append(pl.DataFrame({name: list(map(attrgetter(name), chunk)) for name in schema}, schema=schema))
     interactions = pl.concat(frames)
-    return interactions.with_columns(timestamp=whole_times(interactions["timestamp"]))
+    return interactions.with_columns(timestamp=whole_times(interactions["timestamp"], path))
 
 
 def _read_metadata(path: Path, year: int, checks: RowChecks, wanted: set[str]) -> dict[str, Item]:
-    optional = [(name, Any, None) for name in ("title", "description", "brand", "categories")]
+    texts = ("description", "features", "details") if year == 2023 else ("description",)
+    optional = [(name, Any, None) for name in ("title", "brand", "categories", *texts)]
     items: dict[str, Item] = {}
     for chunk in read_chunks(path, year, checks, [("item", Id), *optional]):
         for line in chunk:
             if line.item in wanted:
-                item = clean_item(item_of(msgspec.structs.asdict(line)))
+                fields = msgspec.structs.asdict(line)
+                if year == 2023:
+                    fields["description"] = _description(fields)
+                item = clean_item(item_of(fields))
                 names = tuple(name for name in item.categories if len(name) <= LONGEST_CATEGORY)  # longer: no names
                 item = replace(item, brand=item.brand.removeprefix("by ").strip(), categories=names)
                 add_item(items, line.item, item, checks)
     return items
+
+
+def _description(fields: Mapping[str, Any]) -> str:
+    """Return description, features and details of an item of 2023 as one text, in this order.
+
+    >>> _description({"description": [], "features": ["Soft."], "details": {"Color": "Red"}})
+    'Soft. Color: Red.'
+    """
+    details = fields["details"] if isinstance(fields["details"], dict) else {}
+    named = [f"{name}: {value}." for name, value in details.items() if isinstance(value, str)]
+    return item_text([fields["description"], fields["features"], named])[:LONGEST_DESCRIPTION]

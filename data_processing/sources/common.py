@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, short_title
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
@@ -28,6 +28,8 @@ TOO_MANY = "too many fields"
 REST = " rest"
 """Column for the content of a row after the last field of the header, null in most rows."""
 TEXT_OPTIONS: dict[str, Any] = {"infer_schema": False, "truncate_ragged_lines": True, "raise_if_empty": False}
+EPOCHS = (1e8, 1e11, 1e14, 1e17)
+"""Times of 1973 in seconds, milliseconds, microseconds and nanoseconds; 42 times as much is a time of 2103."""
 ISO = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M")
 ISO_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
 
@@ -172,7 +174,7 @@ def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFra
     if not (kind.is_numeric() or kind in (pl.String, pl.Null, pl.Date, pl.Datetime)):
         raise InputError(f"{table.checks.source}: column {when!r}: expected numbers or dates, got {kind}")
     read = table.collect(user=user, item=item, when=pl.col(when))
-    read = read.with_columns(timestamp=whole_times(read["when"]))
+    read = read.with_columns(timestamp=whole_times(read["when"], table.checks.source))
     is_incomplete = pl.any_horizontal(pl.col(*INTERACTIONS).is_null())
     reason = pl.when(pl.col(REST).is_not_null()).then(pl.lit(TOO_MANY))
     read = read.with_columns(reason=reason.when(is_incomplete).then(pl.lit("no user, item or timestamp")))
@@ -182,8 +184,11 @@ def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFra
     return read.filter(pl.col("reason").is_null()).select(*INTERACTIONS)
 
 
-def whole_times(times: pl.Series) -> pl.Series:
-    """Return times as whole numbers in the same order: dates as microseconds, ranks where a number has a fraction."""
+def whole_times(times: pl.Series, source: Path) -> pl.Series:
+    """Return times as whole numbers in the same order: dates as microseconds, ranks where a number has a fraction.
+
+    Refuse a ``source`` that mixes dates with numbers, or numbers that are seconds of our days with such in other units.
+    """
     if times.dtype in (pl.Date, pl.Datetime):
         return times.to_physical().cast(pl.Int64)
     is_text = times.dtype == pl.String
@@ -191,9 +196,16 @@ def whole_times(times: pl.Series) -> pl.Series:
     numbers = times.cast(pl.Float64, strict=False)
     exact = times if is_text or times.dtype.is_integer() else numbers  # Float64 cannot hold nanoseconds
     whole = exact.cast(pl.Int64, strict=False)
+    kinds = [numbers.is_between(low, 42 * low) for low in EPOCHS]
     if is_text and numbers.null_count() > times.null_count():
         dates = _dates(times)
+        kinds = [numbers.is_not_null(), dates.is_not_null()]
         numbers, whole = numbers.fill_null(dates.cast(pl.Float64)), whole.fill_null(dates)
+    first = [times.filter(kind)[0] for kind in kinds if kind.any()]
+    if len(first) > 1:
+        raise InputError(
+            f"{source}: its times are of several kinds, such as {first[0]} and {first[1]}; write all as one"
+        )
     if (numbers != numbers.floor()).any():
         whole = numbers.rank("dense").cast(pl.Int64)
     whole = whole.fill_null(numbers.cast(pl.Int64, strict=False))
@@ -234,12 +246,19 @@ def items_frame(items: Mapping[str, Item]) -> pl.DataFrame:
 def source_tables(
     interactions: pl.DataFrame, items: Mapping[str, Item], interaction_checks: RowChecks, item_checks: RowChecks
 ) -> SourceTables:
-    """Return the tables of a source that has a file of each, without the items that have no title."""
-    titled = {item: fields for item, fields in items.items() if fields.title}
+    """Return the tables of a source that has a file of each.
+
+    An item without a title is called by the first words of its description; one with neither is left out.
+    """
+    named = {item: fields for item, fields in items.items() if not fields.title and fields.description}
+    named = {item: replace(fields, title=short_title(fields.description)) for item, fields in named.items()}
+    titled = {item: fields for item, fields in {**items, **named}.items() if fields.title}
     report = {"interaction rows": interaction_checks.rows, "item rows": item_checks.rows}
     report["items without a title"] = len(items) - len(titled)
-    if item_checks.repeated:
-        report["repeated item rows"] = item_checks.repeated
+    without_text = sum(not (fields.description or fields.brand or fields.categories) for fields in titled.values())
+    counts = {"titles taken from the description": len(named), "items with a title only": without_text}
+    counts["repeated item rows"] = item_checks.repeated
+    report |= {name: count for name, count in counts.items() if count}
     for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
         report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}
     return SourceTables(interactions, items_frame(titled), report, interaction_checks.rejects + item_checks.rejects)

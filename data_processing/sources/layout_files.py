@@ -19,7 +19,7 @@ REMEDY = "give the path of a file in the layout of LC-Rec"
 def read_layout(interactions: Path, items: Path) -> SourceTables:
     """Read ``{user: [item, ...]}`` in time order and ``{item: {title, description, brand, categories}}``.
 
-    The layout has no times: the position in a user's sequence stands for it. Items without a title are left out.
+    The layout has no times: the position in a user's sequence stands for it.
     """
     sequences, described = read_interactions(interactions, REMEDY), read_json(items, REMEDY)
     if not isinstance(described, dict) or not all(isinstance(fields, dict) for fields in described.values()):

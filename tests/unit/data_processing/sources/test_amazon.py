@@ -144,11 +144,14 @@ def test_the_times_of_2023_keep_their_order_and_items_go_by_their_parent(tmp_pat
         {
             "parent_asin": "b", "title": "Serum", "description": ["Soft.", "Light."], "store": "Acme",
             "main_category": "All Beauty", "categories": ["Beauty", "Face"],
+            "features": ["With roses."], "details": {"Item Form": "Gel", "Size": {"of": "no text"}},
         }
     ]  # fmt: skip
     tables = read_amazon(2023, write(tmp_path / "R.jsonl.gz", reviews), write(tmp_path / "M.jsonl.gz", items))
     assert tables.interactions.rows() == [("u", "b", 1588687728923), ("v", "b", 1588687729001)]
-    assert tables.items.rows() == [("b", "Serum", "Soft. Light.", "Acme", ["Beauty", "Face"])]
+    assert tables.items.rows() == [
+        ("b", "Serum", "Soft. Light. With roses. Item Form: Gel.", "Acme", ["Beauty", "Face"])
+    ]
 
 
 def test_times_with_a_fraction_keep_their_order(tmp_path: Path) -> None:

@@ -219,3 +219,17 @@ def test_texts_are_cleaned_and_a_later_row_fills_what_is_empty(tmp_path: Path) -
         ("1", "Heat & dust", "A film of", "1.5", ["R&B", "Drama"]),
         ("3", "T", "", "", ["x"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (["2014-01-02", "1388620800"], "1388620800 and 2014-01-02"),
+        (["1388620800", "1388620800000"], "1388620800 and 1388620800000"),
+        (["1388620800000.5", "1388620800"], "1388620800 and 1388620800000.5"),
+    ],
+)
+def test_times_of_several_kinds_are_refused(tmp_path: Path, times: list[str], said: str) -> None:
+    rows = "".join(f"u,{number},{time}\n" for number, time in enumerate(times))
+    with pytest.raises(InputError, match=f"i.csv: its times are of several kinds, such as {said}; write all as one"):
+        read(tmp_path, f"user,item,timestamp\n{rows}", "item,title\n0,T\n")
