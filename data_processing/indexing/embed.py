@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +99,10 @@ def cached_embeddings(
     """Return ``embed_items``, read from ``<D>.text-emb-<fingerprint>.npy`` where an earlier call has written it."""
     cache = folder.root / f"{folder.name}.text-emb-{fingerprint(items, settings)[:12]}.npy"
     if cache.is_file():
-        return np.load(cache, allow_pickle=False)
+        with suppress(ValueError, EOFError):  # a torn one is made again
+            vectors: np.ndarray = np.load(cache, allow_pickle=False)
+            if vectors.ndim == 2 and len(vectors) == len(items) and np.isfinite(vectors).all():
+                return vectors
     vectors = embed_items(items, settings)
     with atomic_path(cache) as temporary:
         np.save(temporary, vectors)

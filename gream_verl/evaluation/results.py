@@ -30,6 +30,7 @@ MEASURES = ("rsvr", "greedy_rsvr", "expected_rsvr", "target_logprob", "target_lo
 """Measures of answers, one per row where they are known; docs/evaluation.md defines them."""
 MAIN_METRICS = ("recall@10", "ndcg@10", *MEASURES)  # with intervals and tests
 REMEDY = "run `gream evaluate` again"
+TOLERANCE = 1e-6  # between a metric of a file and that of its rows
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,17 @@ class Evaluation:
             users = {row["user"] for row in rows if row.keys() >= needed}
             if not len(users) == len(rows) == settings["users"]:
                 raise ValueError(f"{settings['users']} users, but {len(rows)} rows with {len(users)} complete users")
+            lists = {row["user"]: row.get("recommended", ()) for row in rows}
+            if twice := [user for user, items in lists.items() if len({*items}) < len(items)]:
+                raise ValueError(f"user {twice[0]!r} has an item twice")
+            found = cls(metrics, settings, rows, intervals)
+            for name, value in metrics.items():
+                own = found.values(name) if name.partition("@")[0] in RANKING else None
+                if own is not None and abs(own.mean() - value) > TOLERANCE:
+                    raise ValueError(f"{name} is {value}, but {own.mean():.6g} of its rows")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not the result of an evaluation ({error!r}); {REMEDY}") from error
-        return cls(metrics, settings, rows, intervals)
+        return found
 
 
 def merged(first: Evaluation, second: Evaluation) -> Evaluation:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from omegaconf import OmegaConf
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import normalize_token_ids
 
@@ -21,6 +22,7 @@ from gream_verl.core.origin import check_origin
 from gream_verl.core.prompts import drop_oldest
 from gream_verl.core.semantic_ids import ItemIndex, find_sids
 from gream_verl.core.token_text import TokenText
+from gream_verl.plugin.run_lock import hold_checkpoints
 from gream_verl.plugin.unread_keys import refuse_unread_keys
 
 Prompt = list[dict[str, Any]]
@@ -35,7 +37,10 @@ class SemanticIdDataset(RLHFDataset):
     """
 
     def _read_files_and_tokenize(self) -> None:
-        refuse_unread_keys(self.config._get_root())  # here, because verl builds the data before any model
+        root = self.config._get_root()  # here, because verl builds the data before any model
+        refuse_unread_keys(root)
+        if self.for_training and (checkpoints := OmegaConf.select(root, "trainer.default_local_dir")):
+            hold_checkpoints(Path(checkpoints))
         index_file = self.config.get("index_file")
         items = ItemIndex.load(index_file).items if index_file else None
         text = TokenText(self.tokenizer)

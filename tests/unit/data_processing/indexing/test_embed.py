@@ -173,8 +173,14 @@ def test_vectors_are_computed_once_per_fingerprint(tmp_path: Path, monkeypatch: 
     first = cached_embeddings(folder, UNEQUAL)
     assert cached_embeddings(folder, UNEQUAL).tobytes() == first.tobytes()
     assert len(calls) == 1
+    [cache] = tmp_path.iterdir()
+    for torn in (np.ones((len(UNEQUAL) - 1, 2)), np.full((len(UNEQUAL), 2), np.nan), np.ones(len(UNEQUAL))):
+        np.save(cache, torn)
+        assert cached_embeddings(folder, UNEQUAL).tobytes() == first.tobytes()
+    cache.write_bytes(b"torn")
+    assert cached_embeddings(folder, UNEQUAL).tobytes() == first.tobytes()
     cached_embeddings(folder, UNEQUAL[::-1])
-    assert len(calls) == 2
+    assert len(calls) == 6
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         f"toy.text-emb-{fingerprint(items)[:12]}.npy" for items in (UNEQUAL, UNEQUAL[::-1])
     )
