@@ -158,6 +158,13 @@ def _filtered(tables: SourceTables, name: str, core: int, shortest: int) -> tupl
     """Return the interactions of the core, in the order of :func:`ordered`, and the counts of what was dropped."""
     titled = tables.items.select(pl.col("item").cast(tables.interactions["item"].dtype))
     known = tables.interactions.join(titled, on="item", how="semi", maintain_order="left")
+    taken, described = tables.interactions["item"].unique().cast(pl.String), tables.items["item"]
+    unknown = sort_ids(set(taken.drop_nulls()) - set(described))
+    if unknown and known.is_empty():
+        raise InputError(
+            f"{name}: no item of the interactions, such as {', '.join(unknown[:3])}, is among the items with a title, "
+            f"such as {', '.join(described[:3])}; check that both files are of one catalogue, and their columns"
+        )
     unique = deduplicate(known)
     kept = k_core(unique, core, shortest)
     if kept.is_empty():
@@ -165,7 +172,9 @@ def _filtered(tables: SourceTables, name: str, core: int, shortest: int) -> tupl
             f"{name}: none of {len(tables.interactions)} interactions is left ({len(known)} of titled items, "
             f"{len(unique)} without repeats); lower the core ({core})"
         )
+    named = {f"items without a title, such as {', '.join(unknown[:3])}": len(unknown)} if unknown else {}
     return ordered(kept), {
+        **named,
         "interactions with an item that has no title": len(tables.interactions) - len(known),
         "repeated interactions": len(known) - len(unique),
         "interactions outside the core": len(unique) - len(kept),

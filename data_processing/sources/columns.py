@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
 NAMES = tuple(INTERACTIONS | ITEMS)
+OWN = ("interactions.item", "items.item")
+"""The item ids of one of the tables, where they have other names."""
 
 
 def read_table(
@@ -39,16 +42,18 @@ def read_table(
         interactions: One row per interaction: ``user``, ``item``, ``timestamp`` (a number, or a date in ISO 8601).
         items: One row per item: ``item``, ``title`` and optionally ``description``, ``brand`` and ``categories`` (a
             list, or text separated by ``|``).
-        columns: Name of the column of each of these, where it is another.
+        columns: Name of the column of each of these, where it is another; ``interactions.item`` and ``items.item``
+            where the two tables differ.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
     """
     columns = columns or {}
-    if unknown := sorted(set(columns) - set(NAMES)):
-        raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join(NAMES)}")
-    described = _scan(items, bad_rows)
-    for meaning in columns.keys() & ITEMS.keys():
+    if unknown := sorted(set(columns) - {*NAMES, *OWN}):
+        raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NAMES, *OWN))}")
+    described, item = _scan(items, bad_rows), columns.get("item", "item")
+    for meaning in columns.keys() & (ITEMS.keys() - {"item"}):
         described.require(columns[meaning], meaning)
-    return read_tables(_scan(interactions, bad_rows), described, {name: columns.get(name, name) for name in NAMES})
+    named = dict.fromkeys(OWN, item) | {name: name for name in NAMES} | dict(columns)
+    return read_tables(_scan(interactions, bad_rows), described, named)
 
 
 def read_tables(
@@ -64,7 +69,8 @@ def read_tables(
     Args:
         interactions: One interaction per row.
         items: One item per row.
-        columns: Name of the column of each of :data:`NAMES`; description, brand and categories may be missing.
+        columns: Name of the column of each of :data:`NAMES` and :data:`OWN`, which ``item`` stands for; description,
+            brand and categories may be missing.
         separator: Separator of categories in one text.
         rewrite_title: Makes a title readable, after its HTML is removed.
     """
@@ -73,9 +79,10 @@ def read_tables(
     texts = {name: _texts(items, columns[name], name) for name in ITEMS if name != "item" and columns[name] in schema}
     if "categories" in texts and schema[columns["categories"]] == pl.String:
         texts["categories"] = texts["categories"].str.split(separator)
-    rows = read_interactions(interactions, columns)
+    own, other = (columns.get(name, columns["item"]) for name in OWN)
+    rows = read_interactions(interactions, {**columns, "item": own})
     found: dict[str, Item] = {}
-    for cells in items.collect(item=items.ids(columns["item"], "item"), **texts).iter_rows(named=True):
+    for cells in items.collect(item=items.ids(other, "item"), **texts).iter_rows(named=True):
         if cells["item"] and cells[REST] is None:
             add_item(found, cells["item"], clean_item(item_of(cells), rewrite_title), items.checks)
         else:
@@ -95,11 +102,24 @@ def _texts(table: RawTable, column: str, meaning: str) -> pl.Expr:
 
 
 def _scan(path: Path, bad_rows: float) -> RawTable:
-    if path.suffix != ".parquet":
+    if path.is_dir():
+        parts = sorted(path.glob("*.parquet"))
+        if not parts:
+            raise InputError(f"{path}: a folder without .parquet files; name a file, or a folder of its parts")
+    elif path.suffix != ".parquet":
         is_tabbed = path.name.removesuffix(".gz").endswith((".tsv", ".txt"))
-        return scan_text(path, "\t" if is_tabbed else ",", bad_rows)
-    require_file(path, "check the path")
-    rows = pl.scan_parquet(path).with_columns(pl.lit(None, pl.String).alias(REST))
+        return scan_text(path, "\t" if is_tabbed else _separator(path), bad_rows)
+    else:
+        parts = [require_file(path, "check the path")]
+    rows = pl.scan_parquet(parts).with_columns(pl.lit(None, pl.String).alias(REST))
     with readable(path):
         rows.collect_schema()
     return RawTable(rows, RowChecks(path, bad_rows), 1)
+
+
+def _separator(path: Path) -> str:
+    """Return the separator of a CSV file: a semicolon where its first row has more of them than of commas."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(require_file(path, "check the path"), "rb") as file:
+        header = file.readline(1 << 16)
+    return ";" if header.count(b";") > header.count(b",") else ","

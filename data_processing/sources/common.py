@@ -31,6 +31,7 @@ TEXT_OPTIONS: dict[str, Any] = {"infer_schema": False, "truncate_ragged_lines": 
 EPOCHS = (1e8, 1e11, 1e14, 1e17)
 """Times of 1973 in seconds, milliseconds, microseconds and nanoseconds; 42 times as much is a time of 2103."""
 ISO = ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M")
+DAY_FIRST = ("%d.%m.%Y", "%d.%m.%Y %H:%M:%S%.f", "%d.%m.%Y %H:%M")
 ISO_ZONE = ("%Y-%m-%d %H:%M:%S%.f%z", "%Y-%m-%dT%H:%M:%S%.f%z")
 
 
@@ -107,7 +108,7 @@ class RawTable:
     def ids(self, column: str, meaning: str) -> pl.Expr:
         """Return the ids in a column as text: the same in every table, whether written as text or as numbers."""
         kind, values = self.require(column, meaning), pl.col(column)
-        if kind.is_float():  # whole numbers with gaps, as pandas writes them; any other is no id
+        if kind.is_float() or kind.is_decimal():  # whole numbers with gaps, as pandas writes them; any other is no id
             return pl.when(values == values.floor()).then(values).cast(pl.Int64, strict=False).cast(pl.String)
         if not (kind.is_integer() or kind in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
             raise InputError(f"{self.checks.source}: column {column!r}: expected text or whole numbers, got {kind}")
@@ -213,9 +214,9 @@ def whole_times(times: pl.Series, source: Path) -> pl.Series:
 
 
 def _dates(text: pl.Series) -> pl.Series:
-    """Return dates in ISO 8601 as microseconds, null for anything else."""
+    """Return dates in ISO 8601, or as day.month.year, as microseconds; null for anything else."""
     zoned = text.str.replace(r" ?(Z|UTC)$", "+0000")
-    dates = [text.str.to_datetime(form, strict=False, time_unit="us") for form in ISO]
+    dates = [text.str.to_datetime(form, strict=False, time_unit="us") for form in (*ISO, *DAY_FIRST)]
     dates += [zoned.str.to_datetime(form, strict=False, time_unit="us") for form in ISO_ZONE]
     return pl.select(pl.coalesce(date.to_physical() for date in dates)).to_series()
 

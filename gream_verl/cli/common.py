@@ -52,4 +52,7 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     made = [one.partition("=") for one in given or ()]
     if wrong := [name for name, equals, value in made if not (name and equals and value)]:
         raise InputError(f"{option} {wrong[0]!r}: expected NAME=VALUE")
-    return {name: value for name, _, value in made}
+    found = {name: value for name, _, value in made}
+    if len(found) < len(made):
+        raise InputError(f"{option}: a name is given twice among {', '.join(given or ())}; give each once")
+    return found

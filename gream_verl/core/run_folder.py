@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from gream_verl.core.data_folder import DataFolder
@@ -56,5 +57,9 @@ class RunFolder:
             root: The folder.
             dataset: Name of the data set; None for the name of the folder.
         """
-        root = Path(root)
-        return cls(root, DataFolder(root / "data", dataset or root.resolve().name))
+        root, name = Path(root), dataset or Path(root).resolve().name
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise InputError(
+                f"data set name {name!r}: a recipe could not take it; choose letters, digits, '.', '_', '-'"
+            )
+        return cls(root, DataFolder(root / "data", name))

@@ -82,6 +82,7 @@ def test_prepare_writes_filtered_ordered_files_and_counts_what_it_dropped(tmp_pa
     assert list(folder.read_items()) == ["a", "b", "c"]
     assert report == read_json(folder.report)
     assert report["dropped"] == {
+        "items without a title, such as untitled": 1,
         "interactions with an item that has no title": 1,
         "repeated interactions": 1,
         "interactions outside the core": 2,
@@ -124,6 +125,11 @@ def test_nothing_left_is_one_sentence_and_leaves_earlier_files(tmp_path: Path) -
         prepare(tables([("u", "a", 1), ("u", "b", 2)]), folder)
     with pytest.raises(InputError, match="none of 0 interactions"):
         prepare(tables([]), folder)
+    message = (
+        "no item of the interactions, such as 00001, 00002, is among the items with a title, such as a, b, c; check"
+    )
+    with pytest.raises(InputError, match=message):
+        prepare(tables([("u", "00001", 1), ("u", "00002", 2)]), folder)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

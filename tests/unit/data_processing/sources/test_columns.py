@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import polars as pl
@@ -233,3 +234,26 @@ def test_times_of_several_kinds_are_refused(tmp_path: Path, times: list[str], sa
     rows = "".join(f"u,{number},{time}\n" for number, time in enumerate(times))
     with pytest.raises(InputError, match=f"i.csv: its times are of several kinds, such as {said}; write all as one"):
         read(tmp_path, f"user,item,timestamp\n{rows}", "item,title\n0,T\n")
+
+
+def test_tables_of_a_shop_with_other_names_semicolons_and_dates(tmp_path: Path) -> None:
+    inter = "customer;product_id;bought\nu;7;02.01.2014\nu;8;01.02.2014 10:30\n"
+    columns = {"user": "customer", "interactions.item": "product_id", "timestamp": "bought", "items.item": "id"}
+    tables = read(tmp_path, inter, "id;title\n7;T, first\n8;U\n", columns=columns)
+    assert tables.items["title"].to_list() == ["T, first", "U"]
+    assert tables.interactions["item"].to_list() == ["7", "8"]
+    first, second = tables.interactions["timestamp"]
+    assert second - first == (30 * 24 + 10.5) * 3600 * 10**6
+
+
+def test_a_folder_of_parts_with_decimals_is_one_table(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for part in range(2):
+        rows = {"user": ["u"], "item": [Decimal(part)], "timestamp": [Decimal(5 + part)]}
+        pl.DataFrame(rows, schema_overrides={"item": pl.Decimal(10, 0)}).write_parquet(folder / f"{part}.parquet")
+    (tmp_path / "m.csv").write_text("item,title\n0,T\n1,U\n")
+    assert read_table(folder, tmp_path / "m.csv").interactions.rows() == [("u", "0", 5), ("u", "1", 6)]
+    with pytest.raises(InputError, match=r"empty: a folder without \.parquet files"):
+        (tmp_path / "empty").mkdir()
+        read_table(tmp_path / "empty", tmp_path / "m.csv")

@@ -133,6 +133,10 @@ def test_prompts_are_written_next_to_the_data_set(tmp_path: Path) -> None:
             "NAME=VALUE",
         ),
         (
+            ["prepare", "D", "--source", "table", "--interactions", "i", "--items", "m", *2 * ["--column", "item=b"]],
+            "a name is given twice",
+        ),
+        (
             ["prepare", "D", "--source", "layout", "--interactions", "i", "--items", "m", "--column", "a=b"],
             "--source table",
         ),
