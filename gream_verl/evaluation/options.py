@@ -31,7 +31,7 @@ class EvaluationOptions(BaseModel):
     template: str | None = None  # the user's turn, with {history} in it
     system: str | None = None  # "" for none
     limit: int | None = Field(default=None, ge=1)  # users in the seeded sample; None takes all
-    skip_missing: bool = False  # leave out users whose target has no semantic ID
+    skip_missing: bool = False  # leave out users whose target, or an item shown, has no semantic ID
 
     # The ranking.
     beams: int = Field(default=30, ge=0)  # also the length of the lists; 0: no ranking, in reasoning mode only

@@ -73,7 +73,12 @@ def read_prompts(
     prompts = []
     for number, row in zip(sample, table[sample].iter_rows(named=True), strict=True):
         row_label = f"{path}: row {number}"
-        prompt = _read_row(row, number, {} if index is None else index.items, row_label)
+        try:
+            prompt = _read_row(row, number, {} if index is None else index.items, row_label)
+        except NoItemError:
+            if options.skip_missing:
+                continue
+            raise
         if index is None or _has_sid(prompt.target, index, row_label, options):
             prompts.append(prompt)
     return _checked(prompts, path), len(chosen)
@@ -176,13 +181,20 @@ def _read_table(path: str | os.PathLike[str]) -> tuple[pl.DataFrame, list[Any]]:
     return table, table["extra_info"].struct.field("type").to_list() if has_type else [None] * table.height
 
 
+class NoItemError(InputError):
+    """A row names a SID that no item has."""
+
+
 def _read_row(row: Mapping[str, Any], number: int, items: Mapping[SemanticId, str], row_label: str) -> Prompt:
     """Return the prompt of a row; ``row_label`` begins the messages of errors."""
 
     def item_of(sid: SemanticId) -> str:
-        if sid not in items:
-            raise InputError(f"{row_label}: {''.join(sid)} is no item of the index; give the index of this file")
-        return items[sid]
+        if sid in items:
+            return items[sid]
+        shared = [item for other, item in items.items() if other[: len(sid)] == sid]
+        reason = f", but the beginning of those of {len(shared)}, such as {shared[0]!r}" if shared else ""
+        remedy = "give the index of this file, or set skip_missing: true"
+        raise NoItemError(f"{row_label}: {''.join(sid)} is no item of the index{reason}; {remedy}")
 
     info = row.get("extra_info") or {}
     try:

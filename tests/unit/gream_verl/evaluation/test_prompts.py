@@ -166,6 +166,19 @@ def test_a_row_that_cannot_be_used_is_named(
         read_prompts(path, "reasoning", PLAIN, index)
 
 
+def test_rows_that_name_the_shared_beginning_of_items_may_be_left_out(index: ItemIndex, tmp_path: Path) -> None:
+    good, target, shown = (authors_row(index, ["1"], "2") for _ in range(3))
+    target["reward_model"] = {"ground_truth": index.sids["2"][0]}
+    shown["prompt"] = [turn(f"Had {index.sids['2'][0]}. Next?")]
+    for number, bad in enumerate((target, shown)):
+        path = write_rows(tmp_path / f"{number}-val.parquet", [good, bad])
+        with pytest.raises(
+            InputError, match=r"row 1: .* is no item of the index, but the beginning of those of \d+, such"
+        ):
+            read_prompts(path, "reasoning", PLAIN, index)
+        assert len(read_prompts(path, "reasoning", EvaluationOptions(skip_missing=True), index)[0]) == 1
+
+
 def _text(path: Path, index: ItemIndex) -> None:
     path.write_text("not parquet")
 
