@@ -55,6 +55,18 @@ def evaluate(
 
 
 @evaluate_app.command()
+def floors(run: Run, config: Config = None, seed: Seed = 0, dataset: Dataset = None) -> None:
+    """Measure popularity and co-occurrence, without a model.
+
+    A prepared data set is enough. `gream evaluate` writes the same results beside those of a model.
+    """
+    from gream_verl.evaluation.options import read_options
+    from gream_verl.evaluation.run import floors_of_run
+
+    console.print(floors_of_run(RunFolder.open(run, dataset), read_options(config, {"seed": seed, "overwrite": True})))
+
+
+@evaluate_app.command()
 def compare(
     results: Results,
     baseline: Annotated[str | None, Option(help="Result to compare with. Default: the first model.")] = None,

@@ -153,7 +153,7 @@ def read_protocol(
         "prompts_are": "read from the file" if is_read else "made of the interactions",
         "prompts_sha256": fingerprint(source),
         "index": os.fspath(data.index),
-        "index_sha256": fingerprint(data.index),
+        "index_sha256": fingerprint(data.index) if data.index.is_file() else None,
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 
@@ -40,24 +41,13 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     prompts, protocol = next(iter(asked.values()))
     if any([prompt.user for prompt in some] != [prompt.user for prompt in prompts] for some, _ in asked.values()):
         raise InputError(f"{protocol['prompts']}: its users differ between the modes; evaluate one mode at a time")
-    suffix = "-val" if options.split == "val" else ""
+    suffix = _suffix(options)
     files: dict[str, str] = {mode: f"{options.name or checkpoint.absolute().name}{suffix}-{mode}" for mode in asked}
     if not options.overwrite:
-        for floor in FLOORS:
-            refuse_to_lose(run.evaluation / f"{floor}{suffix}.json", prompts, protocol)
         for mode, read in asked.items():
             refuse_to_lose(run.evaluation / f"{files[mode]}.json", *read)
 
-    counts = training_counts(run.data.inter, index.sids)
-
-    def save(file: str, evaluation: Evaluation) -> None:
-        measured = measure(evaluation, index.sids, counts, cutoffs=options.cutoffs, seed=options.seed)
-        measured.save(run.evaluation / f"{file}.json")
-
-    longest = max(options.beams, *CUTOFFS, *options.cutoffs)
-    floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
-    for floor, evaluation in floors.items():
-        save(f"{floor}{suffix}", evaluation)
+    save = _save_floors(run, prompts, protocol, index, options)
     done: dict[str, Evaluation] = {}
     for mode, (prompts, protocol) in asked.items():
         progress = run.evaluation / f".{files[mode]}.progress.jsonl"
@@ -82,6 +72,44 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     baselines = {file: one for file, one in saved.items() if one.is_baseline and file.endswith("-val") == bool(suffix)}
     shown = {file: one for file, one in baselines.items() if not new[first].disagreements(one)} | new
     return Group(results_table(shown), *warning_texts(baselines | new, first), protocol_table(new))
+
+
+def floors_of_run(run: RunFolder, options: EvaluationOptions) -> Group:
+    """Evaluate and save the floors alone, for which a prepared data set is enough; return tables of them."""
+    known = run.data.index.is_file()
+    items = list(run.data.read_items())
+    index = (
+        ItemIndex.load(run.data.index) if known else ItemIndex.from_codes(items, ([row] for row in range(len(items))))
+    )
+    prompts, protocol = read_protocol(run.data, options, "direct", index)
+    _save_floors(run, prompts, protocol, index, options)
+    saved = read_folder(run.evaluation)
+    floors = {floor: saved[floor] for floor in (f"{floor}{_suffix(options)}" for floor in FLOORS)}
+    return Group(results_table(floors), protocol_table(floors))
+
+
+def _suffix(options: EvaluationOptions) -> str:
+    return "-val" if options.split == "val" else ""
+
+
+def _save_floors(
+    run: RunFolder, prompts: Sequence[Prompt], protocol: dict[str, Any], index: ItemIndex, options: EvaluationOptions
+) -> Callable[[str, Evaluation], None]:
+    """Evaluate and save the floors; return the function that measures and saves a result by its name."""
+    counts, names = training_counts(run.data.inter, index.sids), [f"{floor}{_suffix(options)}" for floor in FLOORS]
+
+    def save(file: str, evaluation: Evaluation) -> None:
+        measured = measure(evaluation, index.sids, counts, cutoffs=options.cutoffs, seed=options.seed)
+        measured.save(run.evaluation / f"{file}.json")
+
+    if not options.overwrite:
+        for name in names:
+            refuse_to_lose(run.evaluation / f"{name}.json", prompts, protocol)
+    longest = max(options.beams, *CUTOFFS, *options.cutoffs)
+    floors = evaluate_floors(run.data.inter, prompts, index.sids, protocol, k=longest, seed=options.seed)
+    for name, floor in zip(names, FLOORS, strict=True):
+        save(name, floors[floor])
+    return save
 
 
 def faithful_shares(

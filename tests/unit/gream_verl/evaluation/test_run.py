@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_the_authors_files_evaluate_with_one_command(run: Path) -> None:
             found = sum(row["target"] in row["recommended"][:k] for row in one.rows) / len(one.rows)
             assert one.metrics[f"recall@{k}"] == pytest.approx(found)
         assert one.intervals
+
+
+def test_floors_need_no_model_and_no_index(run: Path) -> None:
+    evaluate(run, "--mode", "direct")
+    beside = load(run, "co-occurrence")
+    shutil.rmtree(run / "evaluation")
+    for path in run.glob("*.index.json"):
+        path.unlink()
+    console = Console(width=200, record=True, file=io.StringIO())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gream_verl.cli.evaluate.console", console)
+        assert CliRunner().invoke(evaluate_app, ["floors", str(run)]).exit_code == 0
+    assert "popularity" in console.export_text()
+    assert load(run, "co-occurrence").rows == beside.rows
 
 
 def test_validation_is_in_reasoning_mode_on_the_prompts_of_the_authors(run: Path) -> None:
