@@ -1,7 +1,8 @@
 """Item indexes of other projects: read, checked, and turned into ours.
 
 Known are the authors' files, whose form is ours (``["<|a_12|>", "<|b_7|>"]``, codes from 1), those of LETTER, LC-Rec
-and MiniOneRec (``["<a_11>", "<b_6>"]``, codes from 0), and lists of codes as TIGER has them (``[11, 6]``, from 0).
+and MiniOneRec (``["<a_11>", "<b_6>"]``, codes from 0), lists of codes as TIGER has them (``[11, 6]``, from 0), and the
+texts of OneRec (``"<|sid_begin|><s_a_11><s_b_6><|sid_end|>"``) and OpenOneRec (``<item_a_11>``), codes from 0.
 """
 
 from __future__ import annotations
@@ -13,22 +14,30 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_processing.indexing.residual_index import resolve_collisions
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import read_json
+from gream_verl.core.files import atomic_path, read_json, require_file
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex, format_token
 
-TOKEN = re.compile(r"<(\|?)([a-z])_(0|[1-9][0-9]{0,8})\1>")
+TOKEN = re.compile(r"<(\||s_|item_|)([a-z])_(0|[1-9][0-9]{0,8})(\|?)>")
+FOREIGN = re.compile(r"<(s_|item_|)([a-z])_(0|[1-9][0-9]{0,8})>")
+MARKERS = ("<|sid_begin|>", "<|sid_end|>", "<|item_begin|>", "<|item_end|>")
+_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 MOST_CODES = 10**9 - 1
 FORMS = {
     "|": "GREAM: tokens such as <|a_1|>, codes from 1",
     "": "LETTER, LC-Rec, MiniOneRec: tokens such as <a_0>, codes from 0",
     "0": "TIGER: lists of codes from 0",
+    "s_": "OneRec: tokens such as <s_a_0>, codes from 0",
+    "item_": "OpenOneRec: tokens such as <item_a_0>, codes from 0",
 }
 
 
@@ -86,7 +95,9 @@ def read_other_index(path: str | os.PathLike[str]) -> OtherIndex:
         raise InputError(f'{path}: expected {{item: ["<a_0>", "<b_0>", ...]}} with at least one item')
     forms, paths = set(), {}
     for item, row in rows.items():
-        tokens = row if isinstance(row, list) and len(row) < MAX_LEVELS else []
+        listed = re.findall(r"<[^<>]+>|[^<>]+", row) if isinstance(row, str) else row
+        tokens = [token for token in listed if token not in MARKERS] if isinstance(listed, list) else []
+        tokens = tokens if len(tokens) < MAX_LEVELS else []
         parts = [_parse(token) if isinstance(token, str | int) else None for token in tokens]
         in_order = zip(parts, ascii_lowercase, strict=False)
         codes = [part[2] for part, level in in_order if part and part[1] in ("", level)]
@@ -116,4 +127,37 @@ def _parse(token: str | int) -> tuple[str, str, int] | None:
     if type(token) is int:
         return ("0", "", token) if 0 <= token < MOST_CODES else None
     match = TOKEN.fullmatch(str(token))
-    return (match[1], match[2], int(match[3])) if match and int(match[3]) < MOST_CODES else None
+    closed = match and (match[1] == "|") == (match[4] == "|")
+    return (match[1], match[2], int(match[3])) if match and closed and int(match[3]) < MOST_CODES else None
+
+
+def import_rows(source: Path, output: Path) -> dict[str, Any]:
+    """Write rows whose texts hold SIDs in another form, such as ``<a_0>``, with ours, ``<|a_1|>``.
+
+    Every text of a parquet file is read, also inside lists and structs. Returns the form, the tokens and the rows.
+    """
+    forms = Counter[str]()
+
+    def ours(match: re.Match[str]) -> str:
+        forms[match[1]] += 1
+        return format_token(ascii_lowercase.index(match[2]), int(match[3]) + 1)
+
+    def translated(value: Any) -> Any:
+        if isinstance(value, list):
+            return [translated(one) for one in value]
+        if isinstance(value, dict):
+            return {name: translated(one) for name, one in value.items()}
+        return FOREIGN.sub(ours, _MARKER.sub("", value)) if isinstance(value, str) else value
+
+    try:
+        table = pq.read_table(require_file(source, "check the path"))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{source}: not a parquet file ({str(error).splitlines()[0]})") from error
+    rows = translated(table.to_pylist())
+    if len(forms) != 1:
+        found = ", ".join(FORMS[form] for form in forms) or "no SID of another project"
+        raise InputError(f"{source}: holds {found}; expected SIDs of one form, such as <a_0><b_6>")
+    with atomic_path(output) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), temporary)
+    (form,) = forms
+    return {"form": FORMS[form], "tokens": forms[form], "rows": len(rows), "codes": "each 1 higher", "written": output}

@@ -22,7 +22,7 @@ from data_processing.sft.rules import Wording
 from data_processing.sft.tasks import ITEM_TASKS, LENGTH, REASONING, TASKS, Corpus, Specs, TeacherTexts, Window
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import atomic_path, read_json, write_json
+from gream_verl.core.files import atomic_path, changing, read_json, write_json
 from gream_verl.core.origin import origin_of
 from gream_verl.core.split import read_splits
 
@@ -105,18 +105,19 @@ def write_mix(
     tasks = np.repeat(np.array(list(chosen), object), [len(specs) for specs in chosen.values()])[order]
     schema = SCHEMA.with_metadata(origin_of(folder.inter, folder.split, folder.item, folder.index))
     write_rows(path, schema, corpus, tasks, np.concatenate(list(chosen.values()))[order])
-    entries = read_json(folder.dataset_info) if folder.dataset_info.is_file() else {}
-    entries[path.stem] = {"file_name": path.name, **READ_AS}
-    for task in TASKS:
-        file = path.with_stem(f"{path.stem}-eval-{task}")
-        if task in held_out and len(held_out[task][1]):
-            source, specs = held_out[task]
-            write_rows(file, schema, source, np.full(len(specs), task, object), specs)
-            entries[file.stem] = {"file_name": file.name, **READ_AS}
-        else:  # an earlier mix may have had this task
-            file.unlink(missing_ok=True)
-            entries.pop(file.stem, None)
-    write_json(folder.dataset_info, dict(sorted(entries.items())), indent=2)
+    with changing(folder.dataset_info):
+        entries = read_json(folder.dataset_info, "delete it") if folder.dataset_info.is_file() else {}
+        entries[path.stem] = {"file_name": path.name, **READ_AS}
+        for task in TASKS:
+            file = path.with_stem(f"{path.stem}-eval-{task}")
+            if task in held_out and len(held_out[task][1]):
+                source, specs = held_out[task]
+                write_rows(file, schema, source, np.full(len(specs), task, object), specs)
+                entries[file.stem] = {"file_name": file.name, **READ_AS}
+            else:  # an earlier mix may have had this task
+                file.unlink(missing_ok=True)
+                entries.pop(file.stem, None)
+        write_json(folder.dataset_info, dict(sorted(entries.items())), indent=2)
     write_json(path.with_suffix(".json"), report, indent=2)
     draw_curriculum(path.with_suffix(".png"), tasks == REASONING)
     return report

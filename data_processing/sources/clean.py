@@ -10,7 +10,7 @@ from functools import lru_cache
 from gream_verl.core.data_folder import Item
 
 _TAG = re.compile(r"</?[A-Za-z!][^>]*>")
-_TAG_TAIL = re.compile(r'^[^<>]*"(?:\s*/)?>')
+_TAG_TAIL = re.compile(r'^(?:[^<>\s]*|(?:[^<>]*=|\s*")[^<>]*)"(?:\s*/)?>|"\s*/>')
 _NAMES = (
     "body|br|center|div|em|embed|font|form|h[1-6]|head|hr|html|iframe|img|input|li|link|meta|object|ol|option|param"
     "|script|select|span|strong|style|sub|sup|table|tbody|td|th|tr|ul"
@@ -28,6 +28,8 @@ def clean_text(text: str) -> str:
 
     >>> clean_text("Home &amp; <b>Garden</b>"), clean_text('<span class="a-size-medium"'), clean_text('" Books" />')
     ('Home & Garden', '', '')
+    >>> clean_text('A book of cats" /> and dogs'), clean_text('name="x" />Cats')
+    ('A book of cats and dogs', 'Cats')
     """
     text = html.unescape(html.unescape(text))
     if "<" in text or ">" in text:

@@ -24,6 +24,7 @@ from data_processing.sources.common import (
     scan_text,
     source_tables,
 )
+from data_processing.sources.layout_files import read_items
 from gream_verl.core.data_folder import Item, item_of
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
@@ -40,8 +41,8 @@ def read_table(
 
     Args:
         interactions: One row per interaction: ``user``, ``item``, ``timestamp`` (a number, or a date in ISO 8601).
-        items: One row per item: ``item``, ``title`` and optionally ``description``, ``brand`` and ``categories`` (a
-            list, or text separated by ``|``).
+        items: ``D.item.json``, or one row per item: ``item``, ``title`` and optionally ``description``, ``brand`` and
+            ``categories`` (a list, or text separated by ``|``).
         columns: Name of the column of each of these, where it is another; ``interactions.item`` and ``items.item``
             where the two tables differ.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
@@ -49,10 +50,15 @@ def read_table(
     columns = columns or {}
     if unknown := sorted(set(columns) - {*NAMES, *OWN}):
         raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NAMES, *OWN))}")
-    described, item = _scan(items, bad_rows), columns.get("item", "item")
+    item = columns.get("item", "item")
+    named = dict.fromkeys(OWN, item) | {name: name for name in NAMES} | dict(columns)
+    if items.suffix == ".json":  # the authors' layout
+        table, found = _scan(interactions, bad_rows), read_items(items)
+        rows = read_interactions(table, {**named, "item": named["interactions.item"]})
+        return source_tables(rows, found, table.checks, RowChecks(items, rows=len(found)))
+    described = _scan(items, bad_rows)
     for meaning in columns.keys() & (ITEMS.keys() - {"item"}):
         described.require(columns[meaning], meaning)
-    named = dict.fromkeys(OWN, item) | {name: name for name in NAMES} | dict(columns)
     return read_tables(_scan(interactions, bad_rows), described, named)
 
 

@@ -61,8 +61,8 @@ def _fail(sentence: str) -> NoReturn:
 def quickstart(
     run: Run = TINY.run,
     source: Annotated[QuickstartSource, Option(help="Format of the raw data.")] = "movielens",
-    interactions: Annotated[Path | None, Option(help="Amazon: reviews (JSON lines) or ratings (.csv).")] = None,
-    items: Annotated[Path | None, Option(help="Amazon: metadata of the items.")] = None,
+    interactions: Annotated[Path | None, Option(help="As for `gream data prepare`.")] = None,
+    items: Annotated[Path | None, Option(help="As for `gream data prepare`.")] = None,
     base: Annotated[str | None, Option(help="Pretrained model, name or folder. Default: a tiny new one.")] = None,
     template: Annotated[str | None, Option(help="LLaMA-Factory's template of --base. Default: smollm2.")] = None,
     seed: Seed = 0,

@@ -58,6 +58,14 @@ def hold(file: IO[Any] | int, refusal: str) -> None:
         raise InputError(refusal) from None
 
 
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Wait until no other process changes a file, and let none while the body reads and writes it."""
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     with atomic_path(path) as temporary:
@@ -86,7 +94,7 @@ def read_json(path: str | os.PathLike[str], remedy: str = "check the path") -> A
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); delete it and make it again") from error
+        raise InputError(f"{path}: not valid JSON ({error}); mend it, or {remedy}") from error
 
 
 def fingerprint(path: str | os.PathLike[str], size: int | None = None) -> str:

@@ -16,7 +16,7 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.pipeline.runner import Step, stamp_file
 
-QuickstartSource = Literal["movielens", "amazon2014", "amazon2018", "amazon2023"]
+QuickstartSource = Literal["movielens", "amazon2014", "amazon2018", "amazon2023", "recbole", "layout", "table"]
 DEFAULT_DATASET = "ml-100k"
 
 
@@ -57,8 +57,8 @@ class Quickstart:
     Attributes:
         run: Folder of the run.
         source: Format of the raw data.
-        interactions: Amazon reviews or ratings.
-        items: Amazon metadata.
+        interactions: Interactions in this format.
+        items: Items in this format.
         base: A pretrained model, a name or a folder; None for a tiny model without pretraining.
         template: LLaMA-Factory's template of ``base``; None for that of SmolLM2.
         seed: Seed of everything random.

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_processing.indexing.import_index import read_other_index
+from data_processing.indexing.import_index import import_rows, read_other_index
 from data_processing.indexing.residual_index import resolve_collisions
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json
@@ -32,15 +34,20 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def in_form(index: ItemIndex, form: str) -> dict[str, list[Any]]:
+def in_form(index: ItemIndex, form: str) -> dict[str, Any]:
     """Write the SIDs of our index as others do."""
-    rows: dict[str, list[Any]] = {}
+    rows: dict[str, Any] = {}
     for item, sid in index.sids.items():
         parsed = [parsed for token in sid if (parsed := parse_token(token))]
         if form == "tiger":
             rows[item] = [code - 1 for _, code in parsed]
         elif form == "letter":
             rows[item] = [f"<{'abcdefgh'[level]}_{code - 1}>" for level, code in parsed]
+        elif form in ("sid", "item"):
+            tokens = (
+                f"<{form[0] if form == 'sid' else form}_{'abcdefgh'[level]}_{code - 1}>" for level, code in parsed
+            )
+            rows[item] = f"<|{form}_begin|>{''.join(tokens)}<|{form}_end|>"
         else:
             rows[item] = list(sid)
     return rows
@@ -52,7 +59,7 @@ CODES = st.integers(1, 4).flatmap(
 """Codes as residual k-means gives them, with collisions."""
 
 
-@given(codes=CODES, form=st.sampled_from(["ours", "letter", "tiger"]))
+@given(codes=CODES, form=st.sampled_from(["ours", "letter", "tiger", "sid", "item"]))
 @settings(max_examples=25, deadline=None)
 def test_an_index_in_any_form_comes_back_with_the_same_sids(
     tmp_path_factory: pytest.TempPathFactory, codes: list[list[int]], form: str
@@ -113,7 +120,7 @@ def test_the_form_is_seen_from_the_tokens(write: Write, row: list[Any], form: st
         ({"x": [1, 2, 3], "y": [4, 5, 6], "z": [7, 2, 4], "t": [1, 3]}, "item 't' has 2 tokens"),
         ({"x": list(range(26))}, "item 'x' has "),
         ({"x": []}, "item 'x' has "),
-        ({"x": "<a_1>"}, "item 'x' has "),
+        ({"x": "a_1"}, "item 'x' has "),
         ({}, "at least one item"),
         ([["<a_1>"]], "expected {item"),
         ('{"x": ["<a_1>"]', "not valid JSON"),
@@ -172,3 +179,19 @@ def test_the_items_of_a_data_set_are_taken_in_its_order(write: Write) -> None:
     assert taken.to_index(resolve=True).text("b") == "<|a_2|><|b_2|><|c_1|>"
     with pytest.raises(InputError, match=r"no SID for 2 of the 3 items of D\.item\.json, such as 'B1'; take the item"):
         other.for_items({"B1": 0, "B2": 0, "a": 0}, "D.item.json")
+
+
+def test_rows_of_another_project_get_our_tokens(tmp_path: Path) -> None:
+    text = "Had <a_0><b_6> and <a_11>, not <abc_1>."
+    rows = [{"prompt": [{"role": "user", "content": text}], "n": 7, "reward_model": {"ground_truth": "<a_1><b_0>"}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    report = import_rows(tmp_path / "rows.parquet", tmp_path / "ours.parquet")
+    assert (report["tokens"], report["rows"]) == (5, 1)
+    [made] = pq.read_table(tmp_path / "ours.parquet").to_pylist()
+    assert made["prompt"][0]["content"] == "Had <|a_1|><|b_7|> and <|a_12|>, not <abc_1>."
+    assert (made["n"], made["reward_model"]["ground_truth"]) == (7, "<|a_2|><|b_1|>")
+    with pytest.raises(InputError, match="holds no SID of another project"):
+        import_rows(tmp_path / "ours.parquet", tmp_path / "again.parquet")
+    pq.write_table(pa.table({"text": ["<|sid_begin|><s_a_0><|sid_end|>", "x"]}), tmp_path / "onerec.parquet")
+    import_rows(tmp_path / "onerec.parquet", tmp_path / "two.parquet")
+    assert pq.read_table(tmp_path / "two.parquet")["text"].to_pylist() == ["<|a_1|>", "x"]

@@ -257,3 +257,11 @@ def test_a_folder_of_parts_with_decimals_is_one_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"empty: a folder without \.parquet files"):
         (tmp_path / "empty").mkdir()
         read_table(tmp_path / "empty", tmp_path / "m.csv")
+
+
+def test_a_table_of_interactions_with_items_in_the_authors_layout(tmp_path: Path) -> None:
+    (tmp_path / "i.csv").write_text("user,sku,timestamp\nu,7,5\n")
+    (tmp_path / "D.item.json").write_text('{"7": {"title": "T", "description": ["About"]}}')
+    tables = read_table(tmp_path / "i.csv", tmp_path / "D.item.json", {"item": "sku"})
+    assert tables.interactions.rows() == [("u", "7", 5)]
+    assert tables.items.rows() == [("7", "T", "About", "", [])]
