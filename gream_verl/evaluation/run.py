@@ -93,7 +93,7 @@ def _suffix(options: EvaluationOptions) -> str:
 
 
 def _save_floors(
-    run: RunFolder, prompts: Sequence[Prompt], protocol: dict[str, Any], index: ItemIndex, options: EvaluationOptions
+    run: RunFolder, prompts: list[Prompt], protocol: dict[str, Any], index: ItemIndex, options: EvaluationOptions
 ) -> Callable[[str, Evaluation], None]:
     """Evaluate and save the floors; return the function that measures and saves a result by its name."""
     counts, names = training_counts(run.data.inter, index.sids), [f"{floor}{_suffix(options)}" for floor in FLOORS]

@@ -42,6 +42,26 @@ def test_other_versions_of_verl_are_refused(installed, version, supported):
     assert remedy == ("" if supported else 'pip install "verl==0.9.1.*"')
 
 
+def test_a_release_that_was_not_tested_is_said_and_is_no_fault(installed):
+    installed.update({"llamafactory": "0.9.6", "vllm": "0.24.1"})
+    assert doctor._version("llamafactory") == ("llamafactory", "0.9.6, not tested; tested are ==0.9.5", "")
+    assert doctor._version("vllm").state == "0.24.1"
+
+
+@pytest.mark.parametrize("flash", [None, "2.8.3"])
+def test_a_gpu_needs_flash_attention(installed, monkeypatch, flash):
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert [finding.remedy for finding in doctor._accelerator()] == ["check the driver with `nvidia-smi`"]
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "H200")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    installed["flash-attn"] = flash
+    gpu, attention = doctor._accelerator()
+    assert gpu.state == "2 x H200"
+    assert bool(attention.remedy) == (flash is None)
+
+
 def test_the_supported_range_holds_the_release_that_the_extras_pin():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra in ("cpu", "gpu"):
