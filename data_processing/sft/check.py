@@ -23,7 +23,7 @@ from gream_verl.core.checkpoints import is_whole, newest_checkpoint
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file
 from gream_verl.core.origin import check_model, check_origin
-from gream_verl.core.semantic_ids import find_tokens
+from gream_verl.core.semantic_ids import SID_TOKEN, find_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +136,8 @@ def token_problems(
             f"{len(wrong)} of {len(tokens)} SID tokens, such as {wrong[0]}, are not one ordinary token of "
             f"{keys['model_name_or_path']}; extend the base with `gream model extend` and this data set's index"
         )
-    control = re.compile("|".join(re.escape(token.content) for token in added.values() if token.special) or "(?!)")
+    names = [token.content for token in added.values() if token.special and not SID_TOKEN.fullmatch(token.content)]
+    control = re.compile("|".join(map(re.escape, names)) or "(?!)")
     hits = [(row.user, hit[0]) for row in rows if (hit := control.search(f"{row.system}{row.user}{row.assistant}"))]
     if hits:
         said = f"such as {hits[0][1]} in {hits[0][0]!r:.120}"

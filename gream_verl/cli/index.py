@@ -132,7 +132,10 @@ def import_rows(
     file: Annotated[Path, Argument(metavar="FILE", help="Parquet rows of another project, with SIDs such as <a_0>.")],
     output: Annotated[Path, Argument(metavar="OUTPUT", help="The same rows with ours, <|a_1|>.")],
 ) -> None:
-    """Write rows of another project with our semantic IDs, for an index of `gream index import`."""
+    """Write rows of another project with our semantic IDs.
+
+    They fit an index that `gream index import` wrote.
+    """
     from data_processing.indexing import import_index as importing
 
     print_dict(str(file), importing.import_rows(file, output))

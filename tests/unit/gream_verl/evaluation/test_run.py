@@ -194,8 +194,10 @@ def test_results_of_another_protocol_are_not_lost(run: Path) -> None:
     evaluate(run, "--mode", "direct")
     evaluate(run, "--mode", "direct", batch_size=3)  # the same protocol
     kept = load(run, "special-direct")
-    with pytest.raises(InputError, match=r"popularity.json: holds another result \(3 of 12 users in common\)"):
+    with pytest.raises(InputError, match=r"special-direct.json: holds another result \(3 of 12 users in common\)"):
         evaluate(run, "--mode", "direct", "--limit", 3)
+    with pytest.raises(InputError, match=r"popularity.json: holds another result \(3 of 12 users in common\)"):
+        evaluate(run, "--mode", "direct", "--limit", 3, "--name", "other")
     with pytest.raises(InputError, match=r"special-direct.json: .*; choose a --name or add --overwrite"):
         evaluate(run, "--mode", "direct", history=2)
     assert load(run, "special-direct") == kept
