@@ -19,6 +19,7 @@ is best for the true probabilities. It needs no bonus: log p is the sum over K o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from math import comb
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from torch import Tensor
 from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
 
+logger = logging.getLogger(__name__)
 EPSILON = 1e-6
 SMALLEST_SHARE = 1e-9
 """A share that counts as nothing, but tells that a token is one of the answer."""
@@ -223,6 +225,8 @@ def compute_bgae(
     options, normalise = BgaeOptions.from_config(config), algorithm.get("norm_adv_by_std_in_grpo", True)
     if algorithm.get("use_kl_in_reward"):
         raise InputError("algorithm.use_kl_in_reward: bgae takes hits from the reward; set actor.use_kl_loss instead")
+    if not (token_level_rewards > 0).any():
+        logger.warning("no response of this step earns anything: look at them with `gream inspect`, train SFT longer")
     with torch.no_grad():
         active = response_mask.sum(dim=-1) > 0
         if options.expected:

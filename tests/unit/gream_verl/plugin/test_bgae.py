@@ -132,6 +132,14 @@ def test_the_switches_of_verls_algorithm_node_are_heeded():
         compute_bgae(rewards, mask, index, config={"use_kl_in_reward": True})
 
 
+def test_a_step_without_any_reward_is_said(caplog):
+    index = np.array(["u"] * 2, dtype=object)
+    compute_bgae(torch.tensor([[0.0], [0.5]]), torch.ones(2, 1), index)
+    assert not caplog.messages
+    compute_bgae(torch.zeros(2, 1), torch.ones(2, 1), index)
+    assert "no response of this step earns anything" in caplog.text
+
+
 def test_wrong_options_are_named():
     with pytest.raises(InputError, match=r"algorithm\.bgae\.alpha"):
         BgaeOptions.from_config({"bgae": {"alpha": 1}})
