@@ -40,7 +40,8 @@ class SemanticIdDataset(RLHFDataset):
         root = self.config._get_root()  # here, because verl builds the data before any model
         refuse_unread_keys(root)
         if self.for_training and (checkpoints := OmegaConf.select(root, "trainer.default_local_dir")):
-            hold_checkpoints(Path(checkpoints))
+            resumes = OmegaConf.select(root, "trainer.resume_mode") != "disable"
+            hold_checkpoints(Path(checkpoints), [*map(Path, self.data_files)], resumes)
         index_file = self.config.get("index_file")
         items = ItemIndex.load(index_file).items if index_file else None
         text = TokenText(self.tokenizer)
