@@ -158,7 +158,7 @@ def sft(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
     data = make_run(given, folder)
     config = "tiny_cpu" if given.tiny else "qwen3_4b_mix"
     changes = [f"model_name_or_path={folder}/model", f"dataset_dir={data.root}", "dataset=made-mix", "max_steps=10"]
-    changes += [f"output_dir={folder}/trained", "save_strategy=no", "include_num_input_tokens_seen=non_padding"]
+    changes += [f"output_dir={folder}/trained", "save_steps=100", "include_num_input_tokens_seen=non_padding"]
     changes += [] if given.tiny else ["deepspeed=null", "gradient_accumulation_steps=1"]
     with most_memory() as memory:
         run(["llamafactory-cli", "train", f"sft_configs/{config}.yaml", *changes])
