@@ -158,12 +158,11 @@ def _filtered(tables: SourceTables, name: str, core: int, shortest: int) -> tupl
     """Return the interactions of the core, in the order of :func:`ordered`, and the counts of what was dropped."""
     titled = tables.items.select(pl.col("item").cast(tables.interactions["item"].dtype))
     known = tables.interactions.join(titled, on="item", how="semi", maintain_order="left")
-    taken, described = tables.interactions["item"].unique().cast(pl.String), tables.items["item"]
-    unknown = sort_ids(set(taken.drop_nulls()) - set(described))
+    unknown = sort_ids(tables.interactions.join(titled, on="item", how="anti")["item"].unique().cast(pl.String))
     if unknown and known.is_empty():
         raise InputError(
             f"{name}: no item of the interactions, such as {', '.join(unknown[:3])}, is among the items with a title, "
-            f"such as {', '.join(described[:3])}; check that both files are of one catalogue, and their columns"
+            f"such as {', '.join(titled['item'][:3])}; check that both files are of one catalogue, and their columns"
         )
     unique = deduplicate(known)
     kept = k_core(unique, core, shortest)

@@ -28,7 +28,6 @@ from gream_verl.core.files import atomic_path, read_json, require_file
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex, format_token
 
 TOKEN = re.compile(r"<(\||s_|item_|)([a-z])_(0|[1-9][0-9]{0,8})(\|?)>")
-FOREIGN = re.compile(r"<(s_|item_|)([a-z])_(0|[1-9][0-9]{0,8})>")
 MARKERS = ("<|sid_begin|>", "<|sid_end|>", "<|item_begin|>", "<|item_end|>")
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 MOST_CODES = 10**9 - 1
@@ -139,15 +138,19 @@ def import_rows(source: Path, output: Path) -> dict[str, Any]:
     forms = Counter[str]()
 
     def ours(match: re.Match[str]) -> str:
-        forms[match[1]] += 1
-        return format_token(ascii_lowercase.index(match[2]), int(match[3]) + 1)
+        parsed = _parse(match[0])
+        if parsed is None or parsed[0] == "|":
+            return match[0]
+        form, level, code = parsed
+        forms[form] += 1
+        return format_token(ascii_lowercase.index(level), code + 1)
 
     def translated(value: Any) -> Any:
         if isinstance(value, list):
             return [translated(one) for one in value]
         if isinstance(value, dict):
             return {name: translated(one) for name, one in value.items()}
-        return FOREIGN.sub(ours, _MARKER.sub("", value)) if isinstance(value, str) else value
+        return TOKEN.sub(ours, _MARKER.sub("", value)) if isinstance(value, str) else value
 
     try:
         table = pq.read_table(require_file(source, "check the path"))

@@ -50,11 +50,10 @@ def read_table(
     columns = columns or {}
     if unknown := sorted(set(columns) - {*NAMES, *OWN}):
         raise InputError(f"column {unknown[0]!r}: unknown; known are {', '.join((*NAMES, *OWN))}")
-    item = columns.get("item", "item")
-    named = dict.fromkeys(OWN, item) | {name: name for name in NAMES} | dict(columns)
+    named = {name: name for name in NAMES} | dict(columns)
     if items.suffix == ".json":  # the authors' layout
         table, found = _scan(interactions, bad_rows), read_items(items)
-        rows = read_interactions(table, {**named, "item": named["interactions.item"]})
+        rows = read_interactions(table, {**named, "item": named.get(OWN[0], named["item"])})
         return source_tables(rows, found, table.checks, RowChecks(items, rows=len(found)))
     described = _scan(items, bad_rows)
     for meaning in columns.keys() & (ITEMS.keys() - {"item"}):

@@ -76,11 +76,11 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
 
 def floors_of_run(run: RunFolder, options: EvaluationOptions) -> Group:
     """Evaluate and save the floors alone, for which a prepared data set is enough; return tables of them."""
-    known = run.data.index.is_file()
-    items = list(run.data.read_items())
-    index = (
-        ItemIndex.load(run.data.index) if known else ItemIndex.from_codes(items, ([row] for row in range(len(items))))
-    )
+    if run.data.index.is_file():
+        index = ItemIndex.load(run.data.index)
+    else:
+        items = list(run.data.read_items())
+        index = ItemIndex.from_codes(items, ([row] for row in range(len(items))))
     prompts, protocol = read_protocol(run.data, options, "direct", index)
     _save_floors(run, prompts, protocol, index, options)
     saved = read_folder(run.evaluation)

@@ -104,17 +104,18 @@ def test_vllm_distribution_the_cpu_wheel_has_another_name(stock):
     assert stock["vllm"] is None
 
 
+def source(package: str, file: str) -> str:
+    """Return the text of a module; skip the test where its package is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(found.submodule_search_locations[0], file).read_text()
+
+
 def test_vllm_weights_vllm_drops_the_weights_it_packs():
-    package = importlib.util.find_spec("vllm")
-    if package is None:
-        pytest.skip("vLLM is not installed")
-    layers = Path(package.submodule_search_locations[0]) / "model_executor/layers/linear.py"
-    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)" in layers.read_text()
+    layers = source("vllm", "model_executor/layers/linear.py")
+    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)" in layers
 
 
 def test_llamafactory_muon_multiplies_in_bfloat16():
-    package = importlib.util.find_spec("llamafactory")
-    if package is None:
-        pytest.skip("LLaMA-Factory is not installed")
-    muon = Path(package.submodule_search_locations[0]) / "third_party/muon/muon.py"
-    assert "X = G.bfloat16()" in muon.read_text()
+    assert "X = G.bfloat16()" in source("llamafactory", "third_party/muon/muon.py")
