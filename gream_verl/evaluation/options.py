@@ -18,6 +18,13 @@ Ranking = Literal["beam", "reference"]
 Merge = Literal["mean", "max"]
 
 
+def engine_of_this_machine() -> Engine:
+    """Return vLLM where there is a GPU; on CPU cores the plain loop is faster for a tiny model."""
+    import torch
+
+    return "vllm" if torch.cuda.is_available() else "hf"
+
+
 class EvaluationOptions(BaseModel):
     """Options of an evaluation; the names are the keys of ``evaluation.yaml``."""
 
@@ -42,7 +49,8 @@ class EvaluationOptions(BaseModel):
     shards: int = Field(default=1, ge=1)  # workers; more than one run on Ray, each with a GPU or a core
 
     # Reasoning mode.
-    engine: Engine = "vllm"  # sampler of chains: in this process, in a plain loop, or the server at `endpoint`
+    # Sampler of chains: in this process, in a plain loop (default without a GPU), or the server at `endpoint`.
+    engine: Engine = Field(default_factory=engine_of_this_machine)
     ranking: Ranking = "beam"  # beam search after each chain, or the authors': probability of the sampled response
     merge: Merge = "mean"  # score of an item over several chains
     constrained: bool = False  # allow only real items in sampled answers

@@ -144,6 +144,7 @@ class VllmSampler:
             max_num_seqs=options.batch_size,
             gpu_memory_utilization=0.6,  # the model of the beam search needs the rest
             enforce_eager=cpu,
+            distributed_executor_backend="uni" if cpu else None,  # two processes wait by spinning
             logits_processors=[PROCESSOR] if options.constrained else None,
             additional_config={"gream": {"index_file": index.source}} if options.constrained else {},
         )

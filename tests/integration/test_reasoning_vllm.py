@@ -41,7 +41,8 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(folder: Path, index: str = "tiny.index.json", **options: Any) -> Evaluation:
     prompts, _ = read_prompts(folder / "tiny-test.parquet", "reasoning")
-    sampled = {"chains": 4, "max_tokens": 40, "temperature": 0.8, "top_p": 0.95, "beams": 5, "constrained": True}
+    sampled: dict[str, Any] = {"chains": 4, "max_tokens": 40, "temperature": 0.8, "top_p": 0.95, "beams": 5}
+    sampled |= {"engine": "vllm", "constrained": True}
     chosen = EvaluationOptions(**(sampled | options))
     with tempfile.TemporaryDirectory() as temporary:
         progress = Path(temporary) / "progress.jsonl"
