@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from data_processing.sources.common import SourceTables
+from data_processing.sources.common import EPOCHS, SourceTables
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import write_json, write_text
@@ -63,19 +64,22 @@ def sort_ids(ids: Iterable[str]) -> list[str]:
 
 
 class TimeSplit(NamedTuple):
-    """Shares of a temporal split (:mod:`gream_verl.core.split`) among all interactions: the latest, those before."""
+    """Parts of a temporal split (:mod:`gream_verl.core.split`): shares of all interactions, or their first days."""
 
-    validation: float = 0.1
-    test: float = 0.1
+    validation: float | date = 0.1
+    test: float | date = 0.1
 
 
-def split_by_time(in_order: pl.DataFrame, shares: TimeSplit) -> dict[str, Any]:
+def split_by_time(in_order: pl.DataFrame, parts: TimeSplit) -> dict[str, Any]:
     """Return the content of ``<D>.split.json`` for interactions in the order of :func:`ordered`."""
-    if not (shares.validation > 0 and shares.test > 0 and sum(shares) < 1):
-        raise InputError(f"shares of {shares.validation} (validation) and {shares.test} (test) leave no training")
     times = np.sort(in_order["timestamp"].to_numpy())
-    held_out = len(times) * np.array([1 - shares.validation - shares.test, 1 - shares.test])
-    validation_from, test_from = times[np.minimum(np.rint(held_out).astype(int), len(times) - 1)].tolist()
+    test = _first_of(times, parts.test, len(times))
+    validation = _first_of(times, parts.validation, test)
+    if not 0 < validation < test < len(times):
+        raise InputError(
+            f"{parts.validation} (validation) and {parts.test} (test) leave no training or nothing to test"
+        )
+    validation_from, test_from = times[[min(round(start), len(times) - 1) for start in (validation, test)]].tolist()
     grouped = in_order.group_by("user", maintain_order=True).agg("timestamp").cast({"user": pl.String})
     users = {user: by_time(taken, validation_from, test_from) for user, taken in grouped.iter_rows()}
     made = {
@@ -92,6 +96,17 @@ def split_by_time(in_order: pl.DataFrame, shares: TimeSplit) -> dict[str, Any]:
             "test; choose other shares"
         )
     return made | {"users": users}
+
+
+def _first_of(times: np.ndarray, part: float | date, end: float) -> float:
+    """Return the position in rising ``times`` of a part that begins on a day, or that is a share and ends at ``end``."""
+    if not isinstance(part, date):
+        return end - part * len(times)
+    middle = times[len(times) // 2]
+    unit = next((low / EPOCHS[0] for low in EPOCHS if low <= middle <= 42 * low), None)
+    if unit is None:
+        raise InputError(f"{part}: times such as {middle} are not of our days; give shares in place of dates")
+    return int(np.searchsorted(times, (part - date(1970, 1, 1)).total_seconds() * unit))
 
 
 def statistics(by_user: dict[str, list[str]]) -> dict[str, float]:

@@ -160,21 +160,32 @@ def template_problems(
 
     SRPO and evaluation use the chat template; the end-of-sequence token follows the answer.
     """
-    for row in {row.task: row for row in rows}.values():
-        turns = [{"role": "user", "content": row.user}, {"role": "assistant", "content": row.assistant}]
-        [(prompt, response)] = template.encode_multiturn(changed, turns, row.system)
+    from llamafactory.data.template import TEMPLATES
+
+    samples, expected = list({row.task: row for row in rows}.values()), []
+    for row in samples:
         asked = tokenizer.encode(render_prompts(tokenizer, [row])[0], add_special_tokens=False)
         answer = tokenizer.encode(row.assistant, add_special_tokens=False)
-        expected = [*asked, *answer, tokenizer.eos_token_id]
-        trained = [*prompt, *response][: len(expected)]
-        if trained != expected:
-            same = (one == other for one, other in zip(trained, expected, strict=False))
+        expected.append([*asked, *answer, tokenizer.eos_token_id])
+
+    def trained(template: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Return the tokens of each sample that LLaMA-Factory trains, as many as are expected."""
+        ids = []
+        for row, wanted in zip(samples, expected, strict=True):
+            turns = [{"role": "user", "content": row.user}, {"role": "assistant", "content": row.assistant}]
+            [(prompt, response)] = template.encode_multiturn(tokenizer, turns, row.system)
+            ids.append([*prompt, *response][: len(wanted)])
+        return ids
+
+    for row, ids, wanted in zip(samples, trained(template, changed), expected, strict=True):
+        if ids != wanted:
+            same = (one == other for one, other in zip(ids, wanted, strict=False))
             start = max(sum(itertools.takewhile(bool, same)) - 4, 0)
-            texts = [tokenizer.decode(ids[start : start + 8]) for ids in (trained, expected)]
-            return [
-                f"`template` trains {texts[0]!r}, not {texts[1]!r} of the model's chat template (task {row.task}); "
-                "choose the base's template, of Qwen3 qwen3_nothink, or set `default_system`"
-            ]
+            texts = [tokenizer.decode(part[start : start + 8]) for part in (ids, wanted)]
+            fitting = sorted(name for name, other in TEMPLATES.items() if trained(other, tokenizer) == expected)
+            remedy = f"choose one of {', '.join(fitting)}" if fitting else "no template of LLaMA-Factory has that"
+            said = f"`template` trains {texts[0]!r}, not {texts[1]!r} of the model's chat template (task {row.task})"
+            return [f"{said}; {remedy}, or set `default_system`"]
     return []
 
 

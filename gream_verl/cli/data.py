@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -37,8 +38,8 @@ def prepare(
     column: Annotated[list[str] | None, Option(metavar="A=B", help="Table: column B holds A; repeat it.")] = None,
     core: Annotated[int, Option(min=1, metavar="N", help="Least interactions of every user and item.")] = 5,
     split: Annotated[Split, Option(metavar="SPLIT", help="leave-one-out, or temporal: the latest.")] = "leave-one-out",
-    validation_share: Annotated[float, Option(metavar="SHARE", help="Temporal: share for validation.")] = 0.1,
-    test_share: Annotated[float, Option(metavar="SHARE", help="Temporal: share for the test.")] = 0.1,
+    validation: Annotated[str, Option(metavar="PART", help="Temporal: share, or first day (2018-01-31).")] = "0.1",
+    test: Annotated[str, Option(metavar="PART", help="Temporal: share, or first day, of the test.")] = "0.1",
     review_texts: Annotated[int, Option(metavar="N", help="Amazon: reviews per item for `gream data enrich`.")] = 0,
     bad_rows: Annotated[float, Option(metavar="SHARE", help="Largest share of unusable rows, else an error.")] = 0.05,
     dry_run: DryRun = False,
@@ -68,7 +69,7 @@ def prepare(
     for path in files:
         if path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another RUN")
-    parts = TimeSplit(validation_share, test_share) if split == "temporal" else None
+    parts = TimeSplit(_part(validation), _part(test)) if split == "temporal" else None
     tables = _read_source(source, files, run / "raw", pairs(column, "--column"), bad_rows)
     print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
     if review_texts and not dry_run:
@@ -77,6 +78,14 @@ def prepare(
         with atomic_path(folder.reviews) as path:
             texts.write_parquet(path)
         console.print(f"{len(texts):,} reviews of {texts['item'].n_unique():,} items kept for the teacher")
+
+
+def _part(given: str) -> float | date:
+    """Read a part of a temporal split."""
+    try:
+        return float(given) if given.replace(".", "", 1).isdecimal() else date.fromisoformat(given)
+    except ValueError:
+        raise InputError(f"{given}: expected a share such as 0.1, or a day such as 2018-01-31") from None
 
 
 def _read_source(

@@ -50,6 +50,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{source}: no Hugging Face model (config.json is missing); check the path")
     with reading(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise InputError(f"{source}: its tokenizer has no tokenizer.json, such as of tekken.json alone; add one")
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # transformers makes an empty one without its files
         raise InputError(f"{source}: no tokenizer there; copy the files of its tokenizer")
     return tokenizer

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Rows = Literal["distribution", "mean"]
 REASONING_TOKENS = ("<think>", "</think>")
+ANSWER_TAGS = "<answer></answer>"
 NOISE = 0.1
 RECORD = "semantic_ids.json"
 """File of a checkpoint that says what was added to its base."""
@@ -35,6 +36,15 @@ def require_sid_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if found := special.intersection(tokens):
         raise InputError(f"{model}: {min(found)} is a special token, which decoding drops; run `gream model extend`")
+
+
+def require_dialogue(tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Refuse a tokenizer that cannot ask as SRPO and evaluation do, or cannot write an answer."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{model}: has no chat template; take the instruct variant, or add its chat_template.jinja")
+    ids = tokenizer.encode(ANSWER_TAGS, add_special_tokens=False)
+    if (read := TokenText(tokenizer).read(ids).strip()) != ANSWER_TAGS:
+        raise InputError(f"{model}: its tokenizer reads {ANSWER_TAGS} as {read!r}; take a base that can spell it")
 
 
 def reasoning_tokens(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -151,6 +161,7 @@ def extend_checkpoint(
         if known and not grow:
             raise InputError(f"{base}: holds {len(known):,} SID tokens; add those of a grown index with --grow")
         require_sid_tokens(tokenizer, known, base)
+        require_dialogue(tokenizer, base)
         tags = reasoning_tokens(base, tokenizer) if known else []
         model = load_model(base)
         done = extend_model(model, tokenizer, index, seed=seed)

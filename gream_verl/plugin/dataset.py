@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoConfig
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import normalize_token_ids
 
@@ -39,6 +40,7 @@ class SemanticIdDataset(RLHFDataset):
     def _read_files_and_tokenize(self) -> None:
         root = self.config._get_root()  # here, because verl builds the data before any model
         refuse_unread_keys(root)
+        refuse_short_models(root)
         if self.for_training and (checkpoints := OmegaConf.select(root, "trainer.default_local_dir")):
             resumes = OmegaConf.select(root, "trainer.resume_mode") != "disable"
             hold_checkpoints(Path(checkpoints), [*map(Path, self.data_files)], resumes)
@@ -119,6 +121,20 @@ class SemanticIdDataset(RLHFDataset):
 def _longest(prompt: Prompt) -> int:
     """Return the number of the turn with the most items: the one that holds the history."""
     return int(np.argmax([len(find_sids(turn["content"])) for turn in prompt]))
+
+
+def refuse_short_models(root: DictConfig) -> None:
+    """Refuse prompts and responses for which the model has no room; verl's servers would, each in a traceback."""
+    model, data = OmegaConf.select(root, "actor_rollout_ref.model.path"), OmegaConf.select(root, "data")
+    if not model:
+        return
+    most = AutoConfig.from_pretrained(model).get_text_config(decoder=True).max_position_embeddings
+    room = OmegaConf.select(root, "actor_rollout_ref.rollout.max_model_len") or most
+    if room > most:
+        raise InputError(f"actor_rollout_ref.rollout.max_model_len={room}: {model} has {most} positions; lower it")
+    if data.max_prompt_length + data.max_response_length > room:
+        lengths = f"data.max_prompt_length={data.max_prompt_length}, max_response_length={data.max_response_length}"
+        raise InputError(f"{lengths}: do not fit into rollout.max_model_len={room}, of {most} at most; change one")
 
 
 def _without(prompt: Prompt, count: int) -> Prompt:

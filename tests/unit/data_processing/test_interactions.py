@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import polars as pl
@@ -180,6 +181,22 @@ def test_a_temporal_split_without_anybody_to_test_on_is_refused(tmp_path: Path) 
     for shares in [(0.0, 0.1), (0.1, 0.0), (0.5, 0.5), (-0.1, 0.2), (float("nan"), 0.1)]:
         with pytest.raises(InputError, match="leave no training"):
             prepare(tables(FULL), DataFolder(tmp_path, "D"), core=1, split=TimeSplit(*shares))
+
+
+@pytest.mark.parametrize("unit", [1, 1000, 10**6, 10**9])
+def test_the_parts_of_a_temporal_split_begin_on_days(tmp_path: Path, unit: int) -> None:
+    second = {"2017-12-31": 1514764799, "2018-01-01": 1514764800, "2018-06-30": 1530403199, "2018-07-01": 1530403200}
+    rows = [(user, item, time * unit) for user in "uv" for item, time in zip("abcd", second.values(), strict=True)]
+    folder = DataFolder(tmp_path, "D")
+    prepare(tables(rows), folder, core=1, split=TimeSplit(date(2018, 1, 1), date(2018, 7, 1)))
+    assert read_json(folder.split)["users"] == {"u": [1, 1, 3], "v": [1, 1, 3]}
+    prepare(tables(rows), folder, core=1, split=TimeSplit(0.5, date(2018, 7, 1)))
+    assert read_json(folder.split)["users"] == {"u": [1, 1, 3], "v": [1, 1, 3]}
+    for validation, test in [(date(2018, 7, 1), date(2018, 1, 1)), (date(2018, 1, 1), date(2019, 1, 1))]:
+        with pytest.raises(InputError, match="leave no training or nothing to test"):
+            prepare(tables(rows), folder, core=1, split=TimeSplit(validation, test))
+    with pytest.raises(InputError, match="times such as 3 are not of our days; give shares"):
+        prepare(tables(FULL), folder, core=1, split=TimeSplit(0.1, date(2018, 1, 1)))
 
 
 def test_the_files_of_a_temporal_split_go_with_it(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def no_tokenizer(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def tekken_alone(folder: Path) -> None:
+    no_tokenizer(folder)
+    tokens = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
+    sizes = {"num_vocab_tokens": 256, "default_vocab_size": 356, "default_num_special_tokens": 100}
+    config = {"pattern": ".", "version": "v3", **sizes}
+    write_json(folder / "tekken.json", {"config": config, "vocab": [{**token, "token_str": None} for token in tokens]})
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"model_type": "mistral"})
+
+
 def cut_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"cut short")
 
@@ -82,6 +92,7 @@ def weight_missing(folder: Path) -> None:
     [
         (no_config, "no Hugging Face model"),
         (no_tokenizer, "tokenizer"),
+        (tekken_alone, "its tokenizer has no tokenizer.json"),
         (cut_weights, "cannot be loaded"),
         (weight_missing, "1 weights are missing, such as model.norm.weight"),
     ],

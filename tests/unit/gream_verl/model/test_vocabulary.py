@@ -25,6 +25,7 @@ from gream_verl.model.vocabulary import (
     extend_checkpoint,
     extend_model,
     padding_multiple,
+    require_dialogue,
     require_sid_tokens,
 )
 
@@ -214,6 +215,19 @@ def test_a_refusal_comes_before_the_model_is_loaded(files, monkeypatch):
         with pytest.raises(InputError, match=message):
             extend_checkpoint(**{"base": base, "index_file": index, "output": output, **given})
     assert not output.with_name("twice").exists()
+
+
+def test_a_base_that_cannot_ask_or_answer_is_refused(files):
+    base, index, output = files
+    (index.parent / "base" / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match="has no chat template; take the instruct variant"):
+        extend_checkpoint(base, index, output)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    require_dialogue(AutoTokenizer.from_pretrained(base, chat_template="{{ messages }}"), "here")
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("<", "")
+    with pytest.raises(InputError, match="here: its tokenizer reads <answer></answer> as 'answer>/answer>'"):
+        require_dialogue(tokenizer, "here")
 
 
 @pytest.mark.parametrize("recorded", [True, False])

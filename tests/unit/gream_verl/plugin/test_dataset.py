@@ -6,12 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import verl  # loads the plugin
-from assets import make_index, make_tokenizer, rl_rows, write_rl_files
+from assets import make_index, make_tiny_model, make_tokenizer, rl_rows, write_rl_files
 from omegaconf import OmegaConf
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import parse_sid
-from gream_verl.plugin.dataset import SemanticIdDataset
+from gream_verl.plugin.dataset import SemanticIdDataset, refuse_short_models
 
 INDEX = make_index()
 
@@ -200,3 +200,21 @@ def test_a_key_that_verl_no_longer_reads_is_refused_before_any_model_is_built(tm
         create_rl_dataset(path, run.data, tokenizer, None)
     run.reward_model.reward_manager = None
     assert len(create_rl_dataset(path, run.data, tokenizer, None)) == 4
+
+
+def test_a_model_without_room_for_prompt_and_response_is_refused(tmp_path):
+    model = make_tiny_model(tmp_path / "model", INDEX)  # of 1,024 positions
+
+    def refuse(prompt: int, room: int | None) -> None:
+        rollout = {"model": {"path": str(model)}, "rollout": {"max_model_len": room}}
+        data = {"max_prompt_length": prompt, "max_response_length": 128}
+        refuse_short_models(OmegaConf.create({"data": data, "actor_rollout_ref": rollout}))
+
+    refuse(896, None)
+    refuse(160, 288)
+    with pytest.raises(InputError, match=r"max_prompt_length=897, .* of 1024 at most; change one"):
+        refuse(897, None)
+    with pytest.raises(InputError, match=r"do not fit into rollout\.max_model_len=288"):
+        refuse(161, 288)
+    with pytest.raises(InputError, match=r"max_model_len=1025: .*model has 1024 positions; lower it"):
+        refuse(160, 1025)
