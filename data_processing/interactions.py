@@ -99,7 +99,7 @@ def split_by_time(in_order: pl.DataFrame, parts: TimeSplit) -> dict[str, Any]:
 
 
 def _first_of(times: np.ndarray, part: float | date, end: float) -> float:
-    """Return the position in rising ``times`` of a part that begins on a day, or that is a share and ends at ``end``."""
+    """Return the position in rising ``times`` of a part: that of its first day, or of a share that ends at ``end``."""
     if not isinstance(part, date):
         return end - part * len(times)
     middle = times[len(times) // 2]
