@@ -36,9 +36,7 @@ def prepare(
     interactions: Annotated[Path | None, Option(metavar="FILE", help=INTERACTIONS)] = None,
     items: Annotated[Path | None, Option(metavar="FILE", help=ITEMS)] = None,
     column: Annotated[list[str] | None, Option(metavar="A=B", help="Table: column B holds A; repeat it.")] = None,
-    core: Annotated[
-        int, Option(min=1, metavar="N", help="Least interactions of every item, and user (3 at least).")
-    ] = 5,
+    core: Annotated[int, Option(min=1, metavar="N", help="Least interactions of items, and of users (3 or more).")] = 5,
     split: Annotated[Split, Option(metavar="SPLIT", help="leave-one-out, or temporal: the latest.")] = "leave-one-out",
     validation: Annotated[str, Option(metavar="PART", help="Temporal: share, or first day (2018-01-31).")] = "0.1",
     test: Annotated[str, Option(metavar="PART", help="Temporal: share, or first day, of the test.")] = "0.1",
