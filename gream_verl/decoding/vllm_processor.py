@@ -12,10 +12,15 @@ keeps the tokens sampled so far only for processors that the engine argument nam
 (vllm/v1/worker/gpu_model_runner.py:726).
 
 ``TruthScorer`` answers the requests of ``truth_scoring``. It comes last in ``logits_processors``.
+
+Both work with the first and the second model runner of vLLM, whose interfaces for processors differ. The first tells
+which requests are where in the batch, and each has a growing list of its tokens. The second gives every request a slot
+for all its life, and tells at each step which slots are computed, and their latest tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -25,6 +30,12 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondLogitsProcessor
+except ImportError:  # a vLLM whose second model runner takes no processors, or that has none
+    SecondLogitsProcessor = object
+
+from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.answer_automaton import FREE, ROOT, AnswerAutomaton, Constraint, ConstraintOptions
@@ -33,10 +44,11 @@ from gream_verl.decoding.truth_scoring import force
 OPTIONS = "additional_config.gream"
 
 
-class ConstrainedAnswer(LogitsProcessor):
+class ConstrainedAnswer(LogitsProcessor, SecondLogitsProcessor):
     """Allows only real items in the answers of a batch."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, *runner: Any) -> None:
+        self.requests = _second_requests(vllm_config, runner)
         given = vllm_config.additional_config
         options = checked_options(ConstraintOptions, OPTIONS, given.get("gream") if isinstance(given, dict) else None)
         from transformers import AutoTokenizer
@@ -59,26 +71,38 @@ class ConstrainedAnswer(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the requests that vLLM adds to the batch, removes from it and moves within it."""
+        """First runner: follow the requests that vLLM adds to the batch, removes from it and moves within it."""
         if batch_update is None:
             return
         for slot in batch_update.removed:
             self.slots.clear(slot)
         for slot, parameters, _, output in batch_update.added:
-            mode = (parameters.extra_args or {}).get("gream") or self.mode
-            self.slots.clear(slot) if mode == "off" else self.slots.fill(slot, output, direct=mode == "direct")
+            self._begin(slot, parameters, output)
         for source, target, direction in batch_update.moved:
             self.slots.move(source, target, swap=direction == MoveDirectionality.SWAP)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Second runner: begin a request, new or interrupted; True if its answer is constrained."""
+        self._begin(req_idx, sampling_params, [])
+        return req_idx in self.slots.outputs
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Constrain ``logits`` [requests, vocabulary], in place.
 
         The sampled tokens are read here, because with asynchronous scheduling ``update_state`` does not know them yet.
         """
         if not self.slots.outputs:
             return logits
+        slots = np.arange(len(logits))
+        if ctx is not None:
+            slots = ctx.idx_mapping_np
+            receive(self.requests, ctx, self.slots.outputs)
         self.slots.read()
-        return self.automaton.constrain(logits, self.slots.states[: len(logits)])
+        return self.automaton.constrain(logits, self.slots.states[slots])
+
+    def _begin(self, slot: int, parameters: SamplingParams, output: list[int]) -> None:
+        mode = (parameters.extra_args or {}).get("gream") or self.mode
+        self.slots.clear(slot) if mode == "off" else self.slots.fill(slot, output, direct=mode == "direct")
 
 
 class Slots:
@@ -128,10 +152,11 @@ class Slots:
             self.seen[slots] += 1
 
 
-class TruthScorer(LogitsProcessor):
+class TruthScorer(LogitsProcessor, SecondLogitsProcessor):
     """Forces the tokens of the scoring requests of a batch."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: VllmConfig, *runner: Any) -> None:
+        self.requests = _second_requests(vllm_config, runner)
         # the given tokens, the temperature, and the tokens so far: vLLM's own, growing list
         self.slots: dict[int, tuple[list[int], float, list[int]]] = {}
 
@@ -149,15 +174,28 @@ class TruthScorer(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the scoring requests that vLLM adds to the batch, removes from it and moves within it."""
+        """First runner: follow the requests that vLLM adds to the batch, removes from it and moves within it."""
         process_dict_updates(self.slots, batch_update, _scoring_request)
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Second runner: begin a request, new or interrupted; True if it is a scoring request."""
+        self.slots.pop(req_idx, None)
+        if request := _scoring_request(sampling_params, None, []):
+            self.slots[req_idx] = request
+        return request is not None
+
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """Force the next token of every scoring request; ``logits`` are [requests, vocabulary]."""
+        if not self.slots:
+            return logits
+        rows = {slot: slot for slot in self.slots}
+        if ctx is not None:
+            rows = {slot: row for row, slot in enumerate(ctx.idx_mapping_np.tolist())}
+            receive(self.requests, ctx, {slot: output for slot, (*_, output) in self.slots.items()})
         due = [
-            (slot, given[len(output)], temperature)
+            (rows[slot], given[len(output)], temperature)
             for slot, (given, temperature, output) in self.slots.items()
-            if len(output) < len(given)
+            if slot in rows and len(output) < len(given)
         ]
         if due:
             slots, tokens, temperatures = (
@@ -165,6 +203,34 @@ class TruthScorer(LogitsProcessor):
             )
             logits[slots] = force(logits[slots], tokens, temperatures)
         return logits
+
+
+def receive(requests: Any, ctx: Any, outputs: Mapping[int, list[int]]) -> None:
+    """Second runner: add the tokens that are known by now to the output of each request, found by its slot.
+
+    Args:
+        requests: vLLM's ``LogitsProcRequestState``.
+        ctx: vLLM's ``LogitsContext`` of a step. Without speculative decoding it has one row per request.
+        outputs: Tokens of each request after its prompt.
+    """
+    prompts = requests.prompt_len.np
+    steps = zip(ctx.idx_mapping_np.tolist(), ctx.pos.tolist(), ctx.input_ids.tolist(), strict=True)
+    for slot, position, token in steps:
+        output = outputs.get(slot)
+        if output is None or position < (known := int(prompts[slot]) + len(output)):
+            continue
+        if position > known:  # it was interrupted, and comes again with all that it had written
+            output += requests.all_token_ids.gpu[slot, known:position].tolist()
+        output.append(token)
+
+
+def _second_requests(vllm_config: VllmConfig, runner: Sequence[Any]) -> Any:
+    """Return the second runner's table of requests, None for the first, which gives a device and a flag."""
+    if len(runner) > 1:
+        return None
+    if vllm_config.speculative_config is not None:
+        raise InputError("gream-verl's logits processors do not work with speculative decoding; leave it out")
+    return runner[0]
 
 
 def _scoring_request(

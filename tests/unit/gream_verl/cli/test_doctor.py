@@ -2,6 +2,7 @@ import tomllib
 from importlib import metadata
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from wheel_build import ROOT
 
 from gream_verl.cli import doctor
@@ -67,6 +68,16 @@ def test_the_supported_range_holds_the_release_that_the_extras_pin():
     for extra in ("cpu", "gpu"):
         pinned = next(need for need in extras[extra] if need.startswith("verl"))
         assert pinned.partition("==")[2] in doctor.SUPPORTED_VERL
+
+
+def test_the_documentation_has_the_same_releases_and_parts():
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    for package, tested in {"verl": doctor.SUPPORTED_VERL, **doctor.TESTED}.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {package} |"))
+        assert SpecifierSet(row.split("|")[2].strip()) == tested
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for part in doctor.PLUGINS:
+        assert any(row.startswith(f"| {part}") for row in (line.replace("`", "") for line in rows)), part
 
 
 def test_this_environment_is_healthy_and_a_plugin_that_is_not_registered_is_a_fault(monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,6 +131,97 @@ def test_wrong_options_are_named(given, message):
 
     with pytest.raises(InputError, match=message):
         ConstrainedAnswer(Config(), torch.device("cpu"), False)
+
+
+class SecondRunner:
+    """vLLM's second runner as its processors see it: a table of requests in slots, and the slots of each step.
+
+    ``requests`` holds the mode or the given tokens of the request in each slot.
+    """
+
+    def __init__(self, processor, seed: int) -> None:
+        self.processor, self.draw, self.requests = processor, random.Random(seed), {}
+        self.outputs: dict[int, list[int]] = {}
+        self.all_token_ids = SimpleNamespace(gpu=torch.zeros(SLOTS, 64, dtype=torch.int32))
+        self.prompt_len = SimpleNamespace(np=np.zeros(SLOTS, dtype=np.int32))
+        processor.requests = self
+
+    def begin(self, slot: int, request, parameters: SamplingParams, output: list[int]) -> None:
+        """Put a request into a slot; one that was interrupted has output already."""
+        self.prompt_len.np[slot] = prompt = self.draw.randrange(1, 9)
+        self.requests[slot], self.outputs[slot] = request, output
+        self.all_token_ids.gpu[slot] = 1
+        self.all_token_ids.gpu[slot, prompt : prompt + len(output)] = torch.tensor(output, dtype=torch.int32)
+        self.processor.add_request(slot, parameters)
+
+    def step(self, logits: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """Compute some of the requests; returns their slots and logits."""
+        slots = [slot for slot in self.draw.sample(list(self.requests), len(self.requests)) if self.draw.random() < 0.8]
+        ends = [int(self.prompt_len.np[slot]) + len(self.outputs[slot]) - 1 for slot in slots]
+        tokens = [self.outputs[slot][-1] if self.outputs[slot] else 1 for slot in slots]
+        ctx = SimpleNamespace(
+            idx_mapping_np=np.array(slots, int), pos=torch.tensor(ends), input_ids=torch.tensor(tokens)
+        )
+        return slots, self.processor.apply(logits[: len(slots)].clone(), ctx)
+
+    def sampled(self, slot: int, token: int) -> None:
+        self.all_token_ids.gpu[slot, int(self.prompt_len.np[slot]) + len(self.outputs[slot])] = token
+        self.outputs[slot].append(token)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_states_follow_the_requests_of_the_second_runner(seed):
+    made = processor()
+    runner, draw, scripts = SecondRunner(made, seed), random.Random(seed), {}
+    interrupted = 0
+    for _ in range(120):
+        for slot in range(SLOTS):
+            if slot not in runner.requests or draw.random() < 0.05:
+                mode = draw.choice(["reasoning", "direct", "off"])
+                script, known = list(draw.choice(SCRIPTS[mode])), draw.choice([0, 0, 3])
+                scripts[slot] = script[known:]
+                runner.begin(slot, mode, parameters(None if mode == "reasoning" else mode), script[:known])
+                interrupted += bool(known)
+        slots, _ = runner.step(torch.zeros(SLOTS, len(TOKENIZER)))
+        for slot in slots:
+            assert made.slots.states[slot] == expected_state((runner.requests[slot], runner.outputs[slot]))
+            if scripts[slot]:
+                runner.sampled(slot, scripts[slot].pop(0))
+            else:
+                del runner.requests[slot]
+    assert interrupted > 5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scoring_requests_of_the_second_runner_are_forced(seed):
+    made, draw = TruthScorer.__new__(TruthScorer), random.Random(seed)
+    made.slots = {}
+    runner, forced = SecondRunner(made, seed), 0
+    for _ in range(80):
+        for slot in range(SLOTS):
+            if slot not in runner.requests:
+                given = [draw.randrange(30) for _ in range(5)] if draw.random() < 0.6 else None
+                extra = {"gream_truth": given, "gream_temperature": 0.5} if given else None
+                runner.begin(slot, given, SamplingParams(max_tokens=5, extra_args=extra), [])
+        logits = torch.randn(SLOTS, 30)
+        slots, after = runner.step(logits)
+        for row, slot in enumerate(slots):
+            given, written = runner.requests[slot], len(runner.outputs[slot])
+            if given is None:
+                assert torch.equal(after[row], logits[row])
+            else:
+                assert after[row].argmax() == given[written]
+                forced += 1
+            runner.sampled(slot, given[written] if given else 3)
+            if written == 4:
+                del runner.requests[slot]
+    assert forced > 40
+
+
+def test_the_second_runner_must_not_guess_tokens():
+    for name in (ConstrainedAnswer, TruthScorer):
+        with pytest.raises(InputError, match="do not work with speculative decoding"):
+            name(SimpleNamespace(speculative_config=object()), object())
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -19,12 +19,36 @@ assert added == {"gream_verl.core", "gream_verl.core.import_hooks", "gream_verl.
 """
 
 
+WITHOUT_TRANSFER_QUEUE = """
+import importlib, sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "transfer_queue" or name.startswith("verl.trainer.ppo.v1"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import hydra, verl
+from gream_verl.cli.doctor import PLUGINS, _plugin
+
+faults = [part for part, where in PLUGINS.items() if _plugin(part, *where).remedy]
+assert faults == ["group filter"], faults
+importlib.import_module("gream_verl.plugin.agent_loop")
+importlib.import_module("gream_verl.plugin.constrained_engine")
+"""
+
+
 def run_python(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=110, check=False)
 
 
 def test_the_plugin_adds_no_module_but_its_own_to_those_of_verl():
     done = run_python(COST)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_the_group_filter_needs_the_v1_trainer_and_transfer_queue():
+    done = run_python(WITHOUT_TRANSFER_QUEUE)
     assert done.returncode == 0, done.stderr
 
 
