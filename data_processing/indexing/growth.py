@@ -127,8 +127,9 @@ def _new_vectors(folder: DataFolder, items: Mapping[str, Item], saved: SavedInde
     stored = saved.settings["embedding"]
     settings = EmbeddingSettings(**stored | {"fields": tuple(stored["fields"]), "devices": ()})
     probes = [row for row, item in enumerate(saved.items) if item in items][:PROBES]
-    text = embed_items([items[item] for item in (*(saved.items[row] for row in probes), *new)], settings)
-    known = len(saved.text_mean)
+    known, embedded = len(saved.text_mean), [*(saved.items[row] for row in probes), *new]
+    # an index of a data set without texts has no text part
+    text = embed_items([items[item] for item in embedded], settings) if known else np.zeros((len(embedded), 0))
     same = text.shape[1] == known
     if same:
         text, old = (text - saved.text_mean) / float(saved.text_scale), saved.vectors[probes, :known]

@@ -18,7 +18,7 @@ from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import prefix_numbers
 from data_processing.indexing.embed import EmbeddingSettings, cached_embeddings
 from data_processing.indexing.saved_index import SavedIndex
-from gream_verl.core.data_folder import DataFolder
+from gream_verl.core.data_folder import DataFolder, has_texts
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex
 
@@ -134,7 +134,11 @@ def build_index(folder: DataFolder, settings: IndexSettings | None = None, witho
     if codes > len(items):
         raise InputError(f"{folder.item}: {len(items)} items cannot use {codes} codes per level; lower --codes")
     # Text is centred and has rows of root mean square length 1; the collaborative part has rows of length 1 or 0.
-    text = cached_embeddings(folder, list(items.values()), settings.embedding)
+    text = np.zeros((len(items), 0))
+    if has_texts(items):
+        text = cached_embeddings(folder, list(items.values()), settings.embedding)
+    elif not settings.collaborative_weight:
+        raise InputError(f"{folder.item}: without texts it takes a --collaborative-weight above 0")
     mean = text.mean(axis=0)
     scale = float(np.sqrt(((text - mean) ** 2).sum(axis=1).mean())) or 1.0
     parts = [(text - mean) / scale]

@@ -18,7 +18,7 @@ import yaml
 
 from data_processing.leaks import find_leak
 from data_processing.sft.rules import RuleTeacher, Wording
-from gream_verl.core.data_folder import Item
+from gream_verl.core.data_folder import Item, has_texts
 from gream_verl.core.faithfulness import ClaimReader
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 from gream_verl.core.semantic_ids import ItemIndex
@@ -83,6 +83,7 @@ class Corpus:
         self.users, self.sequences, self._history = list(sequences), list(sequences.values()), history
         self.keys, self.items, self.index, self.texts = list(items), items, index, texts or TeacherTexts()
         self.sids = dict(zip(self.keys, index.texts(self.keys), strict=True))
+        self.has_texts = has_texts(items)
         self.teacher, self.claims = RuleTeacher(items, self.sids, wording), ClaimReader(items, index)
         self.choices: dict[int, int] = {}
         lengths = np.fromiter(map(len, self.sequences), np.int64, len(sequences))
@@ -100,11 +101,15 @@ class Corpus:
         """Return the number of rows of a task that can be drawn; of ``continuation``, those of one pass."""
         if task == CONTINUATION:
             return self._cut(0).shape[1]
+        if not self.has_texts and task not in TASKS_WITHOUT_TEXTS:
+            return 0
         return len(self.keys) * len(TASKS[task]) if task in ITEM_TASKS else len(self._targets_of(task))
 
     def _targets_of(self, task: str) -> npt.NDArray[np.int64]:
         if self.has_chains(task):
             return self._chained
+        if not self.has_texts and task not in TASKS_WITHOUT_TEXTS:
+            return self._targets[:0]
         first = FIRST_REASONING_TARGET if task == REASONING else 1
         return self._targets[self._positions[self._targets] >= first]
 
@@ -268,6 +273,8 @@ def _answered(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     return [(question, f"{{{answer}}}") for answer, questions in groups.items() for question in questions]
 
 
+TASKS_WITHOUT_TEXTS = ("seqrec", CONTINUATION)
+"""Tasks that read and write semantic IDs only; the others have no rows where no item has a text."""
 ITEM_TASKS = ("item2index", "index2item", "itemfeatureobtain")
 _TEMPLATES = yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8"))
 TASKS: dict[str, list[tuple[str, str]]] = {

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 data_app = Typer(help="Turn raw data into training text.", no_args_is_help=True)
 
-Source = Literal["movielens", "recbole", "amazon2014", "amazon2018", "amazon2023", "layout", "table"]
+Source = Literal["movielens", "recbole", "amazon2014", "amazon2018", "amazon2023", "layout", "sequences", "table"]
 Split = Literal["leave-one-out", "temporal"]
-SOURCES = "movielens (fetched), amazon2014, amazon2018, amazon2023, recbole, layout (of GREAM's authors) or table."
+SOURCES = "movielens (fetched), amazon2014, amazon2018, amazon2023, recbole, layout (GREAM's own), sequences or table."
 INTERACTIONS = (
-    "Amazon: reviews (JSON lines) or ratings (.csv). RecBole: .inter. Layout: D.inter.json. Table: any table."
+    "Amazon: reviews (JSON lines) or ratings (.csv). RecBole: .inter. Layout: D.inter.json. Sequences: lines of ids. "
+    "Table: any table."
 )
-ITEMS = "Amazon: metadata. RecBole: .item. Layout: D.item.json. Table: .parquet, .csv or .tsv."
+ITEMS = "Amazon: metadata. RecBole: .item. Layout, sequences: D.item.json. Table: .parquet, .csv or .tsv."
 MOVIELENS = "ml-100k"
 
 
@@ -55,7 +56,8 @@ def prepare(
     from data_processing.sources.reviews import read_review_texts
 
     files = [path for path in (interactions, items) if path]
-    if len(files) != 2 * (source != "movielens"):
+    wrong = bool(files) if source == "movielens" else not interactions or not (items or source == "sequences")
+    if wrong:
         raise InputError(
             f"--source {source} {'needs' if source != 'movielens' else 'takes no'} --interactions, --items"
         )
@@ -63,8 +65,8 @@ def prepare(
         raise InputError("--column goes with --source table")
     if review_texts and not source.startswith("amazon"):
         raise InputError("--review-texts goes with the Amazon sources")
-    if split == "temporal" and source == "layout":
-        raise InputError("--split temporal does not go with --source layout, whose files hold no times")
+    if split == "temporal" and source in ("layout", "sequences"):
+        raise InputError(f"--split temporal does not go with --source {source}, whose files hold no times")
     folder = RunFolder.create(run, dataset or (MOVIELENS if source == "movielens" else None)).data
     for path in files:
         if path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
@@ -94,7 +96,7 @@ def _read_source(
     """Read interactions and items, or fetch MovieLens to the folder ``cache``."""
     from data_processing.sources.amazon import read_amazon
     from data_processing.sources.columns import read_table
-    from data_processing.sources.layout_files import read_layout
+    from data_processing.sources.layout_files import read_layout, read_sequences
     from data_processing.sources.movielens import read_movielens
     from data_processing.sources.recbole import read_recbole
 
@@ -102,6 +104,8 @@ def _read_source(
         return read_movielens(cache)
     if source == "layout":
         return read_layout(*files)
+    if source == "sequences":
+        return read_sequences(files[0], files[1] if len(files) > 1 else None)
     if source == "recbole":
         return read_recbole(*files, bad_rows=bad_rows)
     if source == "table":

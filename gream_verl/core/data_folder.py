@@ -153,6 +153,11 @@ class DataFolder:
         return index
 
 
+def has_texts(items: Mapping[str, Item]) -> bool:
+    """Return whether any item has a text; an id stands for the title of an item without texts."""
+    return any(fields != Item(item) for item, fields in items.items())
+
+
 def short_title(title: str, words: int = TITLE_WORDS) -> str:
     """Return the first words of a title."""
     return " ".join(title.split()[:words]).rstrip(".,;:")

@@ -3,13 +3,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_processing.indexing.growth import add_items
+from data_processing.indexing.residual_index import IndexSettings, build_index
 from data_processing.interactions import prepare
-from data_processing.sources.layout_files import read_layout
-from gream_verl.core.data_folder import DataFolder
+from data_processing.sft.mix import MixOptions, write_mix
+from data_processing.sft.tasks import TASKS
+from data_processing.sources.layout_files import read_layout, read_sequences
+from gream_verl.core.data_folder import DataFolder, has_texts
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import write_json
+from gream_verl.core.files import read_json, write_json
 
 SHARED = Path(os.environ.get("GREAM_SHARED_DATA", Path(__file__).parents[5] / "shared" / "data"))
 BEAUTY = SHARED / "beauty2014"
@@ -64,3 +69,42 @@ def test_beauty_has_the_numbers_that_are_published(tmp_path: Path) -> None:
     tables = read_layout(BEAUTY / "Beauty.inter.json", BEAUTY / "Beauty.item.json")
     statistics = prepare(tables, DataFolder(tmp_path, "Beauty"))["statistics"]
     assert (statistics["users"], statistics["items"], statistics["interactions"]) == (22363, 12101, 198502)
+
+
+def test_lines_of_ids_are_enough_for_an_index_and_rows_of_semantic_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, lines = np.random.default_rng(0), []
+    for user in range(60):
+        begin = int(rng.integers(30))
+        lines.append(" ".join(map(str, [f"u{user}", *((begin + 2 * step) % 40 for step in range(8))])))
+    (tmp_path / "seq.txt").write_text("\n".join(lines))
+    folder = DataFolder(tmp_path, "D")
+    prepare(read_sequences(tmp_path / "seq.txt", None), folder, core=1)
+    assert folder.read_inter()["u0"] == lines[0].split()[1:]
+    assert not has_texts(folder.read_items())
+    monkeypatch.setattr("data_processing.indexing.embed.load_encoder", lambda *_: pytest.fail("no text to embed"))
+    with pytest.raises(InputError, match="without texts it takes a --collaborative-weight above 0"):
+        build_index(folder, IndexSettings(collaborative_weight=0))
+    index = build_index(folder)
+    assert len(set(index.sids.values())) == 40
+    first = [index.sids[str(item)][0] for item in range(40)]
+    assert np.mean(np.array(first) == np.roll(first, 2)) > 1.5 * np.mean(np.array(first) == np.roll(first, 1))
+    report = write_mix(folder, MixOptions(dict.fromkeys(TASKS, 20)))
+    assert {task for task, counts in report.items() if counts["made"]} == {"seqrec", "continuation"}
+    items = read_json(folder.item) | {"new": {"title": "new"}}
+    write_json(folder.item, items)
+    assert add_items(folder)["new"] == 1
+
+
+def test_lines_of_ids_with_a_file_of_items(tmp_path: Path) -> None:
+    (tmp_path / "seq.txt").write_text("u 1 2\nv 2\n")
+    write_json(tmp_path / "D.item.json", {"1": {"title": "Heat"}, "2": {"title": "Alien"}})
+    tables = read_sequences(tmp_path / "seq.txt", tmp_path / "D.item.json")
+    assert tables.interactions.rows() == [("u", "1", 0), ("u", "2", 1), ("v", "2", 0)]
+    assert tables.items["title"].to_list() == ["Heat", "Alien"]
+    faults = {"u 1\nu 2\n": "line 2: user 'u' comes twice", "u 1\n\nv 2\n": "line 2: expected `user item"}
+    for text, message in faults.items():
+        (tmp_path / "seq.txt").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_sequences(tmp_path / "seq.txt", None)
