@@ -1,8 +1,9 @@
 # The two commands of the README are `make quickstart` and `make test`; both build .venv when it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart pretrained test test-unit check learning recbole bench lock
+.PHONY: help env quickstart pretrained test test-unit test-next check learning recbole bench lock
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+NEXT := --numprocesses 0 -p no:cacheprovider tests/integration/test_constrained_vllm.py
 PYTEST := python -m pytest --numprocesses 2 --dist loadgroup
 
 help: ## show this list
@@ -23,6 +24,11 @@ test: env ## all tests, the real verl, vLLM and LLaMA-Factory included
 
 test-unit: env ## the tests that start no framework
 	$(PYTEST) tests/unit
+
+test-next: env ## the logits processors in a newer vLLM, under each of its model runners
+	@environments/next/install.sh
+	.venv-next/bin/python -m pytest $(NEXT) tests/unit/gream_verl/decoding/test_vllm_processor.py
+	PYTHONPATH=environments/next .venv-next/bin/python -m pytest -p second_runner $(NEXT)
 
 check: env ## ruff, mypy, lines per room, imports that climb
 	ruff check .

@@ -33,7 +33,7 @@ def engine(tmp_path_factory):
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    return LLM(
+    engine = LLM(
         model=str(folder / "model"),
         dtype="float32" if cpu else "auto",
         max_model_len=256,
@@ -46,6 +46,9 @@ def engine(tmp_path_factory):
         logprobs_mode="processed_logprobs",
         additional_config={"gream": {"index_file": str(folder / "tiny.index.json"), "mode": "reasoning"}},
     )
+    second = getattr(engine.llm_engine.vllm_config, "use_v2_model_runner", False)
+    assert second == (os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1")
+    return engine
 
 
 def rewards(engine, mode: str | None, scored_as: str = "reasoning", temperature: float = 0.8, tokens: int = 64):
