@@ -1,6 +1,6 @@
 """A pytest plugin (``-p second_runner``): vLLM's second model runner without a GPU.
 
-Its kernels are Triton's, which has an interpreter for any machine. vLLM asks for a CPU backend of Triton, which has none
+Its kernels are in Triton, which has an interpreter for any machine. vLLM asks for a CPU backend, which Triton has not
 in its releases: this names one.
 """
 
