@@ -32,6 +32,7 @@ from data_processing.sources.common import (
 )
 from data_processing.sources.json_lines import read_json_lines
 from gream_verl.core.data_folder import Item, item_of, item_text
+from gream_verl.core.errors import InputError
 
 CHUNK = 50_000
 LONGEST_CATEGORY = 60
@@ -73,6 +74,8 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
         table = scan_text(reviews, ",", bad_rows, columns)
         names = {name: name if columns else NAMES[year].get(name, name) for name in INTERACTIONS}
         interactions, review_checks = read_interactions(table, names), table.checks
+        if columns:
+            _check_order(interactions, reviews, year)
     else:
         interactions = _read_reviews(reviews, year, review_checks)
     wanted = set(interactions["item"].unique())
@@ -80,6 +83,15 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
     tables = source_tables(interactions, items, review_checks, item_checks)
     tables.report["reviewed items without metadata"] = len(wanted) - len(items)
     return tables
+
+
+def _check_order(interactions: pl.DataFrame, path: Path, year: int) -> None:
+    """Refuse ratings without a header whose first two columns are those of the other release."""
+    ids = (interactions[name].unique().cast(pl.String) for name in ("user", "item"))
+    users, items = (column.str.contains(r"^(B0[0-9A-Z]{8}|\d{9}[\dX])$").mean() or 0 for column in ids)
+    if users > 0.5 > items:
+        release = {2014: 2018, 2018: 2014}[year]
+        raise InputError(f"{path}: item and user are in the order of Amazon {release}; give --source amazon{release}")
 
 
 def holds_ratings(path: Path) -> bool:
@@ -96,8 +108,13 @@ def read_chunks(path: Path, year: int, checks: RowChecks, fields: Sequence[tuple
     record = msgspec.defstruct("Record", fields, rename=names, gc=False)
     needed = ", ".join(names.get(name, name) for name, _, *default in fields if not default)
     records = read_json_lines(path, checks, needed, record)
-    while chunk := list(islice(records, CHUNK)):
-        yield chunk
+    try:
+        while chunk := list(islice(records, CHUNK)):
+            yield chunk
+    except InputError as error:
+        text = str(checks.rejects[0]["text"]) if checks.rejects else ""
+        found = "2023" if "parent_asin" in text else "2014 or 2018" if "asin" in text else str(year)
+        raise InputError(f"{error}" + (f". It is of Amazon {found}" if str(year) not in found else "")) from error
 
 
 def _read_reviews(path: Path, year: int, checks: RowChecks) -> pl.DataFrame:

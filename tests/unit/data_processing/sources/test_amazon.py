@@ -187,3 +187,19 @@ def test_bad_files_of_ratings_are_named(tmp_path: Path, year: int, text: str, me
     (tmp_path / "r.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         read_amazon(year, tmp_path / "r.csv", write(tmp_path / "M.json.gz", [metadata("a", "Title")]))
+
+
+def test_files_of_another_release_are_named(tmp_path: Path) -> None:
+    old, items = [review("u", "a")], [metadata("a", "Title")]
+    new = [{"user_id": "u", "parent_asin": "a", "asin": "b", "timestamp": 5}]
+    for year, reviews, release in ((2023, old, "2014 or 2018"), (2018, new, "2023"), (2014, new, "2023")):
+        with pytest.raises(InputError, match=rf"cannot be used.*\. It is of Amazon {release}$"):
+            read_amazon(year, write(tmp_path / "R.json.gz", reviews), write(tmp_path / "M.json.gz", items))
+    with pytest.raises(InputError) as error:
+        read_amazon(2018, write(tmp_path / "R.json.gz", [{"asin": "a"}]), write(tmp_path / "M.json.gz", items))
+    assert "It is of Amazon" not in str(error.value)
+    ratings = {2014: "A1C6M8LCIX4M6M,0001713353,5.0,1123804800\n", 2018: "B00006L9LC,A1C6M8LCIX4M6M,5.0,1123804800\n"}
+    for year, other in ((2014, 2018), (2018, 2014)):
+        (tmp_path / "ratings.csv").write_text(ratings[other])
+        with pytest.raises(InputError, match=f"in the order of Amazon {other}; give --source amazon{other}"):
+            read_amazon(year, tmp_path / "ratings.csv", tmp_path / "M.json.gz")
