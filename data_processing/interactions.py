@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import date
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
 from data_processing.sources.common import EPOCHS, SourceTables
-from gream_verl.core.data_folder import DataFolder
+from data_processing.sources.layout_files import read_items
+from gream_verl.core.data_folder import PREPARE, DataFolder
 from gream_verl.core.errors import InputError
-from gream_verl.core.files import write_json, write_text
+from gream_verl.core.files import read_json, write_json, write_text
 from gream_verl.core.split import HELD_OUT, by_time
 
 SHORTEST = HELD_OUT + 1
@@ -202,3 +205,11 @@ def _write_items(items: pl.DataFrame, kept: pl.DataFrame, folder: DataFolder) ->
     rows = {row.pop("item"): row for row in items.join(kept_items, on="item", how="semi").iter_rows(named=True)}
     lines = (f"{_json(item)}: {_json(rows[item])}" for item in sort_ids(rows))
     write_text(folder.item, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def take_items(folder: DataFolder, file: Path) -> None:
+    """Put the items of another file into ``<D>.item.json``; those that are there stay as they are."""
+    known, new = read_json(folder.item, PREPARE), read_items(file)
+    if untitled := [item for item, fields in new.items() if not fields.title]:
+        raise InputError(f"{file}: item {untitled[0]!r} has neither title nor description; give it one")
+    write_json(folder.item, {item: asdict(fields) for item, fields in new.items() if item not in known} | known)

@@ -88,7 +88,8 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
 def _check_order(interactions: pl.DataFrame, path: Path, year: int) -> None:
     """Refuse ratings without a header whose first two columns are those of the other release."""
     ids = (interactions[name].unique().cast(pl.String) for name in ("user", "item"))
-    users, items = (column.str.contains(r"^(B0[0-9A-Z]{8}|\d{9}[\dX])$").mean() or 0 for column in ids)
+    are_items = (column.str.contains(r"^(B0[0-9A-Z]{8}|\d{9}[\dX])$") for column in ids)
+    users, items = (len(column.filter(column)) / max(len(column), 1) for column in are_items)
     if users > 0.5 > items:
         release = {2014: 2018, 2018: 2014}[year]
         raise InputError(f"{path}: item and user are in the order of Amazon {release}; give --source amazon{release}")

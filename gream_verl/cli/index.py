@@ -66,15 +66,23 @@ def report(run: Run, seed: Seed = 0, dataset: Dataset = None) -> None:
 
 
 @index_app.command()
-def add(run: Run, without: Without = None, dataset: Dataset = None) -> None:
+def add(
+    run: Run,
+    items: Annotated[Path | None, Option(metavar="FILE", help="New items, as in D.item.json, to put there.")] = None,
+    without: Without = None,
+    dataset: Dataset = None,
+) -> None:
     """Give new items of D.item.json a semantic ID.
 
     The others stay as they are, byte for byte. The codebooks are frozen and no token is added: a trained model can read
     and write the new ones. The table shows the distance of the new items from those that the index was built for.
     """
     from data_processing.indexing.growth import add_items
+    from data_processing.interactions import take_items
 
     folder = RunFolder.open(run, dataset).data
+    if items:
+        take_items(folder, items)
     made = add_items(folder, _read_ids(without))
     reasons = made.pop("rebuild", [])
     print_dict("Items added", made)

@@ -52,6 +52,23 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[EmbeddingSettings]:
     return calls
 
 
+def test_items_that_nobody_took_are_added_from_a_file(tmp_path: Path, embedded: list[EmbeddingSettings]) -> None:
+    write_data(tmp_path, 40)
+    run("build", tmp_path)
+    before, file = ItemIndex.load(tmp_path / "data/toy.index.json").sids, tmp_path / "new.json"
+    file.write_text(json.dumps({"cold": {"title": "A <b>new</b> brush"}, "3": {"title": "Other"}}))
+    run("add", tmp_path, "--items", file)
+    after = ItemIndex.load(tmp_path / "data/toy.index.json").sids
+    assert {item: sid for item, sid in after.items() if item != "cold"} == before
+    assert "cold" in after
+    texts = json.loads((tmp_path / "data/toy.item.json").read_text())
+    assert (texts["cold"]["title"], texts["3"]["title"]) == ("A new brush", "brush number 3")
+    file.write_text(json.dumps({"colder": {"brand": "Acme"}}))
+    with pytest.raises(InputError, match=r"new\.json: item 'colder' has neither title nor description"):
+        run("add", tmp_path, "--items", file)
+    assert "colder" not in json.loads((tmp_path / "data/toy.item.json").read_text())
+
+
 def test_an_index_is_built_extended_examined_and_read_by_others(
     tmp_path: Path, embedded: list[EmbeddingSettings]
 ) -> None:
