@@ -102,17 +102,22 @@ def report(run: Run, seed: Seed = 0, dataset: Dataset = None) -> None:
 def inspect(
     run: Run,
     rollouts: Annotated[Path | None, Option(help="A STEP.jsonl of verl, or its folder: the last step.")] = None,
+    result: Annotated[str | None, Option(help="Lists of RUN/evaluation instead, such as srpo-direct.")] = None,
     limit: Annotated[int, Option(min=1, help="Number of the worst, and of the best.")] = 5,
     dataset: Dataset = None,
 ) -> None:
-    """Show the worst and the best rollouts and their rewards.
+    """Show the worst and the best rollouts, or recommended lists.
 
-    Titles stand for semantic IDs. The default is RUN/srpo/validation.
+    Titles stand for semantic IDs and ids. The default is RUN/srpo/validation.
     """
     from gream_verl.core.semantic_ids import ItemIndex
-    from gream_verl.evaluation.inspection import read_rollouts, rollout_table
+    from gream_verl.evaluation.inspection import list_table, read_rollouts, rollout_table
+    from gream_verl.evaluation.results import Evaluation
 
     folder = RunFolder.open(run, dataset)
-    titles = {item: known.title for item, known in folder.data.read_items().items()}
+    titles = folder.data.titles()
+    if result:
+        console.print(list_table(Evaluation.load(folder.evaluation / f"{result}.json").rows, limit, titles))
+        return
     index = ItemIndex.load(folder.data.index)
     console.print(rollout_table(read_rollouts(rollouts or folder.srpo / "validation"), limit, index, titles))

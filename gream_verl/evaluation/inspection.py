@@ -1,4 +1,4 @@
-"""Rollouts for a reader: titles instead of semantic IDs, the worst and the best first."""
+"""Rollouts and recommended lists for a reader: titles instead of ids, the worst and the best."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 from gream_verl.core.rsvr import matching_depth, reference_answer
 from gream_verl.core.semantic_ids import SID_TOKEN, ItemIndex, find_sids, parse_sid
+from gream_verl.evaluation.metrics import rank_of
 
+SHOWN = 5
+"""Items of a list that are shown."""
 REMEDY = "verl writes it into trainer.rollout_data_dir and trainer.validation_data_dir"
 
 
@@ -30,6 +33,22 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
         return rows.drop_nulls().sort("score", maintain_order=True).to_dicts()
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not rollouts of verl ({error}); {REMEDY}") from error
+
+
+def list_table(rows: Sequence[Mapping[str, Any]], limit: int, titles: Mapping[str, str]) -> Table:
+    """Return a table of the ``limit`` best and worst lists of an evaluation, by the place of the target."""
+    if not all("recommended" in row for row in rows):
+        raise InputError("the result has no lists; evaluate with beams above 0")
+    ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: ranks[row] or float("inf"))
+    table = Table("user", "place", "target", "recommended", title=f"{len(rows)} lists", title_justify="left")
+    for part in (order[:limit], order[max(limit, len(order) - limit) :]):
+        for row in part:
+            target, items = rows[row]["target"], rows[row]["recommended"][:SHOWN]
+            listed = "\n".join(f"{place}. {titles.get(item, item)}" for place, item in enumerate(items, 1))
+            table.add_row(rows[row]["user"], str(ranks[row] or "none"), Text(titles.get(target, target)), Text(listed))
+        table.add_section()
+    return table
 
 
 def rollout_table(

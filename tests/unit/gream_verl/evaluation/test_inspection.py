@@ -9,7 +9,7 @@ from assets import TITLES, make_index, reasoning_response
 from rich.console import Console
 
 from gream_verl.core.errors import InputError
-from gream_verl.evaluation.inspection import read_rollouts, rollout_table
+from gream_verl.evaluation.inspection import list_table, read_rollouts, rollout_table
 
 INDEX = make_index()
 NAMES = {item: f"{TITLES[place % len(TITLES)]} {item}" for place, item in enumerate(INDEX.sids)}
@@ -45,6 +45,23 @@ def test_the_worst_comes_first_and_the_last_step_of_a_folder_is_read(tmp_path: P
         ["0.500", "2", NAMES["1"], history], ["", "", NAMES["3"], ""],
         ["1.000", "3", NAMES["3"], history], ["", "", NAMES["3"], "likes Alien."],
     ]  # fmt: skip
+
+
+def test_lists_have_titles_the_best_first() -> None:
+    lists = {"u": ["0", "3"], "v": ["3", "1"], "w": ["0", "1"], "x": ["1", "0", "3"]}
+    rows = [{"user": user, "target": "3", "recommended": items} for user, items in lists.items()]
+    table = list_table(rows, 1, {"3": "[b]Heat", "1": "Alien"})
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line
+    ]
+    assert cells == [
+        ["v", "1", "[b]Heat", "1. [b]Heat"], ["", "", "", "2. Alien"],
+        ["w", "none", "[b]Heat", "1. 0"], ["", "", "", "2. Alien"],
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="has no lists"):
+        list_table([{"user": "u", "target": "3"}], 1, {})
 
 
 @pytest.mark.parametrize(("rollouts", "limit", "rows"), [(5, 2, 4), (3, 2, 3), (1, 2, 1)])
