@@ -39,7 +39,8 @@ LONGEST_CATEGORY = 60
 LONGEST_DESCRIPTION = 2000
 """Characters of a description of 2023, whose text is spread over three fields."""
 
-_BEFORE_2023 = {"user": "reviewerID", "item": "asin", "timestamp": "unixReviewTime", "text": "reviewText"}
+_BEFORE_2023 = {"user": "reviewerID", "item": "asin", "timestamp": "unixReviewTime", "text": "reviewText",
+                "rating": "overall"}  # fmt: skip
 NAMES = {
     2014: _BEFORE_2023 | {"votes": "helpful"},
     2018: _BEFORE_2023 | {"votes": "vote", "categories": "category"},
@@ -56,7 +57,9 @@ Id = Annotated[str, msgspec.Meta(min_length=1)]
 Time = Annotated[float, msgspec.Meta(gt=-LATEST_TIMESTAMP, lt=LATEST_TIMESTAMP)]
 
 
-def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = BAD_ROWS) -> SourceTables:
+def read_amazon(
+    year: int, reviews: Path, metadata: Path, *, bad_rows: float = BAD_ROWS, least_rating: float | None = None
+) -> SourceTables:
     """Read a file of reviews or of ratings, and the metadata of the same release.
 
     JSON lines are streamed; of the metadata only reviewed items are kept. A later metadata line of an item fills the
@@ -67,17 +70,18 @@ def read_amazon(year: int, reviews: Path, metadata: Path, *, bad_rows: float = B
         reviews: Reviews as JSON lines, or ratings as ``.csv`` or ``.csv.gz``.
         metadata: Items as JSON lines; in 2014 as Python literals.
         bad_rows: Largest share of bad lines, 0 to 1, that does not stop the run.
+        least_rating: The least rating of an interaction; None for any.
     """
     review_checks, item_checks = RowChecks(reviews, bad_rows), RowChecks(metadata, bad_rows)
     if holds_ratings(reviews):
         columns = RATING_COLUMNS[year]
         table = scan_text(reviews, ",", bad_rows, columns)
-        names = {name: name if columns else NAMES[year].get(name, name) for name in INTERACTIONS}
-        interactions, review_checks = read_interactions(table, names), table.checks
+        names = {name: name if columns else NAMES[year].get(name, name) for name in (*INTERACTIONS, "rating")}
+        interactions, review_checks = read_interactions(table, names, least_rating), table.checks
         if columns:
             _check_order(interactions, reviews, year)
     else:
-        interactions = _read_reviews(reviews, year, review_checks)
+        interactions = _read_reviews(reviews, year, review_checks, least_rating)
     wanted = set(interactions["item"].unique())
     items = _read_metadata(metadata, year, item_checks, wanted)
     tables = source_tables(interactions, items, review_checks, item_checks)
@@ -118,10 +122,15 @@ def read_chunks(path: Path, year: int, checks: RowChecks, fields: Sequence[tuple
         raise InputError(f"{error}" + (f". It is of Amazon {found}" if str(year) not in found else "")) from error
 
 
-def _read_reviews(path: Path, year: int, checks: RowChecks) -> pl.DataFrame:
+def _read_reviews(path: Path, year: int, checks: RowChecks, least_rating: float | None) -> pl.DataFrame:
     schema = {**INTERACTIONS, "timestamp": pl.Float64()}
     frames = [pl.DataFrame(schema=schema)]
-    for chunk in read_chunks(path, year, checks, [("user", Id), ("item", Id), ("timestamp", Time)]):
+    rating = ("rating", float | None, None)
+    for chunk in read_chunks(path, year, checks, [("user", Id), ("item", Id), ("timestamp", Time), rating]):
+        if least_rating is not None:
+            liked = [line for line in chunk if line.rating is not None and line.rating >= least_rating]
+            checks.low = (checks.low or 0) + len(chunk) - len(liked)
+            chunk[:] = liked
         frames.append(pl.DataFrame({name: list(map(attrgetter(name), chunk)) for name in schema}, schema=schema))
     interactions = pl.concat(frames)
     return interactions.with_columns(timestamp=whole_times(interactions["timestamp"], path))

@@ -29,13 +29,18 @@ from gream_verl.core.data_folder import Item, item_of
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import require_file
 
-NAMES = tuple(INTERACTIONS | ITEMS)
+NAMES = (*INTERACTIONS, "rating", *(name for name in ITEMS if name != "item"))
 OWN = ("interactions.item", "items.item")
 """The item ids of one of the tables, where they have other names."""
 
 
 def read_table(
-    interactions: Path, items: Path, columns: Mapping[str, str] | None = None, *, bad_rows: float = BAD_ROWS
+    interactions: Path,
+    items: Path,
+    columns: Mapping[str, str] | None = None,
+    *,
+    bad_rows: float = BAD_ROWS,
+    least_rating: float | None = None,
 ) -> SourceTables:
     """Read a table of interactions and one of items.
 
@@ -46,6 +51,7 @@ def read_table(
         columns: Name of the column of each of these, where it is another; ``interactions.item`` and ``items.item``
             where the two tables differ.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
+        least_rating: The least ``rating`` of an interaction; None for any.
     """
     columns = columns or {}
     if unknown := sorted(set(columns) - {*NAMES, *OWN}):
@@ -53,12 +59,12 @@ def read_table(
     named = {name: name for name in NAMES} | dict(columns)
     if items.suffix == ".json":  # the authors' layout
         table, found = _scan(interactions, bad_rows), read_items(items)
-        rows = read_interactions(table, {**named, "item": named.get(OWN[0], named["item"])})
+        rows = read_interactions(table, {**named, "item": named.get(OWN[0], named["item"])}, least_rating)
         return source_tables(rows, found, table.checks, RowChecks(items, rows=len(found)))
     described = _scan(items, bad_rows)
     for meaning in columns.keys() & (ITEMS.keys() - {"item"}):
         described.require(columns[meaning], meaning)
-    return read_tables(_scan(interactions, bad_rows), described, named)
+    return read_tables(_scan(interactions, bad_rows), described, named, least_rating=least_rating)
 
 
 def read_tables(
@@ -68,6 +74,7 @@ def read_tables(
     *,
     separator: str = "|",
     rewrite_title: Callable[[str], str] = str.strip,
+    least_rating: float | None = None,
 ) -> SourceTables:
     """Read two tables; texts lose HTML, and a later row of an item fills the fields that are still empty.
 
@@ -78,6 +85,7 @@ def read_tables(
             brand and categories may be missing.
         separator: Separator of categories in one text.
         rewrite_title: Makes a title readable, after its HTML is removed.
+        least_rating: The least rating of an interaction; None for any.
     """
     items.require(columns["title"], "title")
     schema = items.rows.collect_schema()
@@ -85,7 +93,7 @@ def read_tables(
     if "categories" in texts and schema[columns["categories"]] == pl.String:
         texts["categories"] = texts["categories"].str.split(separator)
     own, other = (columns.get(name, columns["item"]) for name in OWN)
-    rows = read_interactions(interactions, {**columns, "item": own})
+    rows = read_interactions(interactions, {**columns, "item": own}, least_rating)
     found: dict[str, Item] = {}
     for cells in items.collect(item=items.ids(other, "item"), **texts).iter_rows(named=True):
         if cells["item"] and cells[REST] is None:

@@ -59,6 +59,7 @@ class RowChecks:
 
     Attributes:
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
+        low: Interactions with too low a rating, or with none; None where any rating will do.
         repeated: Rows of an item that an earlier row has.
         rejects: The first skipped rows.
     """
@@ -66,6 +67,7 @@ class RowChecks:
     source: Path
     bad_rows: float = BAD_ROWS
     rows: int = 0
+    low: int | None = None
     repeated: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, str | int]] = field(default_factory=list)
@@ -162,27 +164,38 @@ def readable(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: not {kind} ({str(error).splitlines()[0]}); save it again as Parquet") from error
 
 
-def read_interactions(table: RawTable, columns: Mapping[str, str]) -> pl.DataFrame:
-    """Return the interactions of a table without the bad rows, which are counted in its checks.
+def read_interactions(table: RawTable, columns: Mapping[str, str], least_rating: float | None = None) -> pl.DataFrame:
+    """Return the interactions of a table without bad rows and low ratings, which are counted in its checks.
 
     Args:
         table: One interaction per row.
-        columns: Names of the columns of ``user``, ``item`` and ``timestamp`` (a number, or a date in ISO 8601).
+        columns: Names of the columns of ``user``, ``item``, ``timestamp`` (a number, or a date in ISO 8601) and
+            ``rating``.
+        least_rating: The least rating of an interaction; None reads no ratings.
     """
     user, item = (table.ids(columns[name], name).cast(pl.Categorical) for name in ("user", "item"))
     when = columns["timestamp"]
     kind = table.require(when, "timestamp")
     if not (kind.is_numeric() or kind in (pl.String, pl.Null, pl.Date, pl.Datetime)):
         raise InputError(f"{table.checks.source}: column {when!r}: expected numbers or dates, got {kind}")
-    read = table.collect(user=user, item=item, when=pl.col(when))
+    rating = pl.lit(None)
+    if least_rating is not None:
+        table.require(columns["rating"], "rating")
+        text = pl.col(columns["rating"]).cast(pl.String).str.replace(",", ".", literal=True)
+        rating = text.cast(pl.Float64, strict=False)
+    read = table.collect(user=user, item=item, when=pl.col(when), rating=rating)
     read = read.with_columns(timestamp=whole_times(read["when"], table.checks.source))
     is_incomplete = pl.any_horizontal(pl.col(*INTERACTIONS).is_null())
     reason = pl.when(pl.col(REST).is_not_null()).then(pl.lit(TOO_MANY))
     read = read.with_columns(reason=reason.when(is_incomplete).then(pl.lit("no user, item or timestamp")))
-    for cells in read.drop("timestamp").filter(pl.col("reason").is_not_null()).iter_rows(named=True):
+    for cells in read.drop("timestamp", "rating").filter(pl.col("reason").is_not_null()).iter_rows(named=True):
         table.skip(cells, cells.pop("reason"))
     table.checks.guard("a user, an item and a timestamp in every row, and no more fields than in the header")
-    return read.filter(pl.col("reason").is_null()).select(*INTERACTIONS)
+    good = read.filter(pl.col("reason").is_null())
+    if least_rating is not None:
+        liked = good.filter(pl.col("rating") >= least_rating)
+        table.checks.low, good = len(good) - len(liked), liked
+    return good.select(*INTERACTIONS)
 
 
 def whole_times(times: pl.Series, source: Path) -> pl.Series:
@@ -259,6 +272,7 @@ def source_tables(
     without_text = sum(not (fields.description or fields.brand or fields.categories) for fields in titled.values())
     counts = {"titles taken from the description": len(named), "items with a title only": without_text}
     counts["repeated item rows"] = item_checks.repeated
+    counts["interactions with a low rating or none"] = interaction_checks.low or 0
     report |= {name: count for name, count in counts.items() if count}
     for kind, checks in (("interactions", interaction_checks), ("items", item_checks)):
         report |= {f"{kind}: {reason}": count for reason, count in sorted(checks.skipped.items())}

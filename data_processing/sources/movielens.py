@@ -24,11 +24,11 @@ _ARTICLES = "The|A|An|Le|La|Les|L'|Il|Lo|I|El|Los|Las|Der|Die|Das|Det|Den|O|Os"
 _TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=\s*(?:[()]|$))")
 
 
-def read_movielens(cache: Path) -> SourceTables:
+def read_movielens(cache: Path, *, least_rating: float | None = None) -> SourceTables:
     """Fetch MovieLens-100K if the folder ``cache`` does not hold it, and read it."""
     interactions, items = (cache / f"ml-100k.{kind}" for kind in ("inter", "item"))
     RECBOLE.provide({f"{MEMBER}.inter": interactions, f"{MEMBER}.item": items})
-    return read_recbole(interactions, items, rewrite_title=readable_title)
+    return read_recbole(interactions, items, rewrite_title=readable_title, least_rating=least_rating)
 
 
 def readable_title(title: str) -> str:

@@ -21,6 +21,7 @@ FIELDS = {
     "user": ("user_id",),
     "item": ("item_id",),
     "timestamp": ("timestamp",),
+    "rating": ("rating",),
     "title": ("title", "movie_title", "name"),
     "description": ("description",),
     "brand": ("brand",),
@@ -30,7 +31,12 @@ FIELDS = {
 
 
 def read_recbole(
-    interactions: Path, items: Path, *, rewrite_title: Callable[[str], str] = str.strip, bad_rows: float = BAD_ROWS
+    interactions: Path,
+    items: Path,
+    *,
+    rewrite_title: Callable[[str], str] = str.strip,
+    bad_rows: float = BAD_ROWS,
+    least_rating: float | None = None,
 ) -> SourceTables:
     """Read a ``.inter`` and a ``.item`` file.
 
@@ -40,6 +46,7 @@ def read_recbole(
             ``release_year``, which describes an item without a description.
         rewrite_title: Makes a title readable, after its HTML is removed.
         bad_rows: Largest share of bad rows, 0 to 1, that does not stop the run.
+        least_rating: The least ``rating`` of an interaction; None for any.
     """
     table, _ = _scan_atomic(interactions, bad_rows)
     described, types = _scan_atomic(items, bad_rows)
@@ -50,7 +57,9 @@ def read_recbole(
         text = pl.coalesce("description", released) if "description" in types else released
         described = replace(described, rows=described.rows.with_columns(text.alias("description")))
     separator = " " if types.get(columns["categories"]) == "token_seq" else "\t"
-    return read_tables(table, described, columns, separator=separator, rewrite_title=rewrite_title)
+    return read_tables(
+        table, described, columns, separator=separator, rewrite_title=rewrite_title, least_rating=least_rating
+    )
 
 
 def _scan_atomic(path: Path, bad_rows: float) -> tuple[RawTable, dict[str, str]]:

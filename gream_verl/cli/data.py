@@ -15,6 +15,7 @@ from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from data_processing.interactions import TimeSplit
     from data_processing.sources.common import SourceTables
 
 data_app = Typer(help="Turn raw data into training text.", no_args_is_help=True)
@@ -39,8 +40,10 @@ def prepare(
     column: Annotated[list[str] | None, Option(metavar="A=B", help="Table: column B holds A; repeat it.")] = None,
     core: Annotated[int, Option(min=1, metavar="N", help="Least interactions of items, and of users (3 or more).")] = 5,
     split: Annotated[Split, Option(metavar="SPLIT", help="leave-one-out, or temporal: the latest.")] = "leave-one-out",
-    validation: Annotated[str, Option(metavar="PART", help="Temporal: share, or first day (2018-01-31).")] = "0.1",
-    test: Annotated[str, Option(metavar="PART", help="Temporal: share, or first day, of the test.")] = "0.1",
+    held_out: Annotated[
+        str, Option(metavar="V,T", help="Temporal: shares of validation and test, or first days (2018-01-31).")
+    ] = "0.1,0.1",
+    least_rating: Annotated[float | None, Option(metavar="X", help="Leave out lower ratings. Default: any.")] = None,
     review_texts: Annotated[int, Option(metavar="N", help="Amazon: reviews per item for `gream data enrich`.")] = 0,
     bad_rows: Annotated[float, Option(metavar="SHARE", help="Largest share of unusable rows, else an error.")] = 0.05,
     dry_run: DryRun = False,
@@ -51,7 +54,6 @@ def prepare(
     Users and items of the k-core stay, in order of time. D.report.json counts the rows read, dropped and kept.
     D.rejects.jsonl lists the rows that could not be used.
     """
-    from data_processing.interactions import TimeSplit
     from data_processing.interactions import prepare as prepare_tables
     from data_processing.sources.reviews import read_review_texts
 
@@ -71,8 +73,10 @@ def prepare(
     for path in files:
         if path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another RUN")
-    parts = TimeSplit(_part(validation), _part(test)) if split == "temporal" else None
-    tables = _read_source(source, files, run / "raw", pairs(column, "--column"), bad_rows)
+    parts = _parts(held_out) if split == "temporal" else None
+    if least_rating is not None and source in ("layout", "sequences"):
+        raise InputError(f"--least-rating does not go with --source {source}, whose files hold no ratings")
+    tables = _read_source(source, files, run / "raw", pairs(column, "--column"), bad_rows, least_rating)
     print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
     if review_texts and not dry_run:
         year, training = int(source.removeprefix("amazon")), folder.read_training()
@@ -82,16 +86,27 @@ def prepare(
         console.print(f"{len(texts):,} reviews of {texts['item'].n_unique():,} items kept for the teacher")
 
 
-def _part(given: str) -> float | date:
-    """Read a part of a temporal split."""
+def _parts(given: str) -> TimeSplit:
+    """Read the parts of a temporal split."""
+    from data_processing.interactions import TimeSplit
+
+    def part(text: str) -> float | date:
+        return float(text) if text.replace(".", "", 1).isdecimal() else date.fromisoformat(text)
+
     try:
-        return float(given) if given.replace(".", "", 1).isdecimal() else date.fromisoformat(given)
+        validation, test = map(part, given.split(","))
     except ValueError:
-        raise InputError(f"{given}: expected a share such as 0.1, or a day such as 2018-01-31") from None
+        raise InputError(f"--held-out {given}: expected two shares, 0.1,0.1, or days such as 2018-01-31") from None
+    return TimeSplit(validation, test)
 
 
 def _read_source(
-    source: Source, files: list[Path], cache: Path, columns: dict[str, str], bad_rows: float
+    source: Source,
+    files: list[Path],
+    cache: Path,
+    columns: dict[str, str],
+    bad_rows: float,
+    least_rating: float | None,
 ) -> SourceTables:
     """Read interactions and items, or fetch MovieLens to the folder ``cache``."""
     from data_processing.sources.amazon import read_amazon
@@ -101,16 +116,16 @@ def _read_source(
     from data_processing.sources.recbole import read_recbole
 
     if source == "movielens":
-        return read_movielens(cache)
+        return read_movielens(cache, least_rating=least_rating)
     if source == "layout":
         return read_layout(*files)
     if source == "sequences":
         return read_sequences(files[0], files[1] if len(files) > 1 else None)
     if source == "recbole":
-        return read_recbole(*files, bad_rows=bad_rows)
+        return read_recbole(*files, bad_rows=bad_rows, least_rating=least_rating)
     if source == "table":
-        return read_table(files[0], files[1], columns, bad_rows=bad_rows)
-    return read_amazon(int(source.removeprefix("amazon")), *files, bad_rows=bad_rows)
+        return read_table(files[0], files[1], columns, bad_rows=bad_rows, least_rating=least_rating)
+    return read_amazon(int(source.removeprefix("amazon")), *files, bad_rows=bad_rows, least_rating=least_rating)
 
 
 @data_app.command()

@@ -23,6 +23,7 @@ OPTIONAL = {
     "llamafactory": "SFT",
     "polars": "data and evaluation",
     "faiss-cpu": "the item index",
+    "cupy-cuda12x": "gream_srpo_async, whose weights travel by NCCL,",
 }
 PLUGINS = {
     "advantage estimator bgae": ("verl.trainer.ppo.core_algos", "get_adv_estimator_fn", "bgae"),

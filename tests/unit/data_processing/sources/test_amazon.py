@@ -203,3 +203,17 @@ def test_files_of_another_release_are_named(tmp_path: Path) -> None:
         (tmp_path / "ratings.csv").write_text(ratings[other])
         with pytest.raises(InputError, match=f"in the order of Amazon {other}; give --source amazon{other}"):
             read_amazon(year, tmp_path / "ratings.csv", tmp_path / "M.json.gz")
+
+
+def test_low_ratings_are_left_out_of_each_release(tmp_path: Path) -> None:
+    items = write(tmp_path / "M.json.gz", [{"asin": "a", "parent_asin": "a", "title": "Title"}])
+    old = [review("u", "a", overall=2.0), review("v", "a", overall=4.0), review("w", "a", overall=None)]
+    new = [
+        {"user_id": user, "parent_asin": "a", "timestamp": 5, "rating": stars} for user, stars in (("u", 1), ("v", 5))
+    ]
+    for year, rows in ((2014, old), (2018, old), (2023, new)):
+        tables = read_amazon(year, write(tmp_path / "R.json.gz", rows), items, least_rating=4)
+        assert tables.interactions["user"].to_list() == ["v"]
+        assert tables.report["interactions with a low rating or none"] == len(rows) - 1
+    (tmp_path / "ratings.csv").write_text("a,u,3.0,100\na,v,4.5,200\n")
+    assert read_amazon(2018, tmp_path / "ratings.csv", items, least_rating=4).interactions.rows() == [("v", "a", 200)]

@@ -265,3 +265,20 @@ def test_a_table_of_interactions_with_items_in_the_authors_layout(tmp_path: Path
     tables = read_table(tmp_path / "i.csv", tmp_path / "D.item.json", {"item": "sku"})
     assert tables.interactions.rows() == [("u", "7", 5)]
     assert tables.items.rows() == [("7", "T", "About", "", [])]
+
+
+@pytest.mark.parametrize(("form", "half"), [("csv", "3.5"), ("csv", "3,5"), ("parquet", "3.5")])
+def test_low_ratings_are_left_out_and_counted(tmp_path: Path, form: str, half: str) -> None:
+    rows = {"user": list("uvwx"), "item": list("1111"), "timestamp": [1, 2, 3, 4], "stars": ["5", half, "4.0", None]}
+    table, path = pl.DataFrame(rows), tmp_path / f"i.{form}"
+    if form == "csv":
+        table.write_csv(path, separator=";")
+    else:
+        table.with_columns(pl.col("stars").cast(pl.Float64)).write_parquet(path)
+    (tmp_path / "m.csv").write_text("item,title\n1,Alien\n")
+    for least, users in ((None, "uvwx"), (4, "uw"), (3.5, "uvw")):
+        tables = read_table(path, tmp_path / "m.csv", {"rating": "stars"}, least_rating=least)
+        assert "".join(tables.interactions["user"].cast(pl.String)) == users
+        assert tables.report.get("interactions with a low rating or none", 0) == 4 - len(users)
+    with pytest.raises(InputError, match="no column 'rating' for the rating"):
+        read_table(path, tmp_path / "m.csv", least_rating=4)

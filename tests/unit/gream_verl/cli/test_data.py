@@ -86,7 +86,9 @@ def test_a_data_set_goes_through_other_sources_unchanged(amazon: list[object], t
 
 
 def test_a_temporal_split_is_written_and_a_dry_run_writes_nothing(amazon: list[object], tmp_path: Path) -> None:
-    temporal = [*amazon, "--split", "temporal", "--test", "0.2", "--validation", "0.35"]
+    with pytest.raises(InputError, match=r"--held-out 0\.1: expected two shares"):
+        run(*amazon, "--split", "temporal", "--held-out", "0.1")
+    temporal = [*amazon, "--split", "temporal", "--held-out", "0.35,0.2"]
     assert "split kind" in run(*temporal, "--dry-run")
     assert not (tmp_path / "D").exists()
     run(*temporal)
