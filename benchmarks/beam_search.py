@@ -26,12 +26,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.decoding.batches import pad_left
+from gream_verl.decoding.beam_ranker import shared_prefix
 from gream_verl.decoding.beam_search import Prefix, Score, beam_search
 from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
-from gream_verl.evaluation.batches import pad_left
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import read_prompts
-from gream_verl.evaluation.ranking import encode, shared_prefix
+from gream_verl.evaluation.ranking import encode
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 from gream_verl.model.tiny_model import train_tokenizer
 

@@ -14,10 +14,11 @@ from rich.progress import track
 
 from gream_verl.core.rsvr import match_score
 from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.decoding.beam_ranker import shared_prefix
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import Prompt
-from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
+from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode
 from gream_verl.evaluation.results import Evaluation, row_means
 from gream_verl.evaluation.shards import in_shards
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.rsvr import expected_shares, prefix_matches
 from gream_verl.core.semantic_ids import ItemIndex
-from gream_verl.decoding.beam_search import Prefix, beam_search, check_output_layer
-from gream_verl.decoding.prefix_tree import PrefixTree, sid_ids
-from gream_verl.evaluation.batches import Batch, HalvedBatches, pad_left
+from gream_verl.decoding.batches import Batch, HalvedBatches
+from gream_verl.decoding.beam_ranker import BeamRanker
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.model.answer_judge import ending_log_probs
@@ -54,25 +51,10 @@ def encode(
     return sequences
 
 
-def shared_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the longest common beginning of token sequences that leaves each at least one token.
+class ItemRanker(BeamRanker):
+    """A beam ranker that also scores given items, with the options of an evaluation.
 
-    >>> shared_prefix([[5, 6, 7, 8], [5, 6, 7, 9, 9], [5, 6, 7]])
-    (5, 6)
-    """
-    beginnings = [tuple(sequence[:-1]) for sequence in sequences]
-    first, last = min(beginnings), max(beginnings)  # all others lie between them in lexicographic order
-    return tuple(token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-
-
-class ItemRanker:
-    """Rank the items of an index by the log-probability of their SIDs after a prompt.
-
-    ``rank`` takes the token ids of each prompt and the items that must not be recommended. It returns the items of each
-    with their scores, best first. Out of memory, it halves the batch and keeps the beams. The tokens of ``prefix``,
-    with which all prompts begin, are computed once.
-
-    ``score_targets`` takes token ids, which need not begin with ``prefix``, and the true item of each. It returns the
+    ``score_targets`` takes token ids, which need not begin with the prefix, and the true item of each. It returns the
     expected RSVR of the answer that follows, and the log-probability of the true SID in nats. Both are at temperature 1
     and over the whole vocabulary.
     """
@@ -85,37 +67,9 @@ class ItemRanker:
         options: EvaluationOptions,
         prefix: Sequence[int] = (),
     ) -> None:
-        self.model, self.options, self.index = model, options, index
-        self.token_ids = sid_ids(index, tokenizer, model.name_or_path)
-        self.tree = PrefixTree.from_index(index, self.token_ids).to(model.device)
-        if options.score == "items":
-            check_output_layer(model, self.tree)
-        self.items = list(index.sids)
-        self.rank = HalvedBatches(self._rank_batch, options.batch_size, f"{options.beams} beams")
+        sizes = options.model_dump(include={"beams", "score", "batch_size"})
+        super().__init__(model, tokenizer, index, prefix, **sizes)
         self.score_targets = HalvedBatches(self._score_batch, options.batch_size, "its target")
-        self._row_of = {item: row for row, item in enumerate(self.items)}
-        self._prefix = Prefix(model, prefix)
-
-    def _rank_batch(self, batch: Batch[Iterable[str]]) -> list[dict[str, float]]:
-        length = self._prefix.length
-        ids, mask = pad_left([ids[length:] for ids, _ in batch])
-        rows = [sorted({self._row_of[item] for item in items if item in self._row_of}) for _, items in batch]
-        longest, device = max(map(len, rows)), self.model.device
-        exclude = torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows], dtype=torch.long)
-        found, scores = beam_search(
-            self.model,
-            ids.to(device),
-            mask.to(device),
-            self.tree,
-            self.options.beams,
-            exclude.to(device),
-            score=self.options.score,
-            prefix=self._prefix,
-        )
-        return [
-            {self.items[row]: score for row, score in zip(best, values, strict=True) if row >= 0}
-            for best, values in zip(found.tolist(), scores.tolist(), strict=True)
-        ]
 
     def _score_batch(self, batch: Batch[str]) -> list[tuple[float, float]]:
         # 1. The log-probability of each true token, in one pass over each sequence and its true SID.

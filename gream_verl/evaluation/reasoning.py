@@ -28,12 +28,13 @@ from gream_verl.core.rsvr import reference_answer, score_response, strict_answer
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.token_text import TokenText
 from gream_verl.decoding.answer_automaton import AnswerAutomaton
+from gream_verl.decoding.beam_ranker import shared_prefix
 from gream_verl.evaluation import chains
 from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.progress import ProgressFile
 from gream_verl.evaluation.prompts import Prompt, without_thinking
-from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode, shared_prefix
+from gream_verl.evaluation.ranking import OVER, ItemRanker, Users, encode
 from gream_verl.evaluation.results import Evaluation, row_means
 from gream_verl.evaluation.sampling import PROCESSOR, HuggingFaceSampler, Response, VllmSampler
 from gream_verl.evaluation.shards import in_shards

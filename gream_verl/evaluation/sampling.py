@@ -22,7 +22,7 @@ from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.answer_automaton import FREE, AnswerAutomaton
-from gream_verl.evaluation.batches import Batch, HalvedBatches, pad_left
+from gream_verl.decoding.batches import Batch, HalvedBatches, pad_left
 from gream_verl.evaluation.options import EvaluationOptions
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import openai
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.openai_client import FailedError, Server, as_done
-from gream_verl.evaluation.batches import Batch
+from gream_verl.decoding.batches import Batch
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.sampling import Response
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from gream_verl.core.errors import InputError
 from gream_verl.core.rsvr import match_score
 from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.decoding.beam_ranker import shared_prefix
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import read_prompts
-from gream_verl.evaluation.ranking import ItemRanker, encode, shared_prefix
+from gream_verl.evaluation.ranking import ItemRanker, encode
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer
 
 INSTRUCTION = [4, 9, 11, 30]

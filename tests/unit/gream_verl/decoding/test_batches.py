@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gream_verl.core.errors import InputError
-from gream_verl.evaluation.batches import HalvedBatches, pad_left
+from gream_verl.decoding.batches import HalvedBatches, pad_left
 
 
 def batches(room: int, size: int, sizes: list[int]) -> HalvedBatches[int, int]:
