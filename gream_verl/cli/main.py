@@ -18,6 +18,7 @@ from gream_verl.cli.data import data_app
 from gream_verl.cli.evaluate import evaluate_app
 from gream_verl.cli.index import index_app
 from gream_verl.cli.model import model_app
+from gream_verl.cli.serve import serve_app
 from gream_verl.cli.sft import sft_app
 from gream_verl.core.errors import InputError
 from gream_verl.pipeline.quickstart import TINY, Quickstart, QuickstartSource
@@ -100,6 +101,7 @@ app.add_typer(index_app, name="index")
 app.add_typer(model_app, name="model")
 app.add_typer(sft_app, name="sft")
 app.add_typer(evaluate_app)
+app.add_typer(serve_app)
 
 if __name__ == "__main__":
     main()

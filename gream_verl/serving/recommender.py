@@ -1,0 +1,198 @@
+"""Recommendations for histories that come one by one: the direct mode of ``gream evaluate``, kept ready."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from gream_verl.core.data_folder import Item
+from gream_verl.core.errors import InputError
+from gream_verl.core.files import fingerprint
+from gream_verl.core.origin import check_model, mark
+from gream_verl.core.prompts import messages
+from gream_verl.core.run_folder import RunFolder
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.decoding.beam_ranker import BeamRanker, shared_prefix
+from gream_verl.model.answer_judge import ending_log_probs
+from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer, resolve_model
+
+HISTORY, BEAMS = 20, 30
+"""Latest items of a history that a prompt shows, and least beams: those of ``gream evaluate``."""
+CATALOGUES = 16
+"""Sets of allowed items whose trees are kept."""
+NO_HISTORY = "no item of the history is known: these are the most popular ones"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question for items.
+
+    Attributes:
+        history: Item ids, oldest first. Ids that the index does not hold are passed over.
+        k: Number of items wanted.
+        exclude: Items that must not be recommended, besides those of the history.
+        allow: Items that may be; None for all.
+    """
+
+    history: tuple[str, ...]
+    k: int = 10
+    exclude: frozenset[str] = frozenset()
+    allow: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to an :class:`Ask`.
+
+    Attributes:
+        scores: The items and the log-probability of each, in nats, best first; of a fallback their counts.
+        unknown: Ids of the history that the index does not hold.
+        fallback: Why the answer is not the model's, "" where it is.
+        shortage: Why there are fewer than ``k``, "" where there are enough.
+    """
+
+    scores: dict[str, float]
+    unknown: tuple[str, ...] = ()
+    fallback: str = ""
+    shortage: str = ""
+
+
+class Recommender:
+    """A model, its index and the texts of its items, ready to answer.
+
+    Args:
+        run: A run with a prepared data set and an index.
+        checkpoint: A Hugging Face folder or verl's folder of checkpoints; None takes ``RUN/srpo``, else ``RUN/sft``.
+        batch_size: Most questions computed at once.
+    """
+
+    def __init__(self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32) -> None:
+        checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
+        self.data, self.folder, self.batch_size = run.data, resolve_model(checkpoint), batch_size
+        self.index, texts = ItemIndex.load(run.data.index), run.data.read_items()
+        self.texts = {item: texts.get(item, Item(item)) for item in self.index.sids}
+        check_model(self.folder, run.data.index)
+        self.tokenizer = load_tokenizer(self.folder)
+        room = max(map(len, self.index.sids.values()))
+        self._most_tokens = load_decoding_config(self.folder, self.tokenizer).max_position_embeddings - room
+        self.model = load_model(self.folder, inference=True)
+        weights = [fingerprint(file)[:12] for file in sorted(self.folder.glob("*.safetensors"))]
+        self.version = {"model": f"{checkpoint.name}:{'-'.join(weights)}", "index": mark(run.data.index)}
+        # All prompts begin alike up to the first semantic ID, and there are few tokens for that.
+        firsts = {sid[0]: item for item, sid in self.index.sids.items()}
+        self._prefix = shared_prefix([self._tokens([item]) for item in firsts.values()])
+        self._lock = threading.Lock()  # one computation at a time
+        self._rankers: OrderedDict[tuple[frozenset[str] | None, int], BeamRanker] = OrderedDict()
+
+    @cached_property
+    def histories(self) -> dict[str, list[str]]:
+        """The items of every user before the one that the split holds out for the test."""
+        sequences = self.data.read_inter()
+        splits = self.data.read_splits(sequences)
+        return {user: items[: splits[user].test or len(items)] for user, items in sequences.items()}
+
+    @cached_property
+    def popularity(self) -> dict[str, int]:
+        """Items by their number of interactions for training, the most popular first."""
+        counts = Counter(item for items in self.data.read_training().values() for item in items)
+        order = sorted(self.index.sids, key=lambda item: (-counts[item], item))
+        return {item: counts[item] for item in order}
+
+    def recommend(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Answer several questions; those with the same allowed items are computed together."""
+        answers: dict[int, Answer] = {}
+        together: defaultdict[tuple[frozenset[str] | None, int], list[int]] = defaultdict(list)
+        for number, ask in enumerate(asks):
+            known, unknown = self._known(ask.history)
+            if self._left(ask) and known:
+                together[ask.allow, max(BEAMS, ask.k)].append(number)
+            else:
+                answers[number] = self._popular(ask, unknown)
+        for key, numbers in together.items():
+            sequences = [(self._tokens(self._known(asks[n].history)[0]), self._gone(asks[n])) for n in numbers]
+            with self._lock:
+                ranked = self._ranker(*key).rank(sequences)
+            for number, scores in zip(numbers, ranked, strict=True):
+                best = dict(list(scores.items())[: asks[number].k])
+                unknown = self._known(asks[number].history)[1]
+                answers[number] = Answer(best, unknown, shortage=self._shortage(asks[number], len(best)))
+        return [answers[number] for number in range(len(asks))]
+
+    def score(self, history: Sequence[str], items: Sequence[str]) -> dict[str, float]:
+        """Return the log-probabilities, in nats, of items of the index after a history, the most probable first.
+
+        Raises:
+            InputError: When no item of the history is known.
+        """
+        known, _ = self._known(history)
+        if not known:
+            raise InputError("no item of the history is known")
+        prompt, ids = self._tokens(known), self.tokenizer.convert_tokens_to_ids
+        endings = [ids(list(self.index.sids[item])) for item in items]
+        found: dict[str, float] = {}
+        for start in range(0, len(items), self.batch_size):
+            part = endings[start : start + self.batch_size]
+            with self._lock:
+                log_probs = ending_log_probs(self.model, [[*prompt, *ending] for ending in part], list(map(len, part)))
+            named = zip(items[start : start + self.batch_size], log_probs, strict=True)
+            found |= {item: float(row.sum()) for item, row in named}
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+    def in_categories(self, names: Collection[str]) -> frozenset[str]:
+        """Return the items that are in any of the categories."""
+        wanted = set(names)
+        return frozenset(item for item, text in self.texts.items() if wanted & set(text.categories))
+
+    def _known(self, history: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+        """Return the ids of a history that the index holds, and the others."""
+        known = [item for item in history if item in self.index.sids]
+        return known, tuple(item for item in history if item not in self.index.sids)
+
+    def _gone(self, ask: Ask) -> set[str]:
+        return {*ask.history, *ask.exclude}
+
+    def _left(self, ask: Ask) -> set[str]:
+        """Return the items that may be recommended."""
+        candidates = self.index.sids.keys() if ask.allow is None else ask.allow & self.index.sids.keys()
+        return set(candidates) - self._gone(ask)
+
+    def _shortage(self, ask: Ask, found: int) -> str:
+        if found >= ask.k:
+            return ""
+        return f"{len(self._left(ask))} items are left without the history, the excluded and those that are not allowed"
+
+    def _popular(self, ask: Ask, unknown: tuple[str, ...]) -> Answer:
+        left = self._left(ask)
+        best = [item for item in self.popularity if item in left][: ask.k]
+        scores = {item: float(self.popularity[item]) for item in best}
+        return Answer(scores, unknown, NO_HISTORY if best else "", self._shortage(ask, len(best)))
+
+    def _tokens(self, history: Sequence[str]) -> list[int]:
+        """Return the prompt of direct mode for a history; it loses its oldest items where it is too long."""
+        shown = history[-HISTORY:]
+        while True:
+            turns = messages("".join(self.index.texts(shown)), "direct")
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) <= self._most_tokens or len(shown) == 1:
+                return ids
+            shown = shown[1:]
+
+    def _ranker(self, allow: frozenset[str] | None, beams: int) -> BeamRanker:
+        """Return the ranker of a set of items, made when it is asked for first."""
+        key = allow, beams
+        if key not in self._rankers:
+            index = self.index
+            if allow is not None:
+                index = replace(index, sids={item: sid for item, sid in index.sids.items() if item in allow})
+            self._rankers[key] = BeamRanker(
+                self.model, self.tokenizer, index, self._prefix, beams=beams, batch_size=self.batch_size
+            )
+            if len(self._rankers) > CATALOGUES:
+                self._rankers.popitem(last=False)
+        self._rankers.move_to_end(key)
+        return self._rankers[key]

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from gream_verl.core.errors import InputError
+from gream_verl.core.run_folder import RunFolder
+from gream_verl.evaluation.direct import evaluate_direct
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import make_prompts
+from gream_verl.serving.recommender import NO_HISTORY, Ask, Recommender
+
+
+def test_the_answers_are_those_of_the_evaluation_item_for_item(run: RunFolder, recommender: Recommender) -> None:
+    options = EvaluationOptions()
+    prompts, _ = make_prompts(run.data.inter, "direct", options, recommender.index)
+    rows = evaluate_direct(run.sft, prompts, recommender.index, options).rows
+    asks = [Ask(tuple(recommender.histories[row["user"]]), k=20) for row in rows]
+    for row, answer in zip(rows, recommender.recommend(asks), strict=True):
+        assert recommender.histories[row["user"]] == list(prompts[rows.index(row)].history)
+        assert list(answer.scores) == row["recommended"][:20]
+        assert list(answer.scores.values()) == pytest.approx(row["scores"][:20], abs=1e-4)
+        assert (answer.fallback, answer.unknown) == ("", ())
+
+
+def test_a_batch_of_different_questions_is_answered_as_each_alone(recommender: Recommender) -> None:
+    allow = frozenset(map(str, range(9)))
+    asks = [
+        Ask(("1", "2")), Ask(("5",), k=3, allow=allow), Ask(("7", "no item"), exclude=frozenset({"0", "4"})),
+        Ask(("2", "1"), k=3, allow=allow), Ask(()), Ask(("1",), k=40),
+    ]  # fmt: skip
+    for ask, together in zip(asks, recommender.recommend(asks), strict=True):
+        (alone,) = recommender.recommend([ask])
+        assert list(together.scores) == list(alone.scores)
+        assert list(together.scores.values()) == pytest.approx(list(alone.scores.values()), abs=1e-4)
+        assert not {*ask.history, *ask.exclude} & together.scores.keys()
+        assert ask.allow is None or together.scores.keys() <= ask.allow
+    assert recommender.recommend(asks)[2].unknown == ("no item",)
+
+
+def test_an_allowed_set_only_leaves_out_the_others(recommender: Recommender) -> None:
+    (every,) = recommender.recommend([Ask(("1", "2"), k=24)])
+    allow = frozenset(list(every.scores)[1::2])
+    (some,) = recommender.recommend([Ask(("1", "2"), k=24, allow=allow)])
+    assert list(some.scores) == [item for item in every.scores if item in allow]
+
+
+def test_a_fallback_and_a_shortage_are_said(recommender: Recommender) -> None:
+    empty, unknown, few, none = recommender.recommend(
+        [
+            Ask(()),
+            Ask(("x", "y"), k=2),
+            Ask(("1",), allow=frozenset({"1", "2", "x"})),
+            Ask(("1",), allow=frozenset({"x"})),
+        ]
+    )
+    assert empty.fallback == unknown.fallback == NO_HISTORY
+    assert unknown.unknown == ("x", "y")
+    assert list(empty.scores)[:2] == list(unknown.scores)
+    assert list(unknown.scores.values()) == sorted(recommender.popularity.values(), reverse=True)[:2]
+    assert (list(few.scores), few.fallback) == (["2"], "")
+    assert few.shortage.startswith("1 items are left")
+    assert (none.scores, none.shortage[:17]) == ({}, "0 items are left ")
+
+
+def test_scores_of_given_items_are_those_of_the_search(recommender: Recommender) -> None:
+    (answer,) = recommender.recommend([Ask(("4", "5"), k=24)])
+    scores = recommender.score(["4", "5"], list(answer.scores)[::-1])
+    assert list(scores) == list(answer.scores)
+    assert list(scores.values()) == pytest.approx(list(answer.scores.values()), abs=1e-4)
+    with pytest.raises(InputError, match="no item of the history is known"):
+        recommender.score(["x"], ["1"])
