@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from gream_verl.core.data_folder import Item
@@ -68,14 +68,25 @@ class Recommender:
         run: A run with a prepared data set and an index.
         checkpoint: A Hugging Face folder or verl's folder of checkpoints; None takes ``RUN/srpo``, else ``RUN/sft``.
         batch_size: Most questions computed at once.
+
+    Attributes:
+        histories: The items of every user before the one that the split holds out for the test.
+        popularity: Items by their number of interactions for training, the most popular first.
     """
 
     def __init__(self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32) -> None:
         checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
-        self.data, self.folder, self.batch_size = run.data, resolve_model(checkpoint), batch_size
+        self.folder, self.batch_size = resolve_model(checkpoint), batch_size
         self.index, texts = ItemIndex.load(run.data.index), run.data.read_items()
         self.texts = {item: texts.get(item, Item(item)) for item in self.index.sids}
         check_model(self.folder, run.data.index)
+        sequences = run.data.read_inter(texts)
+        splits = run.data.read_splits(sequences)
+        self.histories = {user: items[: splits[user].test or len(items)] for user, items in sequences.items()}
+        counts = Counter(item for user, items in sequences.items() for item in items[: splits[user].training])
+        self.popularity = {
+            item: counts[item] for item in sorted(self.index.sids, key=lambda item: (-counts[item], item))
+        }
         self.tokenizer = load_tokenizer(self.folder)
         room = max(map(len, self.index.sids.values()))
         self._most_tokens = load_decoding_config(self.folder, self.tokenizer).max_position_embeddings - room
@@ -87,20 +98,6 @@ class Recommender:
         self._prefix = shared_prefix([self._tokens([item]) for item in firsts.values()])
         self._lock = threading.Lock()  # one computation at a time
         self._rankers: OrderedDict[tuple[frozenset[str] | None, int], BeamRanker] = OrderedDict()
-
-    @cached_property
-    def histories(self) -> dict[str, list[str]]:
-        """The items of every user before the one that the split holds out for the test."""
-        sequences = self.data.read_inter()
-        splits = self.data.read_splits(sequences)
-        return {user: items[: splits[user].test or len(items)] for user, items in sequences.items()}
-
-    @cached_property
-    def popularity(self) -> dict[str, int]:
-        """Items by their number of interactions for training, the most popular first."""
-        counts = Counter(item for items in self.data.read_training().values() for item in items)
-        order = sorted(self.index.sids, key=lambda item: (-counts[item], item))
-        return {item: counts[item] for item in order}
 
     def recommend(self, asks: Sequence[Ask]) -> list[Answer]:
         """Answer several questions; those with the same allowed items are computed together."""
@@ -155,21 +152,23 @@ class Recommender:
     def _gone(self, ask: Ask) -> set[str]:
         return {*ask.history, *ask.exclude}
 
-    def _left(self, ask: Ask) -> set[str]:
-        """Return the items that may be recommended."""
-        candidates = self.index.sids.keys() if ask.allow is None else ask.allow & self.index.sids.keys()
-        return set(candidates) - self._gone(ask)
+    def _left(self, ask: Ask) -> int:
+        """Return the number of items that may be recommended."""
+        gone = {item for item in self._gone(ask) if item in self.index.sids}
+        if ask.allow is None:
+            return len(self.index) - len(gone)
+        return sum(item in self.index.sids and item not in gone for item in ask.allow)
 
     def _shortage(self, ask: Ask, found: int) -> str:
         if found >= ask.k:
             return ""
-        return f"{len(self._left(ask))} items are left without the history, the excluded and those that are not allowed"
+        return f"{self._left(ask)} items are left without the history, the excluded and those that are not allowed"
 
     def _popular(self, ask: Ask, unknown: tuple[str, ...]) -> Answer:
-        left = self._left(ask)
-        best = [item for item in self.popularity if item in left][: ask.k]
-        scores = {item: float(self.popularity[item]) for item in best}
-        return Answer(scores, unknown, NO_HISTORY if best else "", self._shortage(ask, len(best)))
+        gone = self._gone(ask)
+        left = (item for item in self.popularity if item not in gone and (ask.allow is None or item in ask.allow))
+        scores = {item: float(self.popularity[item]) for item in islice(left, ask.k)}
+        return Answer(scores, unknown, NO_HISTORY if scores else "", self._shortage(ask, len(scores)))
 
     def _tokens(self, history: Sequence[str]) -> list[int]:
         """Return the prompt of direct mode for a history; it loses its oldest items where it is too long."""
