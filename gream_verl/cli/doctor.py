@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -86,7 +87,12 @@ def _accelerator() -> list[Finding]:
         return [Finding("accelerator", "a GPU build of torch sees no GPU", "check the driver with `nvidia-smi`")]
     found = [Finding("accelerator", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")]
     try:
-        return [*found, Finding("flash-attn", version("flash-attn"))]
+        found.append(Finding("flash-attn", version("flash-attn")))
     except PackageNotFoundError:
         remedy = "pip install flash-attn==2.8.3 --no-build-isolation"
-        return [*found, Finding("flash-attn", "not installed; use_remove_padding of gream_srpo needs it", remedy)]
+        found.append(Finding("flash-attn", "not installed; use_remove_padding of gream_srpo needs it", remedy))
+    with suppress(PackageNotFoundError):
+        faiss, cuda = version("faiss-gpu-cu12"), torch.version.cuda or ""
+        remedy = "" if cuda.startswith("12.") else "pip uninstall faiss-gpu-cu12; pip install faiss-cpu"
+        found.append(Finding("faiss-gpu-cu12", f"{faiss} is of CUDA 12, torch of CUDA {cuda}", remedy))
+    return found

@@ -57,10 +57,14 @@ def test_a_gpu_needs_flash_attention(installed, monkeypatch, flash):
     assert [finding.remedy for finding in doctor._accelerator()] == ["check the driver with `nvidia-smi`"]
     for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "H200")):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    installed["flash-attn"] = flash
+    installed |= {"flash-attn": flash, "faiss-gpu-cu12": None}
     gpu, attention = doctor._accelerator()
     assert gpu.state == "2 x H200"
     assert bool(attention.remedy) == (flash is None)
+    installed["faiss-gpu-cu12"] = "1.14.3"
+    assert "pip install faiss-cpu" in doctor._accelerator()[-1].remedy
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert doctor._accelerator()[-1] == ("faiss-gpu-cu12", "1.14.3 is of CUDA 12, torch of CUDA 12.8", "")
 
 
 def test_the_supported_range_holds_the_release_that_the_extras_pin():
