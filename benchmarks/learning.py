@@ -56,6 +56,16 @@ def validation(run: RunFolder, folder: Path, name: str, model: Path, finished: P
     return Step(f"evaluate-{name}", command, [finished, run.data.val, run.data.index], [made])
 
 
+def validation_folder(run: RunFolder, name: str) -> Path:
+    """Make a run folder of its own for results, with the data of ``run`` and the options of their validation."""
+    folder = run.root / name
+    folder.mkdir(exist_ok=True)
+    if not (folder / "data").exists():
+        (folder / "data").symlink_to(run.data.root.resolve())
+    write_text(folder / "evaluation.yaml", f"modes: [reasoning]\nsplit: val\nmax_tokens: 128\nchains: {CHAINS}\n")
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/quickstart"), help="a finished quickstart")
@@ -63,11 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="steps of SRPO; the quickstart has 32")
     given = parser.parse_args()
     run, console = RunFolder.open(given.run), Console()
-    folder = run.root / "learning"
-    folder.mkdir(exist_ok=True)
-    if not (folder / "data").exists():
-        (folder / "data").symlink_to(run.data.root.resolve())
-    write_text(folder / "evaluation.yaml", f"modes: [reasoning]\nsplit: val\nmax_tokens: 128\nchains: {CHAINS}\n")
+    folder = validation_folder(run, "learning")
     run_steps(folder, learning_steps(run, folder, given.seeds, given.steps), console)
 
     names = [f"srpo-{seed}" for seed in range(given.seeds)]

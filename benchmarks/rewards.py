@@ -15,12 +15,12 @@ import itertools
 import json
 from pathlib import Path
 
-from learning import CHAINS, validation
+from learning import validation, validation_folder
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from gream_verl.core.files import atomic_path, write_json, write_text
+from gream_verl.core.files import atomic_path, write_json
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.evaluation.compare import paired_differences
 from gream_verl.evaluation.results import Evaluation
@@ -71,11 +71,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=3, help="checkpoints to evaluate, evenly spaced")
     given = parser.parse_args()
     run, console = RunFolder.open(given.run), Console()
-    folder = run.root / "rewards"
-    folder.mkdir(exist_ok=True)
-    if not (folder / "data").exists():
-        (folder / "data").symlink_to(run.data.root.resolve())
-    write_text(folder / "evaluation.yaml", f"modes: [reasoning]\nsplit: val\nmax_tokens: 128\nchains: {CHAINS}\n")
+    folder = validation_folder(run, "rewards")
     run_steps(folder, reward_steps(run, folder, given.steps, given.points), console)
 
     def result(name: str) -> Evaluation:

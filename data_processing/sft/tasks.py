@@ -101,9 +101,9 @@ class Corpus:
         """Return the number of rows of a task that can be drawn; of ``continuation``, those of one pass."""
         if task == CONTINUATION:
             return self._cut(0).shape[1]
-        if not self.has_texts and task not in TASKS_WITHOUT_TEXTS:
-            return 0
-        return len(self.keys) * len(TASKS[task]) if task in ITEM_TASKS else len(self._targets_of(task))
+        if task in ITEM_TASKS:
+            return len(self.keys) * len(TASKS[task]) if self.has_texts else 0
+        return len(self._targets_of(task))
 
     def _targets_of(self, task: str) -> npt.NDArray[np.int64]:
         if self.has_chains(task):

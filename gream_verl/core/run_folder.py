@@ -27,6 +27,11 @@ class RunFolder:
         self.evaluation = root / "evaluation"  # results of `gream evaluate` and of baselines
         self.report = root / "report.html"
 
+    @property
+    def trained(self) -> Path:
+        """The checkpoint of the last stage that has one: SRPO's, else that of SFT."""
+        return self.srpo if list(self.srpo.glob("global_step_*")) else self.sft
+
     @classmethod
     def open(cls, root: str | os.PathLike[str], dataset: str | None = None) -> RunFolder:
         """Open a run with a prepared data set.

@@ -34,7 +34,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
     ``NAME-val-<mode>.json`` and ``<floor>-val.json``. The checkpoint is a Hugging Face folder or verl's folder of
     checkpoints; None takes ``RUN/srpo`` if it holds a checkpoint, else ``RUN/sft``.
     """
-    checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
+    checkpoint = checkpoint or run.trained
     folder, index = resolve_model(checkpoint), ItemIndex.load(run.data.index)
     check_model(folder, run.data.index)
     asked = {mode: read_protocol(run.data, options, mode, index) for mode in modes_asked(options)}

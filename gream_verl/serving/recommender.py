@@ -75,7 +75,7 @@ class Recommender:
     """
 
     def __init__(self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32) -> None:
-        checkpoint = checkpoint or (run.srpo if list(run.srpo.glob("global_step_*")) else run.sft)
+        checkpoint = checkpoint or run.trained
         self.folder, self.batch_size = resolve_model(checkpoint), batch_size
         self.index, texts = ItemIndex.load(run.data.index), run.data.read_items()
         self.texts = {item: texts.get(item, Item(item)) for item in self.index.sids}
@@ -103,20 +103,19 @@ class Recommender:
         """Answer several questions; those with the same allowed items are computed together."""
         answers: dict[int, Answer] = {}
         together: defaultdict[tuple[frozenset[str] | None, int], list[int]] = defaultdict(list)
-        for number, ask in enumerate(asks):
-            known, unknown = self._known(ask.history)
-            if self._left(ask) and known:
+        histories = [self._known(ask.history) for ask in asks]
+        for number, (ask, (known, unknown)) in enumerate(zip(asks, histories, strict=True)):
+            if known and self._left(ask):
                 together[ask.allow, max(BEAMS, ask.k)].append(number)
             else:
                 answers[number] = self._popular(ask, unknown)
         for key, numbers in together.items():
-            sequences = [(self._tokens(self._known(asks[n].history)[0]), self._gone(asks[n])) for n in numbers]
+            sequences = [(self._tokens(histories[number][0]), self._gone(asks[number])) for number in numbers]
             with self._lock:
                 ranked = self._ranker(*key).rank(sequences)
             for number, scores in zip(numbers, ranked, strict=True):
                 best = dict(list(scores.items())[: asks[number].k])
-                unknown = self._known(asks[number].history)[1]
-                answers[number] = Answer(best, unknown, shortage=self._shortage(asks[number], len(best)))
+                answers[number] = Answer(best, histories[number][1], shortage=self._shortage(asks[number], len(best)))
         return [answers[number] for number in range(len(asks))]
 
     def score(self, history: Sequence[str], items: Sequence[str]) -> dict[str, float]:
