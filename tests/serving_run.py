@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from assets import TITLES, make_index, make_tiny_model
 
 from gream_verl.core.files import write_json
+from gream_verl.serving.service import Service
 
 ITEMS, USERS = 24, 12
+CHAIN = "<think>Evidence: Drama 3 of 6; last Alien. Preference: Drama. Intent: Drama.</think><|a_1|><|b_1|><answer>"
 
 
 def make_served_run(root: Path) -> Path:
@@ -26,3 +30,32 @@ def make_served_run(root: Path) -> Path:
     write_json(root / "data" / "toy.inter.json", histories)
     make_tiny_model(root / "sft", index)
     return root
+
+
+class CannedThinker:
+    """Writes the same chain for every history, a word at a time; put it into a bundle in the place of vLLM."""
+
+    is_ready = True
+
+    def __init__(self, chain: str = CHAIN, pause: float = 0.0) -> None:
+        self.chain, self.pause, self.asked, self.cut_short = chain, pause, 0, 0
+
+    async def think(self, prompt: Sequence[int], seed: int) -> AsyncIterator[str]:
+        self.asked += 1
+        try:
+            for word in self.chain.split(" "):
+                await asyncio.sleep(self.pause)
+                yield f"{word} "
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cut_short += 1
+            raise
+
+    async def close(self) -> None:
+        pass
+
+
+def thinking(service: Service, thinker: CannedThinker | None = None) -> Service:
+    """Return the service with a thinker in each bundle."""
+    for bundle in service.bundles.values():
+        bundle.thinker = thinker or CannedThinker()
+    return service

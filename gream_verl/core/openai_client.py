@@ -90,6 +90,27 @@ class Server:
         return FailedError(reason) if status in (None, 408, 409, 425, 429) or status >= 500 else RefusedError(reason)
 
 
+async def find_model(client: openai.AsyncOpenAI, endpoint: str, wanted: str | None) -> tuple[str, bool]:
+    """Return the name of the model on a server, and True when the server is vLLM's; None wants the only one.
+
+    Raises:
+        InputError: When there is no such model, or no only one.
+        openai.APIError: When the server does not answer; AttributeError or TypeError for what is no list.
+    """
+    try:
+        models = {model.id: model.owned_by async for model in client.models.list()}
+    except (openai.APIError, AttributeError, TypeError) as error:
+        if wanted is not None and getattr(error, "status_code", 404) == 404:
+            return wanted, False  # the server has no list
+        raise
+    if wanted is None and len(models) == 1:
+        wanted = next(iter(models))
+    if wanted is None or (models and wanted not in models):
+        names = ", ".join(sorted(models)) or "none"
+        raise InputError(f"{endpoint}: no model {wanted!r} there but {names}; set served_model to one")
+    return wanted, models.get(wanted) == "vllm"
+
+
 async def as_done(
     jobs: Iterable[Job], work: Callable[[Job], Awaitable[Done]], concurrency: int
 ) -> AsyncIterator[tuple[Job, Done]]:

@@ -12,56 +12,15 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
 from rich.progress import track
 
+from gream_verl.core.counting import cooccurrence, cooccurrence_scores, flatten, recommend
 from gream_verl.core.split import read_interactions, training_parts
 from gream_verl.evaluation.metrics import rank_of, ranking_metrics
 from gream_verl.evaluation.prompts import Prompt
 from gream_verl.evaluation.results import FLOORS, Evaluation
 
 USERS_AT_ONCE = 256
-
-
-def cooccurrence(train: Sequence[Sequence[int]], items: int, *, window: int = 10) -> sp.csr_array:
-    """Count the items near each other, float64 [items, items]: d positions apart, at most ``window``, add 1/d."""
-    flat, user = _flatten(train)
-    one_way = sp.csr_array((items, items), dtype=np.float64)
-    for distance in range(1, min(window, len(flat) - 1) + 1):
-        same = user[distance:] == user[:-distance]
-        pairs = flat[:-distance][same], flat[distance:][same]
-        one_way += sp.coo_array((np.full(int(same.sum()), 1.0 / distance), pairs), shape=(items, items)).tocsr()
-    return sp.csr_array(one_way + one_way.T)
-
-
-def cooccurrence_scores(counts: sp.csr_array, histories: Sequence[Sequence[int]], *, recent: int = 20) -> sp.csr_array:
-    """Score items by their counts [items, candidates] with the last items of each history, float64 [users, candidates].
-
-    The item k positions back weighs 1/k, up to ``recent``.
-    """
-    flat, user = _flatten([history[-recent:] for history in histories])
-    lengths = np.bincount(user, minlength=len(histories))
-    position = np.arange(len(flat)) - (np.cumsum(lengths) - lengths)[user]
-    recency = 1.0 / (lengths[user] - position)
-    return sp.coo_array((recency, (user, flat)), shape=(len(histories), counts.shape[0])).tocsr() @ counts
-
-
-def recommend(
-    scores: sp.csr_array, dropped: Sequence[Sequence[int]], order: NDArray[np.int64], k: int
-) -> list[list[int]]:
-    """Return the k best items of each user by ``scores`` [users, candidates], fewer where fewer are left.
-
-    ``dropped`` items are not recommended to their user. Of equal scores the first in ``order`` [candidates] wins.
-    """
-    lists: list[list[int]] = []
-    for user, gone in enumerate(dropped):
-        stored = slice(*scores.indptr[user : user + 2])
-        values = np.zeros(len(order))
-        values[scores.indices[stored]] = scores.data[stored]
-        values[[item for item in gone if item < len(order)]] = -1.0
-        best = order[np.argsort(-values[order], kind="stable")[:k]]
-        lists.append(best[values[best] >= 0].tolist())
-    return lists
 
 
 def evaluate_floors(
@@ -86,7 +45,7 @@ def evaluate_floors(
     histories = [[number_of[item] for item in prompt.history] for prompt in prompts]
 
     many = len(candidates)
-    popularity = np.bincount(_flatten(train)[0], minlength=len(number_of))[:many]
+    popularity = np.bincount(flatten(train)[0], minlength=len(number_of))[:many]
     order = np.lexsort((-np.random.default_rng(seed).permutation(many), -popularity))
     counts = cooccurrence(train, len(number_of))[:, :many]
     lists: dict[str, list[list[int]]] = {floor: [] for floor in FLOORS}
@@ -113,9 +72,3 @@ def baseline_evaluation(
     ]
     ranks = [rank_of(row["target"], row["recommended"]) for row in rows]
     return Evaluation(ranking_metrics(ranks), {"mode": name, "users": len(rows), **settings}, rows)
-
-
-def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return all entries in one array, and the number of the sequence of each, both int64 [entries]."""
-    flat = np.array([item for sequence in sequences for item in sequence], dtype=np.int64)
-    return flat, np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])

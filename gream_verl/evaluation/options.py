@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from gream_verl.core.errors import InputError
 from gream_verl.core.options import file_options
 from gream_verl.core.rsvr import Mode
+from gream_verl.decoding.chains import Merge
 
 Split = Literal["test", "val"]
 Engine = Literal["vllm", "hf", "server"]
 Ranking = Literal["beam", "reference"]
-Merge = Literal["mean", "max"]
 
 
 def engine_of_this_machine() -> Engine:
@@ -56,7 +56,7 @@ class EvaluationOptions(BaseModel):
     constrained: bool = False  # allow only real items in sampled answers
     chains: int = Field(default=1, ge=1)  # per user
     max_tokens: int = Field(default=256, ge=1)  # of the longest response
-    temperature: float = Field(default=0.6, gt=0)
+    temperature: float = Field(default=0.6, ge=0)  # 0: the one chain of the most likely tokens, as `gream serve` has it
     top_p: float = Field(default=0.8, gt=0, le=1)  # share of probability that sampling keeps
     endpoint: str | None = None  # URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
     served_model: str | None = None  # name of the model on that server; None takes the only one
@@ -74,6 +74,8 @@ def read_options(file: Path | None, line: Mapping[str, Any]) -> EvaluationOption
     longest = max(options.cutoffs, default=0)
     if (options.engine == "server") != (options.endpoint is not None):
         raise InputError("the engine server needs an endpoint, and no other engine takes one")
+    if not options.temperature and options.chains > 1:
+        raise InputError("temperature: 0 takes the most likely tokens, which are one chain; set chains to 1")
     if not options.beams and options.modes != ("reasoning",):
         raise InputError("beams: 0 goes with reasoning mode only; direct mode is a beam search")
     if 0 < options.beams < longest:

@@ -27,9 +27,9 @@ from gream_verl.core.files import fingerprint
 from gream_verl.core.rsvr import reference_answer, score_response, strict_answer
 from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.core.token_text import TokenText
+from gream_verl.decoding import chains
 from gream_verl.decoding.answer_automaton import AnswerAutomaton
 from gream_verl.decoding.beam_ranker import shared_prefix
-from gream_verl.evaluation import chains
 from gream_verl.evaluation.metrics import CUTOFFS, pass_at_k, rank_of, ranking_metrics
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.progress import ProgressFile
@@ -145,14 +145,16 @@ class _Recommender:
 
     def __call__(self, piece: Users) -> list[dict[str, Any]]:
         """Return the rows of some users."""
-        # 1. One response of the most likely tokens to each prompt, then the chains.
+        # 1. One response of the most likely tokens to each prompt, then the chains; at temperature 0 it is the chain.
         options = self.options
+        drawn = options.chains if options.temperature else 0
         requests: list[tuple[Sequence[int], int | None]] = []
         for prompt, sequence in piece:
             seed = zlib.crc32(f"{options.seed}:{prompt.user}".encode())
-            requests += [(sequence, None), *((sequence, seed + chain) for chain in range(options.chains))]
-        flat, size = self.sampler.sample(requests), options.chains + 1
-        greedy, responses = flat[::size], [flat[start + 1 : start + size] for start in range(0, len(flat), size)]
+            requests += [(sequence, None), *((sequence, seed + chain) for chain in range(drawn))]
+        flat, size = self.sampler.sample(requests), drawn + 1
+        greedy = flat[::size]
+        responses = [flat[start : start + size][-options.chains :] for start in range(0, len(flat), size)]
         # 2. Their scores.
         rows: list[dict[str, Any]] = []
         for (prompt, _), likely, sampled in zip(piece, greedy, responses, strict=True):

@@ -83,7 +83,7 @@ class HuggingFaceSampler:
             # 2. The draw, among allowed tokens only.
             if self.automaton is not None:
                 logits = self.automaton.constrain(logits, states)
-            tokens = choose(logits, uniforms[alive, step], self.options.temperature, self.options.top_p)
+            tokens = choose(logits, uniforms[alive, step], self.options.temperature or 1.0, self.options.top_p)
             responses[alive, step] = tokens
             logprobs[alive, step] = own.gather(1, tokens[:, None])[:, 0]
             going = tokens != self.eos

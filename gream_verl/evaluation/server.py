@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from gream_verl.core.errors import InputError
-from gream_verl.core.openai_client import FailedError, Server, as_done
+from gream_verl.core.openai_client import FailedError, Server, as_done, find_model
 from gream_verl.decoding.batches import Batch
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.sampling import Response
@@ -97,20 +97,11 @@ class ServerSampler:
 
     async def _find_model(self) -> tuple[str, bool]:
         """Return the name of the model, and True when the server is vLLM's."""
-        wanted = self.options.served_model
-        try:
-            async with self.server.client() as client:
-                models = {model.id: model.owned_by async for model in client.models.list()}
-        except (openai.APIError, AttributeError, TypeError) as error:
-            if wanted is not None and getattr(error, "status_code", 404) == 404:
-                return wanted, False  # the server has no list
-            raise self._input_error(error) from error
-        if wanted is None and len(models) == 1:
-            wanted = next(iter(models))
-        if wanted is None or (models and wanted not in models):
-            names = ", ".join(sorted(models)) or "none"
-            raise InputError(f"{self.endpoint}: no model {wanted!r} there but {names}; set served_model to one")
-        return wanted, models.get(wanted) == "vllm"
+        async with self.server.client() as client:
+            try:
+                return await find_model(client, self.endpoint, self.options.served_model)
+            except (openai.APIError, AttributeError, TypeError) as error:
+                raise self._input_error(error) from error
 
     def _input_error(self, error: Exception) -> InputError:
         """Return the error of a request that failed for good."""

@@ -16,12 +16,13 @@ Reply = TypeVar("Reply")
 class Batcher(Generic[Question, Reply]):
     """A thread that computes questions, in batches of those that wait.
 
-    While a batch is computed, the next ones gather; only an idle thread waits, for ``window`` seconds, for company.
+    While a batch is computed, the next ones gather. After a batch of several the thread waits for company, for
+    ``window`` seconds; after a lonely question it does not.
 
     Args:
         compute: Returns the reply to each question of a batch.
         most: Most questions of a batch.
-        window: Seconds that a lonely question waits for others.
+        window: Seconds that the first question waits for others.
         queue: Most questions that wait; one more raises ``queue.Full``.
         observe: Is told the size of each batch.
     """
@@ -58,8 +59,9 @@ class Batcher(Generic[Question, Reply]):
         self._thread.join()
 
     def _work(self) -> None:
+        window = 0.0
         while (first := self.waiting.get()) is not None:
-            batch, deadline = [first], time.monotonic() + self._window
+            batch, deadline = [first], time.monotonic() + window
             ending = False
             while len(batch) < self._most and not ending:
                 try:
@@ -70,6 +72,7 @@ class Batcher(Generic[Question, Reply]):
                 if following is not None:
                     batch.append(following)
             live = [(question, future) for question, future in batch if future.set_running_or_notify_cancel()]
+            window = self._window * (len(batch) > 1)
             if live:
                 self._answer(live)
             if ending:

@@ -1,30 +1,32 @@
-"""Recommendations for histories that come one by one: the direct mode of ``gream evaluate``, kept ready."""
+"""Recommendations for histories that come one by one: both modes of ``gream evaluate``, kept ready."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from gream_verl.core.data_folder import Item
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import fingerprint
 from gream_verl.core.origin import check_model, mark
 from gream_verl.core.prompts import messages
+from gream_verl.core.rsvr import Mode
 from gream_verl.core.run_folder import RunFolder
-from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.decoding.beam_ranker import BeamRanker, shared_prefix
+from gream_verl.decoding.chains import ANSWER, THOUGHT_END, merge_rankings, up_to_answer
 from gream_verl.model.answer_judge import ending_log_probs
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer, resolve_model
+from gream_verl.serving.catalogue import Catalogue
 
 HISTORY, BEAMS = 20, 30
 """Latest items of a history that a prompt shows, and least beams: those of ``gream evaluate``."""
 CATALOGUES = 16
 """Sets of allowed items whose trees are kept."""
 NO_HISTORY = "no item of the history is known: these are the most popular ones"
+_Key = tuple[frozenset[str] | None, int, Mode]
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,19 @@ class Ask:
         k: Number of items wanted.
         exclude: Items that must not be recommended, besides those of the history.
         allow: Items that may be; None for all.
+        chains: Chains of thought for this history, as the model wrote them; none for direct mode.
     """
 
     history: tuple[str, ...]
     k: int = 10
     exclude: frozenset[str] = frozenset()
     allow: frozenset[str] | None = None
+    chains: tuple[str, ...] = ()
+
+    @property
+    def mode(self) -> Mode:
+        """How the question is answered."""
+        return "reasoning" if self.chains else "direct"
 
 
 @dataclass(frozen=True)
@@ -62,60 +71,62 @@ class Answer:
 
 
 class Recommender:
-    """A model, its index and the texts of its items, ready to answer.
+    """A model and its catalogue, ready to answer.
 
     Args:
         run: A run with a prepared data set and an index.
         checkpoint: A Hugging Face folder or verl's folder of checkpoints; None takes ``RUN/srpo``, else ``RUN/sft``.
-        batch_size: Most questions computed at once.
+        batch_size: Most sequences computed at once.
+        thought_tokens: Most tokens of a chain of thought.
 
     Attributes:
-        histories: The items of every user before the one that the split holds out for the test.
-        popularity: Items by their number of interactions for training, the most popular first.
+        trees: How many questions found the tree of their items made, and for how many it was made.
     """
 
-    def __init__(self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32) -> None:
+    def __init__(
+        self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32, thought_tokens: int = 256
+    ) -> None:
         checkpoint = checkpoint or run.trained
         self.folder, self.batch_size = resolve_model(checkpoint), batch_size
-        self.index, texts = ItemIndex.load(run.data.index), run.data.read_items()
-        self.texts = {item: texts.get(item, Item(item)) for item in self.index.sids}
         check_model(self.folder, run.data.index)
-        sequences = run.data.read_inter(texts)
-        splits = run.data.read_splits(sequences)
-        self.histories = {user: items[: splits[user].test or len(items)] for user, items in sequences.items()}
-        counts = Counter(item for user, items in sequences.items() for item in items[: splits[user].training])
-        self.popularity = {
-            item: counts[item] for item in sorted(self.index.sids, key=lambda item: (-counts[item], item))
-        }
+        self.catalogue = Catalogue(run.data)
+        self.index = index = self.catalogue.index
         self.tokenizer = load_tokenizer(self.folder)
-        room = max(map(len, self.index.sids.values()))
-        self._most_tokens = load_decoding_config(self.folder, self.tokenizer).max_position_embeddings - room
+        positions = load_decoding_config(self.folder, self.tokenizer).max_position_embeddings
+        direct = positions - max(map(len, index.sids.values()))
+        tags = len(self._encode(THOUGHT_END + ANSWER))
+        self._most_tokens: dict[Mode, int] = {"direct": direct, "reasoning": direct - tags - thought_tokens}
         self.model = load_model(self.folder, inference=True)
         weights = [fingerprint(file)[:12] for file in sorted(self.folder.glob("*.safetensors"))]
         self.version = {"model": f"{checkpoint.name}:{'-'.join(weights)}", "index": mark(run.data.index)}
-        # All prompts begin alike up to the first semantic ID, and there are few tokens for that.
-        firsts = {sid[0]: item for item, sid in self.index.sids.items()}
-        self._prefix = shared_prefix([self._tokens([item]) for item in firsts.values()])
+        # All prompts of a mode begin alike up to the first semantic ID, and there are few tokens for that.
+        firsts = {sid[0]: item for item, sid in index.sids.items()}.values()
+        modes: tuple[Mode, ...] = ("direct", "reasoning")
+        self._prefixes = {mode: shared_prefix([self.prompt([item], mode) for item in firsts]) for mode in modes}
         self._lock = threading.Lock()  # one computation at a time
-        self._rankers: OrderedDict[tuple[frozenset[str] | None, int], BeamRanker] = OrderedDict()
+        self._rankers: OrderedDict[_Key, BeamRanker] = OrderedDict()
+        self.trees = {"kept": 0, "made": 0}
 
     def recommend(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Answer several questions; those with the same allowed items are computed together."""
+        """Answer several questions; those with the same mode and allowed items are computed together."""
         answers: dict[int, Answer] = {}
-        together: defaultdict[tuple[frozenset[str] | None, int], list[int]] = defaultdict(list)
-        histories = [self._known(ask.history) for ask in asks]
+        together: defaultdict[_Key, list[int]] = defaultdict(list)
+        histories = [self.known(ask.history) for ask in asks]
         for number, (ask, (known, unknown)) in enumerate(zip(asks, histories, strict=True)):
             if known and self._left(ask):
-                together[ask.allow, max(BEAMS, ask.k)].append(number)
+                together[ask.allow, max(BEAMS, ask.k), ask.mode].append(number)
             else:
                 answers[number] = self._popular(ask, unknown)
         for key, numbers in together.items():
-            sequences = [(self._tokens(histories[number][0]), self._gone(asks[number])) for number in numbers]
+            sequences = [self._sequences(asks[number], histories[number][0]) for number in numbers]
+            flat = [(ids, self._gone(asks[row])) for row, some in zip(numbers, sequences, strict=True) for ids in some]
             with self._lock:
-                ranked = self._ranker(*key).rank(sequences)
-            for number, scores in zip(numbers, ranked, strict=True):
-                best = dict(list(scores.items())[: asks[number].k])
-                answers[number] = Answer(best, histories[number][1], shortage=self._shortage(asks[number], len(best)))
+                ranked = iter(self._ranker(*key).rank(flat))
+            for number, some in zip(numbers, sequences, strict=True):
+                scores = merge_rankings(list(islice(ranked, len(some))), asks[number].k)
+                answers[number] = Answer(
+                    scores, histories[number][1], shortage=self._shortage(asks[number], len(scores))
+                )
         return [answers[number] for number in range(len(asks))]
 
     def score(self, history: Sequence[str], items: Sequence[str]) -> dict[str, float]:
@@ -124,10 +135,10 @@ class Recommender:
         Raises:
             InputError: When no item of the history is known.
         """
-        known, _ = self._known(history)
+        known, _ = self.known(history)
         if not known:
             raise InputError("no item of the history is known")
-        prompt, ids = self._tokens(known), self.tokenizer.convert_tokens_to_ids
+        prompt, ids = self.prompt(known, "direct"), self.tokenizer.convert_tokens_to_ids
         endings = [ids(list(self.index.sids[item])) for item in items]
         found: dict[str, float] = {}
         for start in range(0, len(items), self.batch_size):
@@ -138,15 +149,29 @@ class Recommender:
             found |= {item: float(row.sum()) for item, row in named}
         return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
-    def in_categories(self, names: Collection[str]) -> frozenset[str]:
-        """Return the items that are in any of the categories."""
-        wanted = set(names)
-        return frozenset(item for item, text in self.texts.items() if wanted & set(text.categories))
-
-    def _known(self, history: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    def known(self, history: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
         """Return the ids of a history that the index holds, and the others."""
         known = [item for item in history if item in self.index.sids]
         return known, tuple(item for item in history if item not in self.index.sids)
+
+    def prompt(self, history: Sequence[str], mode: Mode) -> list[int]:
+        """Return the token ids of the question for known items; it loses its oldest items where it is too long."""
+        shown = history[-HISTORY:]
+        while True:
+            turns = messages("".join(self.index.texts(shown)), mode)
+            ids = self._encode(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            if len(ids) <= self._most_tokens[mode] or len(shown) == 1:
+                return ids
+            shown = shown[1:]
+
+    def _sequences(self, ask: Ask, known: Sequence[str]) -> list[list[int]]:
+        """Return what the answer follows: the prompt, or the prompt with each chain."""
+        prompt = self.prompt(known, ask.mode)
+        return [[*prompt, *self._encode(up_to_answer(chain)[0])] for chain in ask.chains] or [prompt]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _gone(self, ask: Ask) -> set[str]:
         return {*ask.history, *ask.exclude}
@@ -164,31 +189,21 @@ class Recommender:
         return f"{self._left(ask)} items are left without the history, the excluded and those that are not allowed"
 
     def _popular(self, ask: Ask, unknown: tuple[str, ...]) -> Answer:
-        gone = self._gone(ask)
-        left = (item for item in self.popularity if item not in gone and (ask.allow is None or item in ask.allow))
-        scores = {item: float(self.popularity[item]) for item in islice(left, ask.k)}
+        gone, popularity = self._gone(ask), self.catalogue.popularity
+        left = (item for item in popularity if item not in gone and (ask.allow is None or item in ask.allow))
+        scores = {item: float(popularity[item]) for item in islice(left, ask.k)}
         return Answer(scores, unknown, NO_HISTORY if scores else "", self._shortage(ask, len(scores)))
 
-    def _tokens(self, history: Sequence[str]) -> list[int]:
-        """Return the prompt of direct mode for a history; it loses its oldest items where it is too long."""
-        shown = history[-HISTORY:]
-        while True:
-            turns = messages("".join(self.index.texts(shown)), "direct")
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) <= self._most_tokens or len(shown) == 1:
-                return ids
-            shown = shown[1:]
-
-    def _ranker(self, allow: frozenset[str] | None, beams: int) -> BeamRanker:
+    def _ranker(self, allow: frozenset[str] | None, beams: int, mode: Mode) -> BeamRanker:
         """Return the ranker of a set of items, made when it is asked for first."""
-        key = allow, beams
+        key = allow, beams, mode
+        self.trees["kept" if key in self._rankers else "made"] += 1
         if key not in self._rankers:
             index = self.index
             if allow is not None:
                 index = replace(index, sids={item: sid for item, sid in index.sids.items() if item in allow})
             self._rankers[key] = BeamRanker(
-                self.model, self.tokenizer, index, self._prefix, beams=beams, batch_size=self.batch_size
+                self.model, self.tokenizer, index, self._prefixes[mode], beams=beams, batch_size=self.batch_size
             )
             if len(self._rankers) > CATALOGUES:
                 self._rankers.popitem(last=False)

@@ -1,270 +1,322 @@
-"""The recommender as an HTTP service."""
+"""The served models: questions in, recommendations out, and other checkpoints taken up while they go on."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
-import json
+import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from queue import Full
-from typing import Annotated, Any
-
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import TypeVar
 
 from gream_verl.core.errors import InputError
+from gream_verl.core.run_folder import RunFolder
 from gream_verl.serving.batcher import Batcher
+from gream_verl.serving.forms import (
+    Recommendations,
+    RecommendRequest,
+    ScoredItem,
+    Subject,
+    Versions,
+    named,
+    path_of,
+    read_chain,
+)  # fmt: skip
 from gream_verl.serving.recommender import Answer, Ask, Recommender
+from gream_verl.serving.settings import Metrics, Settings
+from gream_verl.serving.thinker import ServerThinker, Thinker, ThinkingError, ThinkingOptions, VllmThinker
 
-MOST_HISTORY, MOST_ITEMS, MOST_K, MOST_BYTES = 1000, 10_000, 100, 1 << 20
-BEARER = HTTPBearer(auto_error=False)
-UNKNOWN: dict[str, Any] = {"description": "Unknown"}
-Id = Annotated[str, Field(min_length=1, max_length=200)]
+Result = TypeVar("Result")
+Write = Callable[[int, str], object]
+"""Is told the number of a chain and the text that was added to it."""
 
 
-class Settings(BaseModel):
-    """Settings of a service.
+class RefusedError(Exception):
+    """A question that gets no answer.
 
-    Attributes:
-        batch: Most questions computed at once.
-        window: Seconds that a lonely question waits for others.
-        queue: Most questions that wait; the next one is refused (429).
-        timeout: Seconds after which a request is given up (504).
-        token: What a client must send as ``Authorization: Bearer TOKEN``; None asks for nothing.
+    Args:
+        status: Its HTTP status.
+        reason: Why, in a sentence.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    batch: int = Field(default=32, ge=1)
-    window: float = Field(default=0.002, ge=0)
-    queue: int = Field(default=256, ge=1)
-    timeout: float = Field(default=30.0, gt=0)
-    token: str | None = None
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
 
 
-class Subject(BaseModel):
-    """For whom: a history of item ids, oldest first, or a user of the data set."""
+class Bundle:
+    """A checkpoint that answers: the recommender, its queue, and the engine of its chains."""
 
-    model_config = ConfigDict(extra="forbid")
+    def __init__(self, path: Path, recommender: Recommender, batcher: Batcher[Ask, Answer], thinker: Thinker | None):
+        self.path, self.recommender, self.batcher, self.thinker = path, recommender, batcher, thinker
+        self._users = 0
 
-    history: list[Id] | None = Field(default=None, max_length=MOST_HISTORY)
-    user: Id | None = None
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep it from closing."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
 
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Subject:
-        if (self.history is None) == (self.user is None):
-            raise ValueError("give history or user, one of both")
-        return self
-
-
-class RecommendRequest(Subject):
-    """A question for the next items."""
-
-    k: int = Field(default=10, ge=1, le=MOST_K, strict=True)
-    exclude: list[Id] = Field(default=[], max_length=MOST_ITEMS)
-    allow: list[Id] | None = Field(default=None, max_length=MOST_ITEMS, description="Only these items.")
-    categories: list[Id] | None = Field(default=None, max_length=100, description="Only items in one of these.")
-
-
-class ScoreRequest(Subject):
-    """Items to score for a history."""
-
-    items: list[Id] = Field(min_length=1, max_length=MOST_K)
+    async def close(self) -> None:
+        """Answer those who use it, then end its threads and processes."""
+        while self._users:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.batcher.close)
+        if self.thinker is not None:
+            await self.thinker.close()
 
 
-class ScoredItem(BaseModel):
-    """An item of an answer; the score is a log-probability in nats, of a fallback a number of interactions."""
+class Service:
+    """Answer from the checkpoints of a run.
 
-    rank: int
-    id: str
-    title: str
-    sid: str
-    score: float
+    Args:
+        run: The run.
+        checkpoints: Hugging Face folders, or verl's folders of checkpoints; None for the newest of the run.
+        settings: The settings.
 
+    Attributes:
+        bundles: The served checkpoints by name, the default one first.
+    """
 
-class Scored(BaseModel):
-    """Items with scores, the best first."""
+    def __init__(
+        self, run: RunFolder, checkpoints: Sequence[Path] | None = None, settings: Settings | None = None
+    ) -> None:
+        self.run, self.settings, self.metrics = run, settings or Settings(), Metrics()
+        self.bundles = {path.name: self._load(path) for path in checkpoints or [run.trained]}
+        self._previous: dict[str, Bundle] = {}
+        self._reloading = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+        kept = self.settings.model_dump(include={"chains", "reasoning", "endpoint", "served_model"})
+        self._version = hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()[:12]
+        self.metrics.queue.set_function(lambda: sum(some.batcher.waiting.qsize() for some in self.bundles.values()))
+        for found in ("kept", "made"):
+            self.metrics.trees.labels(found).set_function(partial(self._trees, found))
 
-    items: list[ScoredItem]
-    unknown: list[str] = Field(
-        description="Ids of the history, or of the items to score, that the index does not hold."
-    )
-    model: str
-    index: str
+    def _load(self, path: Path) -> Bundle:
+        settings, thinking = (
+            self.settings,
+            ThinkingOptions(
+                chains=self.settings.chains, at_once=self.settings.batch, gpu_share=self.settings.gpu_share
+            ),
+        )
+        recommender = Recommender(self.run, path, settings.batch, thinking.max_tokens)
+        answer = recommender.recommend([Ask((next(iter(recommender.index.sids)),))])  # a model that computes nonsense
+        assert answer
+        batcher: Batcher[Ask, Answer] = Batcher(
+            recommender.recommend, most=settings.batch, window=settings.window, queue=settings.queue,
+            observe=self.metrics.batches.observe,
+        )  # fmt: skip
+        thinker: Thinker | None = None
+        if settings.endpoint:
+            thinker = ServerThinker(settings.endpoint, settings.served_model, thinking, recommender.tokenizer)
+        elif settings.reasoning:
+            thinker = VllmThinker(recommender.folder, thinking, recommender.model.config.max_position_embeddings)
+        return Bundle(path, recommender, batcher, thinker)
 
+    def bundle(self, name: str | None) -> Bundle:
+        """Return a served checkpoint, the default one without a name."""
+        if name is not None and name not in self.bundles:
+            raise RefusedError(404, f"no model {name!r} but {', '.join(self.bundles)}")
+        return self.bundles[name or next(iter(self.bundles))]
 
-class Recommendations(Scored):
-    """The answer to a question for the next items."""
+    def versions(self, bundle: Bundle) -> Versions:
+        """Return what answers."""
+        return Versions(**bundle.recommender.version, settings=self._version)
 
-    fallback: str = Field(description="Why the model did not answer, empty where it did.")
-    shortage: str = Field(description="Why there are fewer items than asked for, empty where there are enough.")
-    request_id: str
-    milliseconds: float
+    def is_token(self, given: bytes) -> bool:
+        """Return whether a client may ask, in a time that says nothing about the token."""
+        wanted = self.settings.token
+        return wanted is None or hmac.compare_digest(given, wanted.encode())
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether every checkpoint can answer in every mode."""
+        return all(bundle.thinker is None or bundle.thinker.is_ready for bundle in self.bundles.values())
 
-class KnownItem(BaseModel):
-    """What is known of an item."""
-
-    id: str
-    title: str
-    description: str
-    brand: str
-    categories: list[str]
-    sid: str
-
-
-class KnownUser(BaseModel):
-    """A user of the data set, and the items before the one that is held out for the test."""
-
-    id: str
-    history: list[KnownItem]
-
-
-class Metrics:
-    """What Prometheus reads."""
-
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("gream_requests", "Requests", ["path", "status"], registry=registry)
-        self.seconds = Histogram("gream_request_seconds", "Latency", ["path"], registry=registry)
-        self.batches = Histogram("gream_batch_size", "Batches", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry)
-        self.fallbacks = Counter("gream_fallbacks", "Answers that are not the model's", registry=registry)
-        self.queue = Gauge("gream_queue", "Questions that wait", registry=registry)
-
-
-def create_app(recommender: Recommender, settings: Settings | None = None) -> FastAPI:
-    """Return the application; its shutdown answers what waits."""
-    settings, metrics = settings or Settings(), Metrics()
-    batcher: Batcher[Ask, Answer] = Batcher(
-        recommender.recommend, most=settings.batch, window=settings.window, queue=settings.queue,
-        observe=metrics.batches.observe,
-    )  # fmt: skip
-    metrics.queue.set_function(batcher.waiting.qsize)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(batcher.close)
-
-    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
-        token = (given.credentials if given else "").encode("latin-1")  # the bytes that came: headers are read so
-        if settings.token is not None and not hmac.compare_digest(token, settings.token.encode()):
-            raise HTTPException(401, "give the token as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"})
-
-    app = FastAPI(title="gream-verl", lifespan=lifespan)
-    index, texts = recommender.index, recommender.texts
-    private = APIRouter(prefix="/v1", dependencies=[Depends(authorised)], responses={401: {"description": "No token"}})
-
-    @app.exception_handler(RequestValidationError)
-    async def refused(_: Request, error: Exception) -> Response:
-        """Say what is wrong without the input, which may hold what JSON cannot: halves of surrogates, NaN."""
-        assert isinstance(error, RequestValidationError)
-        faults = [{"loc": list(map(str, one["loc"])), "msg": one["msg"]} for one in error.errors()]
-        return Response(json.dumps({"detail": faults}), 422, media_type="application/json")
-
-    @app.middleware("http")
-    async def measured(request: Request, proceed: Callable[[Request], Awaitable[Response]]) -> Response:
-        start, length = time.perf_counter(), request.headers.get("content-length", "")
-        if request.method == "POST" and not (length.isdecimal() and int(length) <= MOST_BYTES):
-            response = Response(f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length", 413)
-        else:
-            response = await proceed(request)
-        path = getattr(request.scope.get("route"), "path", "other")
-        metrics.requests.labels(path, str(response.status_code)).inc()
-        metrics.seconds.labels(path).observe(time.perf_counter() - start)
-        return response
-
-    def history_of(subject: Subject) -> list[str]:
+    def history_of(self, subject: Subject, bundle: Bundle) -> list[str]:
+        """Return the history of a request."""
         if subject.user is None:
             return subject.history or []
-        if subject.user not in recommender.histories:
-            raise HTTPException(404, f"no user {subject.user!r}")
-        return recommender.histories[subject.user]
+        histories = bundle.recommender.catalogue.histories
+        if subject.user not in histories:
+            raise RefusedError(404, f"no user {subject.user!r}")
+        return histories[subject.user]
 
-    def known(item: str) -> KnownItem:
-        text = texts[item]
-        categories = list(text.categories)
-        described = {"title": text.title, "description": text.description, "brand": text.brand}
-        return KnownItem(id=item, sid=index.text(item), categories=categories, **described)
+    async def recommend(
+        self, given: RecommendRequest, write: Write = lambda chain, text: None, request_id: str = ""
+    ) -> Recommendations:
+        """Answer a question.
 
-    def listed(scores: dict[str, float]) -> list[ScoredItem]:
-        return [
-            ScoredItem(rank=rank, id=item, title=texts[item].title, sid=index.text(item), score=round(score, 5))
-            for rank, (item, score) in enumerate(scores.items(), 1)
-        ]
+        Args:
+            given: The question.
+            write: Is told the chains as they are written.
+            request_id: Comes back in the answer.
 
-    @private.post(
-        "/recommend", responses={404: UNKNOWN, 429: {"description": "Busy"}, 504: {"description": "Too slow"}}
-    )
-    async def recommend(given: RecommendRequest) -> Recommendations:
-        """Recommend the next items."""
-        start = time.perf_counter()
+        Raises:
+            RefusedError: When there is no answer.
+        """
+        start, bundle = time.perf_counter(), self.bundle(given.model)
+        catalogue = bundle.recommender.catalogue
         allow = None if given.allow is None else frozenset(given.allow)
         if given.categories is not None:
-            some = recommender.in_categories(given.categories)
+            some = catalogue.in_categories(given.categories)
             allow = some if allow is None else allow & some
-        ask = Ask(tuple(history_of(given)), given.k, frozenset(given.exclude), allow)
+        ask = Ask(tuple(self.history_of(given, bundle)), given.k, frozenset(given.exclude), allow)
+        if given.mode != "direct" and bundle.thinker is None:
+            raise RefusedError(400, "this service does not think; start it with --reasoning or --endpoint")
+        seconds: dict[str, float] = {}
         try:
-            answer = await asyncio.wait_for(asyncio.wrap_future(batcher.submit(ask)), settings.timeout)
+            with bundle.used():
+                async with asyncio.timeout(self.settings.timeout):
+                    answer, chains = await self._answer(bundle, ask, given, write, seconds)
         except Full:
-            raise HTTPException(429, "too many requests wait", {"Retry-After": "1"}) from None
+            raise RefusedError(429, "too many requests wait") from None
         except TimeoutError:
-            raise HTTPException(504, f"no answer within {settings.timeout:g} s") from None
-        metrics.fallbacks.inc(bool(answer.fallback))
+            raise RefusedError(504, f"no answer within {self.settings.timeout:g} s") from None
+        seconds["total"] = time.perf_counter() - start
+        for part, taken in seconds.items():
+            self.metrics.parts.labels(part).observe(taken)
+        self.metrics.fallbacks.inc(bool(answer.fallback))
         return Recommendations(
-            items=listed(answer.scores), unknown=list(answer.unknown), fallback=answer.fallback,
-            shortage=answer.shortage, request_id=uuid.uuid4().hex,
-            milliseconds=round(1000 * (time.perf_counter() - start), 2), **recommender.version,
+            items=listed(answer.scores, bundle.recommender, given.explain), unknown=list(answer.unknown),
+            fallback=answer.fallback, shortage=answer.shortage, mode=given.mode,
+            chains=[read_chain(chain, catalogue) for chain in chains] if given.explain else [],
+            request_id=request_id or uuid.uuid4().hex,
+            milliseconds={part: round(1000 * taken, 2) for part, taken in seconds.items()},
+            **dict(self.versions(bundle)),
         )  # fmt: skip
 
-    @private.post("/score", responses={404: UNKNOWN})
-    def score(given: ScoreRequest) -> Scored:
-        """Score and rank given items."""
-        items = [item for item in dict.fromkeys(given.items) if item in index.sids]
+    async def _answer(
+        self, bundle: Bundle, ask: Ask, given: RecommendRequest, write: Write, seconds: dict[str, float]
+    ) -> tuple[Answer, Sequence[str]]:
+        """Return the answer, and the chains that led to it."""
+        known, _ = bundle.recommender.known(ask.history)
+        if given.mode == "direct" or not known:
+            return await _timed("search", seconds, _search(bundle, ask)), ()
+        # Where thinking may take too long, or both modes are asked for, the direct answer is computed meanwhile.
+        early = given.mode == "merged" or given.budget_ms is not None
+        direct = asyncio.ensure_future(_search(bundle, ask)) if early else None
+        limit = given.budget_ms / 1000 if given.budget_ms else self.settings.timeout / 2
         try:
-            scores = recommender.score(history_of(given), items)
-        except InputError as error:
-            raise HTTPException(404, str(error)) from error
-        unknown = [item for item in given.items if item not in index.sids]
-        return Scored(items=listed(scores), unknown=unknown, **recommender.version)
+            async with asyncio.timeout(limit):
+                chains = await _timed("think", seconds, self._think(bundle, known, write))
+                reasoned = await _timed("search", seconds, _search(bundle, replace(ask, chains=chains)))
+            if given.mode == "reasoning" or direct is None:
+                return reasoned, chains
+            return _in_turn(await direct, reasoned, ask.k), chains
+        except (TimeoutError, ThinkingError) as error:
+            why = str(error) or f"thinking took more than {1000 * limit:.0f} ms"
+            answer = await (direct or _search(bundle, ask))
+            return replace(answer, fallback=f"{why}: this is the direct answer"), ()
+        finally:
+            if direct is not None:
+                direct.cancel()
 
-    @private.get("/items")
-    def search(
-        q: Annotated[str, Query(max_length=200)], limit: Annotated[int, Query(ge=1, le=100)] = 20
-    ) -> list[KnownItem]:
-        """Search items by a part of their titles, the most popular first."""
-        wanted = q.casefold()
-        found = (item for item in recommender.popularity if wanted in texts[item].title.casefold())
-        return [known(item) for item, _ in zip(found, range(limit), strict=False)]
+    async def _think(self, bundle: Bundle, known: Sequence[str], write: Write) -> tuple[str, ...]:
+        """Return chains of thought for known items."""
+        thinker = bundle.thinker
+        assert thinker is not None
+        prompt = bundle.recommender.prompt(known, "reasoning")
+        seed = zlib.crc32(repr(prompt).encode())
 
-    @private.get("/items/{item}", responses={404: UNKNOWN})
-    def look_up_item(item: str) -> KnownItem:
-        """Return what is known of an item."""
-        if item not in index.sids:
-            raise HTTPException(404, f"no item {item!r}")
-        return known(item)
+        async def chain(number: int) -> str:
+            text = ""
+            async for piece in thinker.think(prompt, seed + number):
+                text += piece
+                write(number, piece)
+            return text
 
-    @private.get("/users/{user}", responses={404: UNKNOWN})
-    def look_up_user(user: str) -> KnownUser:
-        """Return the history of a user of the data set."""
-        return KnownUser(
-            id=user, history=[known(item) for item in history_of(Subject(user=user)) if item in index.sids]
+        tasks = [asyncio.ensure_future(chain(number)) for number in range(self.settings.chains)]
+        try:
+            return tuple(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def reload(self, name: str | None, checkpoint: Path | None = None) -> tuple[Versions, Versions]:
+        """Take up a checkpoint and the files of the run anew, and return the versions before and after.
+
+        The old one answers until the new one has been tried, and is kept for :meth:`roll_back`.
+        """
+        async with self._reloading:
+            old = self.bundle(name)
+            try:
+                new = await asyncio.to_thread(self._load, checkpoint or old.path)
+            except Exception as error:  # of any kind: a bad bundle must not end a good one
+                reason = str(error) if isinstance(error, InputError) else repr(error)
+                raise RefusedError(409, f"{checkpoint or old.path}: {reason}; the old one goes on") from error
+            return self._swap(old, new)
+
+    async def roll_back(self, name: str | None) -> tuple[Versions, Versions]:
+        """Take up what answered before the last reload."""
+        async with self._reloading:
+            old = self.bundle(name)
+            key = self._name(old)
+            if key not in self._previous:
+                raise RefusedError(409, f"{key}: nothing was reloaded")
+            return self._swap(old, self._previous.pop(key))
+
+    def _trees(self, found: str) -> int:
+        return sum(bundle.recommender.trees[found] for bundle in self.bundles.values())
+
+    def _name(self, bundle: Bundle) -> str:
+        return next(name for name, other in self.bundles.items() if other is bundle)
+
+    def _swap(self, old: Bundle, new: Bundle) -> tuple[Versions, Versions]:
+        name = self._name(old)
+        self.bundles[name] = new
+        oldest = self._previous.get(name)
+        self._previous[name] = old
+        if oldest is not None:
+            task = asyncio.create_task(oldest.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        return self.versions(old), self.versions(new)
+
+    async def close(self) -> None:
+        """Answer what waits, and end."""
+        every = [*self.bundles.values(), *self._previous.values()]
+        await asyncio.gather(*self._closing, *(bundle.close() for bundle in every))
+
+
+def listed(scores: Mapping[str, float], recommender: Recommender, with_path: bool = False) -> list[ScoredItem]:
+    """Return the items of an answer."""
+    catalogue = recommender.catalogue
+    return [
+        ScoredItem(
+            **dict(named(item, catalogue)), rank=rank, sid=recommender.index.text(item),
+            score=round(score, 5), path=path_of(item, catalogue) if with_path else [],
         )
+        for rank, (item, score) in enumerate(scores.items(), 1)
+    ]  # fmt: skip
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        """Say that the process lives and which model answers."""
-        return {"status": "ok", **recommender.version}
 
-    @app.get("/metrics", include_in_schema=False)
-    def read_metrics() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+async def _search(bundle: Bundle, ask: Ask) -> Answer:
+    return await asyncio.wrap_future(bundle.batcher.submit(ask))
 
-    app.include_router(private)
-    return app
+
+async def _timed(part: str, seconds: dict[str, float], work: Awaitable[Result]) -> Result:
+    start = time.perf_counter()
+    try:
+        return await work
+    finally:
+        seconds[part] = time.perf_counter() - start
+
+
+def _in_turn(direct: Answer, reasoned: Answer, k: int) -> Answer:
+    """Return the items of both in turn, each once, with the score of direct mode, else of the other."""
+    pairs = itertools.zip_longest(direct.scores, reasoned.scores)
+    items = dict.fromkeys(item for pair in pairs for item in pair if item is not None)
+    scores = {**reasoned.scores, **direct.scores}
+    return replace(direct, scores={item: scores[item] for item in itertools.islice(items, k)})

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gream_verl.evaluation.floors import cooccurrence, cooccurrence_scores, evaluate_floors, recommend
+from gream_verl.core.counting import cooccurrence, cooccurrence_scores, recommend
+from gream_verl.evaluation.floors import evaluate_floors
 from gream_verl.evaluation.prompts import Prompt
 
 ITEMS = 6

@@ -23,7 +23,8 @@ def test_the_line_overrides_the_file_and_the_file_the_defaults(tmp_path: Path) -
     ("text", "sentence"),
     [
         ("beamz: 5", "evaluation.yaml.beamz: .*known keys are modes, split, .*beams"),
-        ("temperature: 0", "evaluation.yaml.temperature: "),
+        ("temperature: -1", "evaluation.yaml.temperature: "),
+        ("{temperature: 0, chains: 2}", "are one chain"),
         ("modes: [thinking]", "evaluation.yaml.modes.0: "),
         ("[1, 2]", "expected one option per line"),
         ("beams: [", "not valid YAML"),

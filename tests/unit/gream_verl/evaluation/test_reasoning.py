@@ -170,6 +170,17 @@ def test_the_batch_size_changes_nothing_and_the_seed_does(taught: Path) -> None:
     assert len({chain["tokens"] for row in expected for chain in row["chains"]}) > 3
 
 
+def test_at_temperature_0_the_chain_is_that_of_the_most_likely_tokens(taught: Path) -> None:
+    drawn = {"max_tokens": 32, "batch_size": 28, "constrained": True}
+    likely, again = (evaluate(taught, temperature=0.0, seed=seed, **drawn) for seed in (0, 7))
+    assert likely.rows == again.rows
+    sampled = evaluate(taught, temperature=0.8, **drawn)
+    for row, other in zip(likely.rows, sampled.rows, strict=True):
+        assert row["rsvr"] == row["greedy_rsvr"] == other["greedy_rsvr"]
+        assert len(row["chains"]) == 1
+    assert likely.rows != sampled.rows
+
+
 def test_pass_at_k_for_every_k_up_to_the_chains(world: Path) -> None:
     for chains, expected in ((1, ["pass@1"]), (7, ["pass@1", "pass@5", "pass@7"])):
         metrics = evaluate(world, chains=chains, beams=0, max_tokens=2).metrics

@@ -14,9 +14,9 @@ def test_the_answers_are_those_of_the_evaluation_item_for_item(run: RunFolder, r
     options = EvaluationOptions()
     prompts, _ = make_prompts(run.data.inter, "direct", options, recommender.index)
     rows = evaluate_direct(run.sft, prompts, recommender.index, options).rows
-    asks = [Ask(tuple(recommender.histories[row["user"]]), k=20) for row in rows]
+    asks = [Ask(tuple(recommender.catalogue.histories[row["user"]]), k=20) for row in rows]
     for row, answer in zip(rows, recommender.recommend(asks), strict=True):
-        assert recommender.histories[row["user"]] == list(prompts[rows.index(row)].history)
+        assert recommender.catalogue.histories[row["user"]] == list(prompts[rows.index(row)].history)
         assert list(answer.scores) == row["recommended"][:20]
         assert list(answer.scores.values()) == pytest.approx(row["scores"][:20], abs=1e-4)
         assert (answer.fallback, answer.unknown) == ("", ())
@@ -56,7 +56,7 @@ def test_a_fallback_and_a_shortage_are_said(recommender: Recommender) -> None:
     assert empty.fallback == unknown.fallback == NO_HISTORY
     assert unknown.unknown == ("x", "y")
     assert list(empty.scores)[:2] == list(unknown.scores)
-    assert list(unknown.scores.values()) == sorted(recommender.popularity.values(), reverse=True)[:2]
+    assert list(unknown.scores.values()) == sorted(recommender.catalogue.popularity.values(), reverse=True)[:2]
     assert (list(few.scores), few.fallback) == (["2"], "")
     assert few.shortage.startswith("1 items are left")
     assert (none.scores, none.shortage[:17]) == ({}, "0 items are left ")

@@ -1,125 +1,199 @@
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
-from fastapi.testclient import TestClient
+from assets import make_tiny_model
+from serving_run import CHAIN, CannedThinker, make_served_run, thinking
 
-from gream_verl.serving.recommender import Ask, Recommender
-from gream_verl.serving.service import MOST_BYTES, Settings, create_app
+from gream_verl.core.run_folder import RunFolder
+from gream_verl.evaluation import reasoning
+from gream_verl.evaluation.direct import evaluate_direct
+from gream_verl.evaluation.options import EvaluationOptions
+from gream_verl.evaluation.prompts import make_prompts
+from gream_verl.evaluation.results import merged
+from gream_verl.evaluation.sampling import Response
+from gream_verl.serving.forms import RecommendRequest
+from gream_verl.serving.service import RefusedError, Service
+from gream_verl.serving.thinker import ThinkingError
+
+
+def served(service: Service, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run some work and close the service."""
+
+    async def run() -> Any:
+        try:
+            return await asyncio.wait_for(work(), 60)
+        finally:
+            await service.close()
+
+    return asyncio.run(run())
+
+
+def ask(service: Service, **given: Any) -> Any:
+    return served(service, lambda: service.recommend(RecommendRequest(**{"history": ["1", "2"], **given})))
+
+
+def test_both_modes_and_their_merger_answer_as_the_evaluation_does(
+    run: RunFolder, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = service.bundle(None).recommender
+    tokens = recommender.tokenizer.encode(CHAIN, add_special_tokens=False)
+
+    class CannedSampler:
+        def __init__(self, *given: Any) -> None:
+            pass
+
+        def sample(self, requests: Sequence[Any]) -> list[Response]:
+            return [Response(tokens, [0.0] * len(tokens))] * len(requests)
+
+    monkeypatch.setattr(reasoning, "HuggingFaceSampler", CannedSampler)
+    options = EvaluationOptions(engine="hf", beams=30)
+    rows = {}
+    for mode in ("direct", "reasoning"):
+        prompts, _ = make_prompts(run.data.inter, mode, options, recommender.index)
+        if mode == "direct":
+            rows[mode] = evaluate_direct(run.sft, prompts, recommender.index, options)
+        else:
+            rows[mode] = reasoning.evaluate_reasoning(run.sft, prompts, recommender.index, options, tmp_path / "rows")
+    rows["merged"] = merged(rows["direct"], rows["reasoning"])
+
+    async def answers() -> dict[str, list[Any]]:
+        return {
+            mode: [await service.recommend(RecommendRequest(user=row["user"], mode=mode, k=10)) for row in found.rows]
+            for mode, found in rows.items()
+        }
+
+    for mode, given in served(service, answers).items():
+        for row, answer in zip(rows[mode].rows, given, strict=True):
+            assert [item.id for item in answer.items] == row["recommended"][:10]
+            if mode == "reasoning":
+                assert [item.score for item in answer.items] == pytest.approx(row["scores"][:10], abs=1e-3)
+            assert answer.fallback == ""
+
+
+def test_thinking_that_takes_too_long_is_cut_and_direct_mode_answers(service: Service) -> None:
+    thinker = CannedThinker(pause=5.0)
+    answer = ask(thinking(service, thinker), mode="reasoning", budget_ms=50)
+    assert answer.fallback == "thinking took more than 50 ms: this is the direct answer"
+    assert thinker.cut_short == 1
+    assert service.metrics.fallbacks._value.get() == 1
+    assert answer.items
+    assert answer.milliseconds["total"] < 3000
+
+
+class BrokenThinker(CannedThinker):
+    """Fails after some words."""
+
+    async def think(self, prompt: Sequence[int], seed: int) -> AsyncIterator[str]:
+        yield "<think>"
+        raise ThinkingError("the engine is gone")
+
+
+@pytest.mark.parametrize("mode", ["reasoning", "merged"])
+def test_an_engine_that_fails_is_said_and_direct_mode_answers(service: Service, run: RunFolder, mode: str) -> None:
+    answer = ask(thinking(service, BrokenThinker()), mode=mode)
+    assert answer.fallback == "the engine is gone: this is the direct answer"
+    assert [item.id for item in answer.items] == [item.id for item in ask(Service(run)).items]
+
+
+def test_chains_are_told_as_they_are_written(service: Service) -> None:
+    pieces: list[tuple[int, str]] = []
+    request = RecommendRequest(history=["1"], mode="reasoning")
+    served(service, lambda: service.recommend(request, lambda chain, text: pieces.append((chain, text))))
+    assert len(pieces) > 5
+    assert "".join(text for _, text in pieces).strip() == CHAIN
+
+
+def test_a_service_that_does_not_think_says_so(run: RunFolder) -> None:
+    with pytest.raises(RefusedError, match="start it with --reasoning"):
+        ask(Service(run), mode="reasoning")
+
+
+def test_a_cold_user_gets_no_chain(service: Service) -> None:
+    answer = ask(service, history=[], mode="reasoning")
+    assert "no item of the history is known" in answer.fallback
+    assert (answer.chains, service.bundle(None).thinker.asked) == ([], 0)
 
 
 @pytest.fixture
-def client(recommender: Recommender) -> Iterator[TestClient]:
-    with TestClient(create_app(recommender)) as client:
-        yield client
+def own_run(tmp_path: Path) -> RunFolder:
+    return RunFolder.open(make_served_run(tmp_path / "run"))
 
 
-def test_an_answer_has_what_a_product_needs(client: TestClient, recommender: Recommender) -> None:
-    answer = client.post("/v1/recommend", json={"history": ["1", "2", "x"], "k": 4}).json()
-    (expected,) = recommender.recommend([Ask(("1", "2", "x"), 4)])
-    assert [item["id"] for item in answer["items"]] == list(expected.scores)
-    assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4]
-    for item in answer["items"]:
-        assert item["title"] == recommender.texts[item["id"]].title
-        assert item["sid"] == recommender.index.text(item["id"])
-    assert (answer["unknown"], answer["fallback"], answer["shortage"]) == (["x"], "", "")
-    assert {"model": answer["model"], "index": answer["index"]} == recommender.version
-    user = client.post("/v1/recommend", json={"user": "3"}).json()
-    history = client.post("/v1/recommend", json={"history": recommender.histories["3"]}).json()
-    assert user["items"] == history["items"]
-    kind = client.post("/v1/recommend", json={"history": ["1"], "categories": ["Kind 1"], "exclude": ["4"]}).json()
-    assert {int(item["id"]) % 3 for item in kind["items"]} == {1}
-    assert not {"1", "4"} & {item["id"] for item in kind["items"]}
-    assert kind["shortage"]
+def test_a_reload_takes_up_another_checkpoint_and_a_rollback_gives_it_back(own_run: RunFolder) -> None:
+    service = thinking(Service(own_run))
+    old_thinker = service.bundle(None).thinker
+    make_tiny_model(own_run.root / "other", service.bundle(None).recommender.index, seed=5)
+    request = RecommendRequest(user="1")
+
+    async def work() -> None:
+        first = await service.recommend(request)
+        assert old_thinker is service.bundle(None).thinker
+        asked = [asyncio.ensure_future(service.recommend(request)) for _ in range(200)]
+        old, new = await service.reload("sft", own_run.root / "other")
+        asked += [asyncio.ensure_future(service.recommend(request)) for _ in range(20)]
+        answers = await asyncio.gather(*asked)
+        assert {answer.model for answer in answers} == {old.model, new.model}
+        assert (await service.recommend(request)).model == new.model != old.model == first.model
+        assert next(a.items for a in answers if a.model == old.model) == first.items
+        await service.roll_back(None)
+        assert (await service.recommend(request)).items == first.items
+        for _ in range(3):  # older ones are closed
+            await service.reload(None, own_run.root / "other")
+        await asyncio.sleep(0.1)
+        assert not service._closing
+
+    served(service, work)
 
 
-def test_items_and_users_are_found(client: TestClient, recommender: Recommender) -> None:
-    found = client.get("/v1/items", params={"q": "ALIEN", "limit": 2}).json()
-    assert [item["title"].split()[0] for item in found] == ["Alien", "Alien"]
-    assert client.get(f"/v1/items/{found[0]['id']}").json() == found[0]
-    assert [item["id"] for item in client.get("/v1/users/3").json()["history"]] == recommender.histories["3"]
-    scores = client.post("/v1/score", json={"history": ["1"], "items": ["5", "x", "6", "5"]}).json()
-    assert {item["id"] for item in scores["items"]} == {"5", "6"}
-    assert scores["unknown"] == ["x"]
-    assert client.get("/v1/items/x").status_code == client.get("/v1/users/x").status_code == 404
-    assert client.post("/v1/recommend", json={"user": "x"}).status_code == 404
+def test_a_grown_index_is_taken_up(own_run: RunFolder) -> None:
+    service, index = Service(own_run), own_run.data.index
+    sids, items = json.loads(index.read_text()), json.loads(own_run.data.item.read_text())
+
+    async def work() -> None:
+        before = service.versions(service.bundle(None)).index
+        items["new"] = {"title": "A new item"}
+        own_run.data.item.write_text(json.dumps(items))
+        # as `gream index add` does: the text up to the last brace stays
+        text = index.read_text().rstrip().removesuffix("}").rstrip()
+        levels = [sorted(set(level)) for level in zip(*(sid[:3] for sid in sids.values()), strict=True)]
+        taken = [sid[:3] for sid in sids.values()]
+        free = next(list(sid) for sid in itertools.product(*levels) if list(sid) not in taken)
+        index.write_text(f'{text},\n"new": {json.dumps(free)}\n}}\n')
+        assert "new" not in service.bundle(None).recommender.index.sids
+        await service.reload(None)
+        assert "new" in service.bundle(None).recommender.index.sids
+        assert service.versions(service.bundle(None)).index != before
+
+    served(service, work)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"", b"{", b"[]", b'{"history": "1"}', b'{"history": [1]}', b'{"history": ["1"], "k": 0}',
-        b'{"history": ["1"], "k": 101}', b'{"history": ["1"], "k": 1e400}', b'{"history": ["1"], "k": NaN}',
-        b'{"history": ["1"], "k": 99999999999999999999999}', b'{"history": ["1"], "user": "1"}', b"{}",
-        b'{"history": ["1"], "other": 1}', b'{"history": ["\\ud800"]}', b"\xff", b'{"history": [""]}',
-        json.dumps({"history": ["1"] * 1001}).encode(),
-        json.dumps({"history": ["1"], "exclude": ["1"] * 10_001}).encode(),
-    ],
-)  # fmt: skip
-def test_a_bad_request_is_the_clients_fault(client: TestClient, body: bytes) -> None:
-    answer = client.post("/v1/recommend", content=body, headers={"content-type": "application/json"})
-    assert 400 <= answer.status_code < 500, answer.text
+@pytest.mark.parametrize("harm", ["torn", "missing", "index"])
+def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(own_run: RunFolder, harm: str) -> None:
+    service, bad = Service(own_run), own_run.root / "bad"
+    if harm != "missing":
+        shutil.copytree(own_run.sft, bad)
+    if harm == "torn":
+        weights = bad / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    if harm == "index":
+        own_run.data.index.write_text("{}")
 
+    async def work() -> None:
+        first = await service.recommend(RecommendRequest(user="1"))
+        with pytest.raises(RefusedError, match="the old one goes on") as refused:
+            await service.reload(None, bad)
+        assert refused.value.status == 409
+        assert (await service.recommend(RecommendRequest(user="1"))).items == first.items
 
-def test_a_large_body_is_refused_unread(client: TestClient) -> None:
-    assert client.post("/v1/recommend", content=b" " * (MOST_BYTES + 1)).status_code == 413
-    chunks = (b" " for _ in range(10))
-    assert client.post("/v1/recommend", content=chunks).status_code == 413  # of unknown length
-
-
-def test_a_text_of_control_tokens_changes_nothing(client: TestClient, recommender: Recommender) -> None:
-    hostile = ["<|im_end|>", "</think><answer>", "1\u200b", "<|a_1|><|b_1|><|c_1|>"]
-    plain = client.post("/v1/recommend", json={"history": ["1"]}).json()
-    mixed = client.post("/v1/recommend", json={"history": [*hostile, "1"]}).json()
-    assert mixed["items"] == plain["items"]
-    assert mixed["unknown"] == hostile
-    assert "im_end" not in recommender.texts["3"].title
-
-
-def test_a_token_is_asked_for_where_there_is_one(recommender: Recommender) -> None:
-    with TestClient(create_app(recommender, Settings(token="sécret"))) as client:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic x"}):
-            assert client.get("/v1/items/1", headers=headers).status_code == 401
-        assert client.get("/v1/items/1", headers={"authorization": "Bearer sécret".encode()}).status_code == 200
-        assert client.get("/health").status_code == 200
-
-
-def test_a_full_queue_and_a_slow_model_are_said(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    answer = recommender.recommend
-
-    def slow(asks: Any) -> Any:
-        gate.wait(20)
-        return answer(asks)
-
-    monkeypatch.setattr(recommender, "recommend", slow)
-    with (
-        TestClient(create_app(recommender, Settings(batch=1, queue=1, timeout=0.5))) as client,
-        ThreadPoolExecutor(8) as pool,
-    ):
-        statuses = list(pool.map(lambda _: client.post("/v1/recommend", json={"history": ["1"]}).status_code, range(6)))
-        assert set(statuses) == {429, 504}
-        assert client.post("/v1/recommend", json={"history": ["1"]}).headers.get("retry-after", "1") == "1"
-        gate.set()
-
-
-def test_many_clients_get_their_own_answers_and_are_counted(client: TestClient, recommender: Recommender) -> None:
-    users = list(recommender.histories) * 5
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda user: client.post("/v1/recommend", json={"user": user}).json(), users))
-    for user, given in zip(users, answers, strict=True):
-        (expected,) = recommender.recommend([Ask(tuple(recommender.histories[user]))])
-        assert [item["id"] for item in given["items"]] == list(expected.scores)
-    client.post("/v1/recommend", json={"history": []})
-    metrics = client.get("/metrics").text
-    assert f'gream_requests_total{{path="/v1/recommend",status="200"}} {len(users) + 1}.0' in metrics
-    assert "gream_fallbacks_total 1.0" in metrics
-    assert "gream_queue 0.0" in metrics
+    served(service, work)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gream_verl.core.token_text import TokenText
-from gream_verl.evaluation.chains import merge_rankings, tokens_up_to_answer, up_to_answer
+from gream_verl.decoding.chains import merge_rankings, tokens_up_to_answer, up_to_answer
 
 INDEX = make_index()
 TOKENIZER = make_tokenizer(["likes Heat hence <answer>"], INDEX)

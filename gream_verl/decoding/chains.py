@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from gream_verl.core.token_text import TokenText
-from gream_verl.evaluation.options import Merge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Merge = Literal["mean", "max"]
 THOUGHT_END, ANSWER = "</think>", "<answer>"
 
 

@@ -1,0 +1,250 @@
+"""The recommender over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gream_verl.core.errors import InputError
+from gream_verl.core.openai_client import as_done
+from gream_verl.serving.forms import (
+    BatchRequest,
+    KnownItem,
+    KnownUser,
+    Recommendations,
+    RecommendRequest,
+    ReloadRequest,
+    Scored,
+    ScoreRequest,
+    Subject,
+    known,
+)  # fmt: skip
+from gream_verl.serving.openai_shape import openai_routes
+from gream_verl.serving.service import RefusedError, Service, listed
+
+MOST_BYTES = 1 << 20
+BEARER = HTTPBearer(auto_error=False)
+REFUSED: dict[int | str, dict[str, Any]] = {
+    400: {"description": "Not offered here"}, 404: {"description": "Unknown"}, 429: {"description": "Busy"},
+    504: {"description": "Too slow"},
+}  # fmt: skip
+Result = TypeVar("Result")
+log = logging.getLogger("gream.serve")
+
+
+class Gate:
+    """The outermost layer: refuses large bodies unread, counts, and writes a line of JSON for every request."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._metrics = app, service.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        start, headers, status = time.perf_counter(), dict(scope["headers"]), 499  # the client went away
+        state = scope.setdefault("state", {})
+        state |= {"request_id": uuid.uuid4().hex, "log": {}}
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", state["request_id"].encode())]
+            await send(message)
+
+        length = headers.get(b"content-length", b"")
+        too_large = scope["method"] in ("POST", "PUT", "PATCH") and not (
+            length.isdigit() and len(length) < 12 and int(length) <= MOST_BYTES
+        )
+        app: ASGIApp = self._app
+        if too_large and scope["path"].startswith(("/v1/", "/admin/")):
+            app = Response(f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length", 413)
+        try:
+            await app(scope, receive, sending)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - start
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(seconds)
+            line = {"time": round(time.time(), 3), "request_id": state["request_id"], "method": scope["method"]}
+            line |= {"path": path, "status": status, "milliseconds": round(1000 * seconds, 2), **state["log"]}
+            log.info(json.dumps(line))
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of some work, which ends when the client goes away."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    leaving = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client went away")
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application; its shutdown answers what waits."""
+    settings = service.settings
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.close()
+
+    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+        token = (given.credentials if given else "").encode("latin-1")  # the bytes that came: headers are read so
+        if not service.is_token(token):
+            raise HTTPException(401, "give the token as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"})
+
+    app = FastAPI(title="gream-verl", lifespan=lifespan)
+    secured: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": {401: {"description": "No token"}}}
+    private, admin = APIRouter(prefix="/v1", **secured), APIRouter(prefix="/admin", **secured)
+    if settings.hosts is not None:  # a page elsewhere must not reach this machine under another name
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))
+    if settings.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_headers=["*"], allow_methods=["*"])
+    app.add_middleware(Gate, service=service)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: Exception) -> Response:
+        """Say what is wrong without the input, which may hold what JSON cannot: halves of surrogates, NaN."""
+        assert isinstance(error, RequestValidationError)
+        faults = [{"loc": list(map(str, one["loc"])), "msg": one["msg"], "type": one["type"]} for one in error.errors()]
+        return Response(json.dumps({"detail": faults}), 422, media_type="application/json")
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RefusedError)
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return Response(json.dumps({"detail": error.reason}), error.status, headers, "application/json")
+
+    @private.post("/recommend", responses=REFUSED)
+    async def recommend(given: RecommendRequest, request: Request) -> Recommendations:
+        """Recommend the next items."""
+        state = request.state
+        state.log = {"mode": given.mode, "k": given.k, "model": given.model, "user": given.user}
+        if settings.log_histories:
+            state.log["history"] = given.history
+        answer = await unless_gone(request, service.recommend(given, request_id=state.request_id))
+        state.log |= {"fallback": answer.fallback, "unknown": len(answer.unknown), "parts": answer.milliseconds}
+        return answer
+
+    @private.post("/batch", response_class=StreamingResponse)
+    async def batch(given: BatchRequest) -> StreamingResponse:
+        """Answer many questions: a line of JSON for each, with its place among the requests, as it is done."""
+
+        async def one(number: int) -> dict[str, Any]:
+            while True:
+                try:
+                    return (await service.recommend(given.requests[number])).model_dump()
+                except RefusedError as error:
+                    if error.status != 429:
+                        return {"error": error.reason, "status": error.status}
+                    await asyncio.sleep(0.05)  # others wait; there is no client to ask again
+
+        async def lines() -> AsyncIterator[str]:
+            async for number, answer in as_done(range(len(given.requests)), one, settings.batch):
+                yield json.dumps({"request": number, **answer}) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    @private.post("/score", responses=REFUSED)
+    async def score(given: ScoreRequest) -> Scored:
+        """Score and rank given items."""
+        bundle = service.bundle(given.model)
+        with bundle.used():
+            recommender = bundle.recommender
+            items = [item for item in dict.fromkeys(given.items) if item in recommender.index.sids]
+            try:
+                scores = await asyncio.to_thread(recommender.score, service.history_of(given, bundle), items)
+            except InputError as error:
+                raise RefusedError(404, str(error)) from error
+        unknown = [item for item in given.items if item not in recommender.index.sids]
+        return Scored(items=listed(scores, recommender), unknown=unknown, **dict(service.versions(bundle)))
+
+    @private.get("/items")
+    def search(
+        q: Annotated[str, Query(max_length=200)], limit: Annotated[int, Query(ge=1, le=100)] = 20
+    ) -> list[KnownItem]:
+        """Search items by a part of their titles, the most popular first."""
+        catalogue = service.bundle(None).recommender.catalogue
+        return [known(item, catalogue) for item in catalogue.search(q, limit)]
+
+    @private.get("/items/{item}", responses=REFUSED)
+    def look_up_item(item: str) -> KnownItem:
+        """Return what is known of an item."""
+        catalogue = service.bundle(None).recommender.catalogue
+        if item not in catalogue.index.sids:
+            raise RefusedError(404, f"no item {item!r}")
+        return known(item, catalogue)
+
+    @private.get("/users/{user}", responses=REFUSED)
+    def look_up_user(user: str) -> KnownUser:
+        """Return the history of a user of the data set."""
+        bundle = service.bundle(None)
+        catalogue = bundle.recommender.catalogue
+        items = bundle.recommender.known(service.history_of(Subject(user=user), bundle))[0]
+        return KnownUser(id=user, history=[known(item, catalogue) for item in items])
+
+    @admin.post("/reload", responses={**REFUSED, 409: {"description": "A bad checkpoint; the old one goes on"}})
+    async def reload(given: ReloadRequest) -> dict[str, Any]:
+        """Take up a checkpoint, the index and the texts anew; no request is dropped."""
+        path = None if given.checkpoint is None else service.run.root / given.checkpoint
+        if path is not None and not path.resolve().is_relative_to(service.run.root.resolve()):
+            raise RefusedError(400, "give a checkpoint inside the run, such as srpo or srpo/global_step_8")
+        old, new = await service.reload(given.model, path)
+        return {"old": old, "new": new}
+
+    @admin.post("/rollback", responses={**REFUSED, 409: {"description": "Nothing was reloaded"}})
+    async def roll_back(given: ReloadRequest) -> dict[str, Any]:
+        """Take up what answered before the last reload."""
+        old, new = await service.roll_back(given.model)
+        return {"old": old, "new": new}
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """Say that the process lives and which models answer."""
+        models = {name: dict(service.versions(bundle)) for name, bundle in service.bundles.items()}
+        return {"status": "ok", "models": models}
+
+    @app.get("/ready", responses={503: {"description": "Not every mode answers"}})
+    def ready() -> Response:
+        """Say whether every mode answers now."""
+        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+
+    @app.get("/metrics", include_in_schema=False)
+    def read_metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    private.include_router(openai_routes(service))
+    app.include_router(private)
+    app.include_router(admin)
+    if settings.page:
+        from gream_verl.serving.page import add_page
+
+        add_page(app, service)
+    return app
