@@ -1,6 +1,6 @@
 # The two commands of the README are `make quickstart` and `make test`; both build .venv when it is missing or stale.
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart pretrained test test-unit test-next check learning recbole bench lock
+.PHONY: help env quickstart pretrained demo test test-unit test-next check learning recbole bench lock
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 NEXT := --numprocesses 0 -p no:cacheprovider tests/integration/test_constrained_vllm.py
@@ -18,6 +18,10 @@ quickstart: env ## the whole pipeline on this machine, to a trained and evaluate
 pretrained: env ## the same with a real pretrained model, SmolLM2-135M-Instruct (about an hour)
 	@python benchmarks/smollm2.py runs/pretrained/base
 	@gream quickstart runs/pretrained --base runs/pretrained/base
+
+demo: env ## serve what `make quickstart` made, with its reasoning, as a page at http://127.0.0.1:8080
+	@test -d runs/quickstart/srpo || { echo "runs/quickstart is not there: run \`make quickstart\` first"; exit 1; }
+	@gream serve runs/quickstart runs/quickstart/srpo runs/quickstart/sft --reasoning
 
 test: env ## all tests, the real verl, vLLM and LLaMA-Factory included
 	$(PYTEST)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
@@ -35,6 +37,8 @@ def serve(
     batch: Annotated[int, Option(min=1, help="Most requests computed at once.")] = 32,
     queue: Annotated[int, Option(min=1, help="Most requests that wait; the next one is refused.")] = 256,
     timeout: Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")] = 30.0,
+    replicas: Annotated[int, Option(min=0, help="Processes of the same, by Ray Serve; 0 for this one alone.")] = 0,
+    most_replicas: Annotated[int | None, Option(min=1, help="Most of them, while many requests wait.")] = None,
     threads: Annotated[int, Option(min=1, help="Threads of the model without a GPU; more than one seldom helps.")] = 1,
     gpu_share: Annotated[float, Option(min=0.01, max=0.9, help="Share of the GPU's memory for vLLM.")] = 0.3,
     cors: Annotated[list[str] | None, Option(metavar="ORIGIN", help="Pages that may call; none without.")] = None,
@@ -55,20 +59,42 @@ def serve(
     from gream_verl.serving.service import Service
     from gream_verl.serving.settings import Settings
 
-    torch.set_num_threads(threads)
+    folder, address = RunFolder.open(run, dataset), f"http://{f'[{host}]' if ':' in host else host}:{port}"
     settings = Settings(
         batch=batch, queue=queue, timeout=timeout, reasoning=reasoning, endpoint=endpoint, served_model=served_model,
         chains=chains, token=token, gpu_share=gpu_share, hosts=LOOPBACK if is_loopback else None,
         cors=tuple(cors or ()), log_histories=log_histories, page=True,
     )  # fmt: skip
-    service = Service(RunFolder.open(run, dataset), checkpoints, settings)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if replicas:
+        given = {"replicas": replicas, "most_replicas": most_replicas, "host": host, "port": port}
+        _serve_by_ray(address, run=folder, checkpoints=checkpoints, settings=settings, **given)
+        return
+    torch.set_num_threads(threads)
+    service = Service(folder, checkpoints, settings)
     items = len(service.bundle(None).recommender.index)
     console.print(f"{', '.join(service.bundles)}: {items:,} items at {address}, described at {address}/docs")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("gream.serve").setLevel(logging.INFO)
     graceful = int(timeout) + 1
     uvicorn.run(create_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=graceful)
+
+
+def _serve_by_ray(address: str, **given: Any) -> None:
+    """Start replicas, and end them with this process; those of a running cluster stay."""
+    from gream_verl.serving.replicas import deploy, start_ray, stop
+
+    is_ours = "RAY_ADDRESS" not in os.environ
+    try:
+        start_ray(max(given["replicas"], given["most_replicas"] or 0))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # in the place of Ray's, which aborts
+        ray_address = deploy(**given)
+        console.print(f"{given['replicas']} replicas at {address}")
+        if is_ours:
+            console.print(f"RAY_AUTH_MODE=token RAY_ADDRESS={ray_address} gream serve ... replaces them")
+            signal.pause()
+    finally:
+        if is_ours:
+            stop()
 
 
 def _is_loopback(host: str) -> bool:

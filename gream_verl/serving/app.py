@@ -36,8 +36,8 @@ from gream_verl.serving.forms import (
 )  # fmt: skip
 from gream_verl.serving.openai_shape import openai_routes
 from gream_verl.serving.service import RefusedError, Service, listed
+from gream_verl.serving.settings import MOST_BYTES
 
-MOST_BYTES = 1 << 20
 BEARER = HTTPBearer(auto_error=False)
 REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"description": "Not offered here"}, 404: {"description": "Unknown"}, 429: {"description": "Busy"},

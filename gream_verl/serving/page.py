@@ -6,6 +6,7 @@ import asyncio
 import random
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
@@ -18,50 +19,7 @@ from gream_verl.serving.recommender import HISTORY
 from gream_verl.serving.service import Service
 
 NO_REASONING = "Reasoning is off. Start the service with --reasoning, or with --endpoint URL."
-CSS = """
-body { --card: #fff; --text: #1a1d21; --muted: #535c69; --line: #d9dde3; --up: #0f6b3a; --down: #a3341c;
-  --new: #6b3fa0; --soft: #eef2fb; --q-primary: #1d4ed8 !important; background: #f4f5f8; color: var(--text); }
-body.body--dark { --card: #1e2127; --text: #e8eaed; --muted: #aab2bd; --line: #3a3f48; --up: #6fd39b; --down: #ff9d85;
-  --new: #c9a5ff; --soft: #28303f; --q-primary: #8ab4f8 !important; background: #14161a; }
-.nicegui-content { padding: 0; gap: 0; display: block; }
-header, main { max-width: 92rem; margin: 0 auto; padding: .75rem 1rem; }
-header { display: flex; flex-wrap: wrap; gap: 0 .75rem; align-items: baseline; padding-bottom: 0; }
-h1 { font-size: 1.4rem; font-weight: 700; line-height: 1.6; margin: 0; }
-h2 { font-size: 1.05rem; font-weight: 600; line-height: 1.5; margin: 0; }
-h3 { font-size: .9rem; font-weight: 600; line-height: 1.5; margin: .75rem 0 .25rem; }
-p { margin: .25rem 0; }
-main { display: flex; gap: 1rem; align-items: flex-start; }
-main > * { flex: 1 1 0; min-width: 0; }
-.narrow { flex: 0 0 17rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .75rem .9rem; }
-.narrow > .card + .card { margin-top: 1rem; }
-h2 + .q-field { margin-top: .4rem; }
-.muted { color: var(--muted); font-size: .82rem; }
-ol, ul { list-style: none; margin: .25rem 0; padding: 0; }
-li { overflow-wrap: anywhere; }
-.ranking > li, .history > li { border-top: 1px solid var(--line); padding: .3rem 0; }
-.ranking > li:first-child, .history > li:first-child { border-top: 0; }
-.history > li { display: flex; align-items: center; justify-content: space-between; padding: 0; }
-.line { display: flex; gap: .5rem; align-items: baseline; }
-.rank { color: var(--muted); min-width: 1.3rem; text-align: right; font-variant-numeric: tabular-nums; }
-.title { flex: 1; }
-.up { color: var(--up); } .down { color: var(--down); } .new { color: var(--new); }
-.up, .down, .new, .held { font-size: .8rem; font-weight: 600; white-space: nowrap; }
-.held { background: var(--soft); border: 1px solid currentColor; border-radius: 1rem; padding: 0 .5rem; }
-details { margin-left: 1.8rem; }
-summary { cursor: pointer; color: var(--muted); font-size: .8rem; padding: .1rem 0; }
-summary::before { content: "▸ " / ""; } details[open] > summary::before { content: "▾ " / ""; }
-.branch { border-left: 2px solid var(--line); padding-left: .6rem; margin: .3rem 0; font-size: .85rem; }
-code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .95em; }
-.chain { background: var(--soft); border-radius: .4rem; padding: .5rem .7rem; margin: .5rem 0; font-size: .88rem;
-  overflow-wrap: anywhere; }
-.chain div:has(dd:empty) { display: none; }
-.chain dt { font-weight: 600; } .chain dd { margin: 0 0 .35rem; }
-.stale { opacity: .55; }
-:focus-visible, .q-btn:focus-visible { outline: 3px solid var(--q-primary); outline-offset: 2px; }
-@media (max-width: 1100px) { main { flex-wrap: wrap; } main > *, .narrow { flex: 1 1 45%; } }
-@media (max-width: 700px) { main { display: block; } main > * + * { margin-top: 1rem; } }
-"""
+CSS = Path(__file__).with_name("page.css")
 
 
 def add_page(app: FastAPI, service: Service) -> None:
@@ -137,13 +95,14 @@ class _View:
 
     def _add_history(self) -> None:
         Finder("Test user", self._find_users, self._choose_user)
-        ui.button("Any user", on_click=self._choose_any).props("flat dense no-caps")
-        self._titles = Finder("Add a title", self._find_items, self._add)
+        if self._catalogue.held_out:
+            ui.button("Any user", on_click=self._choose_any).props("flat dense no-caps")
+        self._item_finder = Finder("Add a title", self._find_items, self._add)
         self._said = text("p", "Choose a test user, or add titles.", "muted").props("role=status")
-        self._listed = ui.element("ol").classes("history").props('aria-label="Items, the latest first"')
         self._reveal = ui.button("Reveal the held-out item", on_click=self._show_held_out)
         self._reveal.props("outline dense no-caps").set_visibility(False)
         self._held_out = text("p", "").props("role=status")
+        self._listed = ui.element("ol").classes("history").props('aria-label="Items, the latest first"')
 
     def _add_columns(self) -> list[Column]:
         modes: dict[ServedMode, str] = {"direct": "Direct", "reasoning": "Reasoning"}
@@ -193,7 +152,7 @@ class _View:
         self._take(self._history[:place] + self._history[place + 1 :], f"Removed {self._title(item)}")
         buttons = [element for element in self._listed.descendants() if isinstance(element, ui.button)]
         row = max(len(self._history) - place, 0)  # the row that follows, else the last one
-        focus(buttons[min(row, len(buttons) - 1)] if buttons else self._titles.field)
+        focus(buttons[min(row, len(buttons) - 1)] if buttons else self._item_finder.field)
 
     def _take(self, history: list[str], said: str, is_fresh: bool = False) -> None:
         """Show a history, and compute its lists; what is still computed for the one before ends."""
@@ -216,7 +175,8 @@ class _View:
 
     async def _count(self, history: list[str], is_fresh: bool) -> None:
         catalogue = self._catalogue
-        popular = list(islice((item for item in catalogue.popularity if item not in set(history)), K))
+        gone = set(history)
+        popular = islice((item for item in catalogue.popularity if item not in gone), K)
         self._popularity.show([named(item, catalogue) for item in popular], is_fresh)
         counted = await asyncio.to_thread(catalogue.counted, history, K)
         self._cooccurrence.show([named(item, catalogue) for item in counted], is_fresh)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 from nicegui import background_tasks, ui
 from nicegui.elements.mixins.text_element import TextElement
-from nicegui.events import GenericEventArguments, ValueChangeEventArguments
+from nicegui.events import ValueChangeEventArguments
 
 from gream_verl.serving.forms import (
     MOST_HISTORY,
@@ -27,6 +27,9 @@ from gream_verl.serving.service import RefusedError, Service
 
 K, FOUND = 10, 20
 """Items of a list, and matches of a search."""
+PAUSE = 0.25
+"""Seconds without a key after which a search begins."""
+KEPT = "Denoised history"
 
 
 def text(tag: str, content: str = "", classes: str = "") -> TextElement:
@@ -50,7 +53,7 @@ def focus(element: ui.element) -> None:
 
 
 class Finder:
-    """A field with the matches for its text as buttons; Enter takes the first.
+    """A field with the matches for its text as buttons; Enter takes the first, also before the matches are shown.
 
     Args:
         label: Label of the field.
@@ -62,15 +65,17 @@ class Finder:
         self, label: str, search: Callable[[str], list[tuple[str, str]]], choose: Callable[[str], None]
     ) -> None:
         self._search, self._choose = search, choose
-        self.field = ui.input(label, on_change=self._show).props("outlined dense debounce=250 autocomplete=off")
-        self.field.on("keydown.enter", self._take_first, js_handler="(event) => emit(event.target.value)")
+        self.field = ui.input(label, on_change=self._show).props("outlined dense autocomplete=off")
+        self.field.on("keydown.enter", self._take_first)
         self._found = ui.element("ul").props("aria-live=polite").classes("found")
         self._found.props["aria-label"] = f"{label}: matches"
 
     async def _show(self) -> None:
-        typed = (self.field.value or "").strip()
-        found = await asyncio.to_thread(self._search, typed) if typed else []
-        if typed != (self.field.value or "").strip():
+        typed = self._typed
+        if typed:
+            await asyncio.sleep(PAUSE)
+        found = await asyncio.to_thread(self._search, typed) if typed and typed == self._typed else []
+        if typed != self._typed:
             return  # more was typed meanwhile
         self._found.clear()
         with self._found:
@@ -81,11 +86,15 @@ class Finder:
                 with ui.element("li"):
                     text("span", "No match.").classes("muted")
 
-    async def _take_first(self, event: GenericEventArguments) -> None:
-        typed = str(event.args).strip()
+    async def _take_first(self) -> None:
+        typed = self._typed
         found = await asyncio.to_thread(self._search, typed) if typed else []
         if found:
             self._take(found[0][0])
+
+    @property
+    def _typed(self) -> str:
+        return (self.field.value or "").strip()
 
     def _take(self, key: str) -> None:
         self.field.value = ""
@@ -174,10 +183,10 @@ def _add_path(item: ScoredItem) -> None:
 
 def _others(branch: Branch) -> str:
     if branch.items == 1:
-        return " this item alone"
+        return ": this item alone"
     titles = "; ".join(other.title for other in branch.some)
     more = branch.items - 1 - len(branch.some)
-    return f" {branch.items:,} items, also {titles}" + (f" and {more:,} more" if more else "")
+    return f": {branch.items:,} items, also {titles}" + (f" and {more:,} more" if more else "")
 
 
 class Column:
@@ -253,6 +262,9 @@ class Column:
             if number == self._number:
                 self._status.text, self._warning.text = "", f"No answer ({error.status}): {error.reason}."
             return
+        except Exception:
+            self._status.text, self._warning.text = "", "No answer: the log of the service says why."
+            raise
         if number == self._number:
             self._status.text = _latency(answer.milliseconds)
             self._warning.text = " ".join(filter(None, (answer.fallback, answer.shortage)))
@@ -263,7 +275,7 @@ class Column:
         """Add the parts of a chain; an empty one is hidden."""
         parts: dict[str, TextElement] = {}
         with self._chains, ui.element("dl").classes("chain").props('aria-label="Chain of thought"'):
-            for name in ("Thought", *PARTS, "Keeps"):
+            for name in ("Thought", *PARTS, KEPT):
                 with ui.element("div"):
                     text("dt", name)
                     parts[name] = text("dd")
@@ -273,7 +285,8 @@ class Column:
 def _show_chain(box: dict[str, TextElement], chain: Chain) -> None:
     parts = {"Evidence": chain.evidence, "Preference": chain.preference, "Intent": chain.intent}
     parts |= {"Thought": "" if any(parts.values()) else chain.text}
-    parts |= {"Keeps": "; ".join(item.title for item in chain.history)}
+    kept = Counter(item.title for item in chain.history)
+    parts |= {KEPT: "; ".join(f"{title} ×{times}" if times > 1 else title for title, times in kept.items())}
     for name, content in parts.items():
         box[name].text = content
 

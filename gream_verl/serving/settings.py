@@ -5,6 +5,9 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
+MOST_BYTES = 1 << 20
+"""Of the body of a request."""
+
 
 class Settings(BaseModel):
     """Settings of a service.

@@ -17,10 +17,10 @@ from fastapi.testclient import TestClient
 from serving_run import CHAIN, CannedThinker, thinking
 
 from gream_verl.core.run_folder import RunFolder
-from gream_verl.serving.app import MOST_BYTES, create_app
+from gream_verl.serving.app import create_app
 from gream_verl.serving.recommender import Ask, Recommender
 from gream_verl.serving.service import Service
-from gream_verl.serving.settings import Settings
+from gream_verl.serving.settings import MOST_BYTES, Settings
 
 
 def held(service: Service, gate: threading.Event) -> None:
