@@ -35,8 +35,6 @@ def make_served_run(root: Path) -> Path:
 class CannedThinker:
     """Writes the same chain for every history, a word at a time; put it into a bundle in the place of vLLM."""
 
-    is_ready = True
-
     def __init__(self, chain: str = CHAIN, pause: float = 0.0) -> None:
         self.chain, self.pause, self.asked, self.cut_short = chain, pause, 0, 0
 
@@ -49,6 +47,9 @@ class CannedThinker:
         except (asyncio.CancelledError, GeneratorExit):
             self.cut_short += 1
             raise
+
+    async def wake(self) -> bool:
+        return True
 
     async def close(self) -> None:
         pass

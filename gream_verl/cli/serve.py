@@ -50,8 +50,10 @@ def serve(
     /docs describes the calls. A client sends the value of the environment variable GREAM_TOKEN, where it is set.
     """
     token, is_loopback = os.environ.get(TOKEN) or None, host == "localhost" or _is_loopback(host)
-    if not is_loopback and token is None:
+    if token is None and not is_loopback:
         raise InputError(f"--host {host}: is open to others; set {TOKEN}, which clients must send then")
+    if token is None and replicas and "RAY_ADDRESS" in os.environ:
+        raise InputError(f"RAY_ADDRESS: the service there may be open to others; set {TOKEN}, which clients must send")
     import torch
     import uvicorn
 
@@ -62,7 +64,7 @@ def serve(
     folder, address = RunFolder.open(run, dataset), f"http://{f'[{host}]' if ':' in host else host}:{port}"
     settings = Settings(
         batch=batch, queue=queue, timeout=timeout, reasoning=reasoning, endpoint=endpoint, served_model=served_model,
-        chains=chains, token=token, gpu_share=gpu_share, hosts=LOOPBACK if is_loopback else None,
+        chains=chains, token=token, gpu_share=gpu_share, hosts=(*LOOPBACK, host) if is_loopback else None,
         cors=tuple(cors or ()), log_histories=log_histories, page=True,
     )  # fmt: skip
     if replicas:

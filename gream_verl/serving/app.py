@@ -7,9 +7,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.openai_client import as_done
 from gream_verl.serving.forms import (
     BatchRequest,
@@ -34,8 +33,9 @@ from gream_verl.serving.forms import (
     Subject,
     known,
 )  # fmt: skip
+from gream_verl.serving.leaving import unless_gone
 from gream_verl.serving.openai_shape import openai_routes
-from gream_verl.serving.service import RefusedError, Service, listed
+from gream_verl.serving.service import RefusedError, Service
 from gream_verl.serving.settings import MOST_BYTES
 
 BEARER = HTTPBearer(auto_error=False)
@@ -43,7 +43,6 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"description": "Not offered here"}, 404: {"description": "Unknown"}, 429: {"description": "Busy"},
     504: {"description": "Too slow"},
 }  # fmt: skip
-Result = TypeVar("Result")
 log = logging.getLogger("gream.serve")
 
 
@@ -69,14 +68,16 @@ class Gate:
             await send(message)
 
         length = headers.get(b"content-length", b"")
-        too_large = scope["method"] in ("POST", "PUT", "PATCH") and not (
-            length.isdigit() and len(length) < 12 and int(length) <= MOST_BYTES
-        )
+        is_short = length.isdigit() and len(length) < 12 and int(length) <= MOST_BYTES
+        too_large = scope["method"] in ("POST", "PUT", "PATCH") and (not is_short or b"transfer-encoding" in headers)
         app: ASGIApp = self._app
         if too_large and scope["path"].startswith(("/v1/", "/admin/")):
             app = Response(f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length", 413)
         try:
             await app(scope, receive, sending)
+        except Exception:
+            status = 500 if status == 499 else status
+            raise
         finally:
             path = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - start
@@ -85,25 +86,6 @@ class Gate:
             line = {"time": round(time.time(), 3), "request_id": state["request_id"], "method": scope["method"]}
             line |= {"path": path, "status": status, "milliseconds": round(1000 * seconds, 2), **state["log"]}
             log.info(json.dumps(line))
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of some work, which ends when the client goes away."""
-    task = asyncio.ensure_future(work)
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    leaving = asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(499, "the client went away")
-        return task.result()
-    finally:
-        task.cancel()
-        leaving.cancel()
 
 
 def create_app(service: Service) -> FastAPI:
@@ -115,7 +97,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.close()
 
-    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
+    async def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         token = (given.credentials if given else "").encode("latin-1")  # the bytes that came: headers are read so
         if not service.is_token(token):
             raise HTTPException(401, "give the token as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"})
@@ -165,6 +147,9 @@ def create_app(service: Service) -> FastAPI:
                     if error.status != 429:
                         return {"error": error.reason, "status": error.status}
                     await asyncio.sleep(0.05)  # others wait; there is no client to ask again
+                except Exception:  # of any kind: the others are answered
+                    log.exception("a question of a batch failed")
+                    return {"error": "internal error", "status": 500}
 
         async def lines() -> AsyncIterator[str]:
             async for number, answer in as_done(range(len(given.requests)), one, settings.batch):
@@ -173,18 +158,9 @@ def create_app(service: Service) -> FastAPI:
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     @private.post("/score", responses=REFUSED)
-    async def score(given: ScoreRequest) -> Scored:
+    async def score(given: ScoreRequest, request: Request) -> Scored:
         """Score and rank given items."""
-        bundle = service.bundle(given.model)
-        with bundle.used():
-            recommender = bundle.recommender
-            items = [item for item in dict.fromkeys(given.items) if item in recommender.index.sids]
-            try:
-                scores = await asyncio.to_thread(recommender.score, service.history_of(given, bundle), items)
-            except InputError as error:
-                raise RefusedError(404, str(error)) from error
-        unknown = [item for item in given.items if item not in recommender.index.sids]
-        return Scored(items=listed(scores, recommender), unknown=unknown, **dict(service.versions(bundle)))
+        return await unless_gone(request, service.score(given))
 
     @private.get("/items")
     def search(
@@ -194,7 +170,7 @@ def create_app(service: Service) -> FastAPI:
         catalogue = service.bundle(None).recommender.catalogue
         return [known(item, catalogue) for item in catalogue.search(q, limit)]
 
-    @private.get("/items/{item}", responses=REFUSED)
+    @private.get("/items/{item:path}", responses=REFUSED)
     def look_up_item(item: str) -> KnownItem:
         """Return what is known of an item."""
         catalogue = service.bundle(None).recommender.catalogue
@@ -202,7 +178,7 @@ def create_app(service: Service) -> FastAPI:
             raise RefusedError(404, f"no item {item!r}")
         return known(item, catalogue)
 
-    @private.get("/users/{user}", responses=REFUSED)
+    @private.get("/users/{user:path}", responses=REFUSED)
     def look_up_user(user: str) -> KnownUser:
         """Return the history of a user of the data set."""
         bundle = service.bundle(None)
@@ -213,9 +189,11 @@ def create_app(service: Service) -> FastAPI:
     @admin.post("/reload", responses={**REFUSED, 409: {"description": "A bad checkpoint; the old one goes on"}})
     async def reload(given: ReloadRequest) -> dict[str, Any]:
         """Take up a checkpoint, the index and the texts anew; no request is dropped."""
-        path = None if given.checkpoint is None else service.run.root / given.checkpoint
-        if path is not None and not path.resolve().is_relative_to(service.run.root.resolve()):
-            raise RefusedError(400, "give a checkpoint inside the run, such as srpo or srpo/global_step_8")
+        path, root = None, service.run.root.resolve()
+        if given.checkpoint is not None:
+            path = service.run.root / given.checkpoint.replace("\0", "")
+            if not path.resolve().is_relative_to(root):
+                raise RefusedError(400, "give a checkpoint inside the run, such as srpo or srpo/global_step_8")
         old, new = await service.reload(given.model, path)
         return {"old": old, "new": new}
 
@@ -232,9 +210,10 @@ def create_app(service: Service) -> FastAPI:
         return {"status": "ok", "models": models}
 
     @app.get("/ready", responses={503: {"description": "Not every mode answers"}})
-    def ready() -> Response:
+    async def ready() -> Response:
         """Say whether every mode answers now."""
-        return JSONResponse({"ready": service.is_ready}, 200 if service.is_ready else 503)
+        is_ready = await service.is_ready()
+        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/metrics", include_in_schema=False)
     def read_metrics() -> Response:

@@ -46,8 +46,7 @@ class Catalogue:
 
     def in_categories(self, names: Collection[str]) -> frozenset[str]:
         """Return the items that are in any of the categories."""
-        wanted = set(names)
-        return frozenset(item for item, text in self.texts.items() if wanted & set(text.categories))
+        return frozenset[str]().union(*(self._categories.get(name, ()) for name in names))
 
     def branch(self, prefix: SemanticId) -> list[str]:
         """Return the items whose semantic IDs begin with some tokens, the most popular first."""
@@ -64,6 +63,15 @@ class Catalogue:
         (best,) = recommend(scores, [known], np.arange(len(number_of)), k)
         items = list(self.popularity)
         return [items[number] for number in best]
+
+    @cached_property
+    def _categories(self) -> dict[str, list[str]]:
+        """The items of each category."""
+        found: dict[str, list[str]] = {}
+        for item, text in self.texts.items():
+            for name in text.categories:
+                found.setdefault(name, []).append(item)
+        return found
 
     @cached_property
     def _paths(self) -> tuple[list[SemanticId], list[str]]:

@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field, ValidationError
 
 from gream_verl.core.semantic_ids import find_sids
-from gream_verl.serving.forms import MOST_K, Recommendations, RecommendRequest, ServedMode
+from gream_verl.serving.forms import MOST_HISTORY, MOST_K, Recommendations, RecommendRequest, ServedMode
+from gream_verl.serving.leaving import unless_gone
 from gream_verl.serving.service import RefusedError, Service
 
 MODES: tuple[ServedMode, ...] = ("direct", "reasoning", "merged")
@@ -23,7 +24,13 @@ class Turn(BaseModel):
     """A message of the conversation; only the last one of the user counts."""
 
     role: str
-    content: str = Field(max_length=200_000)
+    content: str | list[dict[str, Any]] = Field(max_length=200_000)
+
+    @property
+    def text(self) -> str:
+        """The content, or the texts of its parts."""
+        parts = [{"text": self.content}] if isinstance(self.content, str) else self.content
+        return "".join(str(part.get("text", "")) for part in parts)
 
 
 class ChatRequest(BaseModel):
@@ -44,7 +51,7 @@ def openai_routes(service: Service) -> APIRouter:
         name, _, mode = given.model.rpartition("-")
         if name not in service.bundles or mode not in MODES:
             raise RefusedError(404, f"no model {given.model!r}; GET /v1/models lists them")
-        content = next((turn.content for turn in reversed(given.messages) if turn.role == "user"), "")
+        content = next((turn.text for turn in reversed(given.messages) if turn.role == "user"), "")
         if content.lstrip().startswith("{"):
             try:
                 asked = json.loads(content)
@@ -54,7 +61,7 @@ def openai_routes(service: Service) -> APIRouter:
                 raise RefusedError(400, f"the message of the user: {kinds}") from error
         items = service.bundle(name).recommender.index.items
         history = [items[sid] for sid in find_sids(content) if sid in items]
-        return RecommendRequest(history=history[-20:], k=given.n or 10, model=name, mode=mode)
+        return RecommendRequest(history=history[-MOST_HISTORY:], k=given.n or 10, model=name, mode=mode)
 
     @router.get("/models")
     def models() -> dict[str, Any]:
@@ -70,9 +77,10 @@ def openai_routes(service: Service) -> APIRouter:
     async def complete(given: ChatRequest, request: Request) -> Response:
         """Return n items as choices, or stream the chain and then the items."""
         asked = question(given).model_copy(update={"explain": True})
+        service.checked(asked)  # a stream has its status before its first word
         shared = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": given.model}
         if not given.stream:
-            answer = await service.recommend(asked, request_id=request.state.request_id)
+            answer = await unless_gone(request, service.recommend(asked, request_id=request.state.request_id))
             thought = "\n\n".join(chain.text for chain in answer.chains)
             choices = [
                 {"index": item["index"], "finish_reason": "stop", "logprobs": None,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from gream_verl.core.errors import InputError
 from gream_verl.core.files import fingerprint
 from gream_verl.core.origin import check_model, mark
 from gream_verl.core.prompts import messages
@@ -22,9 +21,11 @@ from gream_verl.model.loading import load_decoding_config, load_model, load_toke
 from gream_verl.serving.catalogue import Catalogue
 
 HISTORY, BEAMS = 20, 30
-"""Latest items of a history that a prompt shows, and least beams: those of ``gream evaluate``."""
-CATALOGUES = 16
-"""Sets of allowed items whose trees are kept."""
+"""Latest items of a history that a prompt shows, and beams: those of ``gream evaluate``."""
+MOST_BEAMS = 100
+"""Beams for a longer list, and most items of one."""
+TREES = 32
+"""Trees of allowed items that are kept."""
 NO_HISTORY = "no item of the history is known: these are the most popular ones"
 _Key = tuple[frozenset[str] | None, int, Mode]
 
@@ -97,6 +98,8 @@ class Recommender:
         tags = len(self._encode(THOUGHT_END + ANSWER))
         self._most_tokens: dict[Mode, int] = {"direct": direct, "reasoning": direct - tags - thought_tokens}
         self.model = load_model(self.folder, inference=True)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.clone()  # else it lies in the file, which somebody may overwrite
         weights = [fingerprint(file)[:12] for file in sorted(self.folder.glob("*.safetensors"))]
         self.version = {"model": f"{checkpoint.name}:{'-'.join(weights)}", "index": mark(run.data.index)}
         # All prompts of a mode begin alike up to the first semantic ID, and there are few tokens for that.
@@ -114,7 +117,7 @@ class Recommender:
         histories = [self.known(ask.history) for ask in asks]
         for number, (ask, (known, unknown)) in enumerate(zip(asks, histories, strict=True)):
             if known and self._left(ask):
-                together[ask.allow, max(BEAMS, ask.k), ask.mode].append(number)
+                together[ask.allow, BEAMS if ask.k <= BEAMS else MOST_BEAMS, ask.mode].append(number)
             else:
                 answers[number] = self._popular(ask, unknown)
         for key, numbers in together.items():
@@ -129,25 +132,20 @@ class Recommender:
                 )
         return [answers[number] for number in range(len(asks))]
 
-    def score(self, history: Sequence[str], items: Sequence[str]) -> dict[str, float]:
-        """Return the log-probabilities, in nats, of items of the index after a history, the most probable first.
-
-        Raises:
-            InputError: When no item of the history is known.
-        """
-        known, _ = self.known(history)
-        if not known:
-            raise InputError("no item of the history is known")
-        prompt, ids = self.prompt(known, "direct"), self.tokenizer.convert_tokens_to_ids
-        endings = [ids(list(self.index.sids[item])) for item in items]
-        found: dict[str, float] = {}
-        for start in range(0, len(items), self.batch_size):
-            part = endings[start : start + self.batch_size]
+    def score(self, asks: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, float]]:
+        """Return the log-probabilities, in nats, of items of the index after known items, the most probable first."""
+        pairs = [(number, item) for number, (_, items) in enumerate(asks) for item in items]
+        prompts, ids = [self.prompt(known, "direct") for known, _ in asks], self.tokenizer.convert_tokens_to_ids
+        found: list[dict[str, float]] = [{} for _ in asks]
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
+            endings = [ids(list(self.index.sids[item])) for _, item in part]
+            whole = [[*prompts[number], *ending] for (number, _), ending in zip(part, endings, strict=True)]
             with self._lock:
-                log_probs = ending_log_probs(self.model, [[*prompt, *ending] for ending in part], list(map(len, part)))
-            named = zip(items[start : start + self.batch_size], log_probs, strict=True)
-            found |= {item: float(row.sum()) for item, row in named}
-        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+                log_probs = ending_log_probs(self.model, whole, list(map(len, endings)))
+            for (number, item), row in zip(part, log_probs, strict=True):
+                found[number][item] = float(row.sum())
+        return [dict(sorted(scores.items(), key=lambda pair: -pair[1])) for scores in found]
 
     def known(self, history: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
         """Return the ids of a history that the index holds, and the others."""
@@ -205,7 +203,7 @@ class Recommender:
             self._rankers[key] = BeamRanker(
                 self.model, self.tokenizer, index, self._prefixes[mode], beams=beams, batch_size=self.batch_size
             )
-            if len(self._rankers) > CATALOGUES:
-                self._rankers.popitem(last=False)
+            if len(self._rankers) > TREES:
+                del self._rankers[next(key for key in self._rankers if key[0] is not None)]
         self._rankers.move_to_end(key)
         return self._rankers[key]

@@ -9,13 +9,13 @@ import itertools
 import time
 import uuid
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import Full
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
@@ -23,7 +23,9 @@ from gream_verl.serving.batcher import Batcher
 from gream_verl.serving.forms import (
     Recommendations,
     RecommendRequest,
+    Scored,
     ScoredItem,
+    ScoreRequest,
     Subject,
     Versions,
     named,
@@ -55,9 +57,13 @@ class RefusedError(Exception):
 class Bundle:
     """A checkpoint that answers: the recommender, its queue, and the engine of its chains."""
 
-    def __init__(self, path: Path, recommender: Recommender, batcher: Batcher[Ask, Answer], thinker: Thinker | None):
-        self.path, self.recommender, self.batcher, self.thinker = path, recommender, batcher, thinker
-        self._users = 0
+    def __init__(
+        self, path: Path, recommender: Recommender, thinker: Thinker | None, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.path, self.recommender, self.thinker, self._users = path, recommender, thinker, 0
+        sizes: dict[str, Any] = {"most": settings.batch, "window": settings.window, "queue": settings.queue}
+        self.batcher = Batcher(recommender.recommend, observe=metrics.batches.observe, **sizes)
+        self.scorer = Batcher(recommender.score, **sizes)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -72,7 +78,8 @@ class Bundle:
         """Answer those who use it, then end its threads and processes."""
         while self._users:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.batcher.close)
+        for batcher in (self.batcher, self.scorer):
+            await asyncio.to_thread(batcher.close)
         if self.thinker is not None:
             await self.thinker.close()
 
@@ -93,7 +100,10 @@ class Service:
         self, run: RunFolder, checkpoints: Sequence[Path] | None = None, settings: Settings | None = None
     ) -> None:
         self.run, self.settings, self.metrics = run, settings or Settings(), Metrics()
-        self.bundles = {path.name: self._load(path) for path in checkpoints or [run.trained]}
+        paths = list(checkpoints or [run.trained])
+        if len({path.name for path in paths}) < len(paths):
+            raise InputError(f"{', '.join(map(str, paths))}: two with one name; give one of them another name")
+        self.bundles = {path.name: self._load(path) for path in paths}
         self._previous: dict[str, Bundle] = {}
         self._reloading = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
@@ -104,25 +114,17 @@ class Service:
             self.metrics.trees.labels(found).set_function(partial(self._trees, found))
 
     def _load(self, path: Path) -> Bundle:
-        settings, thinking = (
-            self.settings,
-            ThinkingOptions(
-                chains=self.settings.chains, at_once=self.settings.batch, gpu_share=self.settings.gpu_share
-            ),
-        )
+        settings = self.settings
+        thinking = ThinkingOptions(chains=settings.chains, at_once=settings.batch, gpu_share=settings.gpu_share)
         recommender = Recommender(self.run, path, settings.batch, thinking.max_tokens)
         answer = recommender.recommend([Ask((next(iter(recommender.index.sids)),))])  # a model that computes nonsense
         assert answer
-        batcher: Batcher[Ask, Answer] = Batcher(
-            recommender.recommend, most=settings.batch, window=settings.window, queue=settings.queue,
-            observe=self.metrics.batches.observe,
-        )  # fmt: skip
         thinker: Thinker | None = None
         if settings.endpoint:
             thinker = ServerThinker(settings.endpoint, settings.served_model, thinking, recommender.tokenizer)
         elif settings.reasoning:
             thinker = VllmThinker(recommender.folder, thinking, recommender.model.config.max_position_embeddings)
-        return Bundle(path, recommender, batcher, thinker)
+        return Bundle(path, recommender, thinker, settings, self.metrics)
 
     def bundle(self, name: str | None) -> Bundle:
         """Return a served checkpoint, the default one without a name."""
@@ -139,10 +141,10 @@ class Service:
         wanted = self.settings.token
         return wanted is None or hmac.compare_digest(given, wanted.encode())
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether every checkpoint can answer in every mode."""
-        return all(bundle.thinker is None or bundle.thinker.is_ready for bundle in self.bundles.values())
+    async def is_ready(self) -> bool:
+        """Return whether every checkpoint can answer in every mode; a dead engine is started again meanwhile."""
+        thinkers = [bundle.thinker for bundle in self.bundles.values() if bundle.thinker is not None]
+        return all([await thinker.wake() for thinker in thinkers])
 
     def history_of(self, subject: Subject, bundle: Bundle) -> list[str]:
         """Return the history of a request."""
@@ -166,24 +168,16 @@ class Service:
         Raises:
             RefusedError: When there is no answer.
         """
-        start, bundle = time.perf_counter(), self.bundle(given.model)
+        start, bundle = time.perf_counter(), self.checked(given)
         catalogue = bundle.recommender.catalogue
         allow = None if given.allow is None else frozenset(given.allow)
         if given.categories is not None:
             some = catalogue.in_categories(given.categories)
             allow = some if allow is None else allow & some
         ask = Ask(tuple(self.history_of(given, bundle)), given.k, frozenset(given.exclude), allow)
-        if given.mode != "direct" and bundle.thinker is None:
-            raise RefusedError(400, "this service does not think; start it with --reasoning or --endpoint")
         seconds: dict[str, float] = {}
-        try:
-            with bundle.used():
-                async with asyncio.timeout(self.settings.timeout):
-                    answer, chains = await self._answer(bundle, ask, given, write, seconds)
-        except Full:
-            raise RefusedError(429, "too many requests wait") from None
-        except TimeoutError:
-            raise RefusedError(504, f"no answer within {self.settings.timeout:g} s") from None
+        async with self._limited(bundle):
+            answer, chains = await self._answer(bundle, ask, given, write, seconds)
         seconds["total"] = time.perf_counter() - start
         for part, taken in seconds.items():
             self.metrics.parts.labels(part).observe(taken)
@@ -196,6 +190,43 @@ class Service:
             milliseconds={part: round(1000 * taken, 2) for part, taken in seconds.items()},
             **dict(self.versions(bundle)),
         )  # fmt: skip
+
+    async def score(self, given: ScoreRequest) -> Scored:
+        """Score given items.
+
+        Raises:
+            RefusedError: When there is no answer.
+        """
+        bundle = self.bundle(given.model)
+        recommender, history = bundle.recommender, self.history_of(given, bundle)
+        known, unknown = recommender.known(history)
+        if not known:
+            raise RefusedError(404, "no item of the history is known")
+        items, others = recommender.known(given.items)
+        async with self._limited(bundle):
+            future = bundle.scorer.submit((tuple(known), tuple(dict.fromkeys(items))))
+            scores = await asyncio.wrap_future(future)
+        return Scored(items=listed(scores, recommender), unknown=[*unknown, *others], **dict(self.versions(bundle)))
+
+    def checked(self, given: RecommendRequest) -> Bundle:
+        """Return what answers a question; raise RefusedError for what cannot be answered."""
+        bundle = self.bundle(given.model)
+        self.history_of(given, bundle)
+        if given.mode != "direct" and bundle.thinker is None:
+            raise RefusedError(400, "this service does not think; start it with --reasoning or --endpoint")
+        return bundle
+
+    @asynccontextmanager
+    async def _limited(self, bundle: Bundle) -> AsyncIterator[None]:
+        """Keep a bundle open, for as long as a request may take."""
+        try:
+            with bundle.used():
+                async with asyncio.timeout(self.settings.timeout):
+                    yield
+        except Full:
+            raise RefusedError(429, "too many requests wait") from None
+        except TimeoutError:
+            raise RefusedError(504, f"no answer within {self.settings.timeout:g} s") from None
 
     async def _answer(
         self, bundle: Bundle, ask: Ask, given: RecommendRequest, write: Write, seconds: dict[str, float]
@@ -256,7 +287,7 @@ class Service:
             except Exception as error:  # of any kind: a bad bundle must not end a good one
                 reason = str(error) if isinstance(error, InputError) else repr(error)
                 raise RefusedError(409, f"{checkpoint or old.path}: {reason}; the old one goes on") from error
-            return self._swap(old, new)
+            return self._swap(self._name(old), new)
 
     async def roll_back(self, name: str | None) -> tuple[Versions, Versions]:
         """Take up what answered before the last reload."""
@@ -265,7 +296,7 @@ class Service:
             key = self._name(old)
             if key not in self._previous:
                 raise RefusedError(409, f"{key}: nothing was reloaded")
-            return self._swap(old, self._previous.pop(key))
+            return self._swap(key, self._previous.pop(key))
 
     def _trees(self, found: str) -> int:
         return sum(bundle.recommender.trees[found] for bundle in self.bundles.values())
@@ -273,9 +304,8 @@ class Service:
     def _name(self, bundle: Bundle) -> str:
         return next(name for name, other in self.bundles.items() if other is bundle)
 
-    def _swap(self, old: Bundle, new: Bundle) -> tuple[Versions, Versions]:
-        name = self._name(old)
-        self.bundles[name] = new
+    def _swap(self, name: str, new: Bundle) -> tuple[Versions, Versions]:
+        old, self.bundles[name] = self.bundles[name], new
         oldest = self._previous.get(name)
         self._previous[name] = old
         if oldest is not None:

@@ -54,9 +54,8 @@ READABLE = {"skip_special_tokens": False, "spaces_between_special_tokens": False
 class Thinker(Protocol):
     """An engine of chains."""
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether chains can be asked for."""
+    async def wake(self) -> bool:
+        """Return whether chains can be asked for; a dead engine is started again meanwhile."""
 
     def think(self, prompt: Sequence[int], seed: int) -> AsyncIterator[str]:
         """Yield the text of a chain as it is written; close the iterator, and no more is.
@@ -109,9 +108,10 @@ class VllmThinker:
             )
         )
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the engine lives."""
+    async def wake(self) -> bool:
+        """Return whether the engine lives; a dead one is started again meanwhile."""
+        if self._engine.errored and self._starting is None:
+            self._starting = asyncio.create_task(self._start_again())
         return not self._engine.errored
 
     async def think(self, prompt: Sequence[int], seed: int) -> AsyncIterator[str]:
@@ -119,8 +119,7 @@ class VllmThinker:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if not self.is_ready:
-            self._starting = self._starting or asyncio.create_task(self._start_again())
+        if not await self.wake():
             raise ThinkingError("vLLM starts again")
         parameters = SamplingParams(**self._options.sampling(seed), **READABLE, output_kind=RequestOutputKind.DELTA)
         stream = self._engine.generate({"prompt_token_ids": list(prompt)}, parameters, f"chain-{next(self._numbers)}")
@@ -155,7 +154,9 @@ class ServerThinker:
         self._client, self._wanted, self._options, self._tokenizer = self._server.client(), model, options, tokenizer
         self._found: tuple[str, bool] | None = None
 
-    is_ready = True
+    async def wake(self) -> bool:
+        """Return True: whether the server answers shows when it is asked."""
+        return True
 
     async def think(self, prompt: Sequence[int], seed: int) -> AsyncIterator[str]:
         """Yield the text of a chain as it is written."""

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from gream_verl.core.errors import InputError
+import pytest
+from serving_run import make_served_run
+
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.options import EvaluationOptions
@@ -64,8 +66,28 @@ def test_a_fallback_and_a_shortage_are_said(recommender: Recommender) -> None:
 
 def test_scores_of_given_items_are_those_of_the_search(recommender: Recommender) -> None:
     (answer,) = recommender.recommend([Ask(("4", "5"), k=24)])
-    scores = recommender.score(["4", "5"], list(answer.scores)[::-1])
+    scores, others = recommender.score([(["4", "5"], list(answer.scores)[::-1]), (["1"], ["2", "3"])])
     assert list(scores) == list(answer.scores)
     assert list(scores.values()) == pytest.approx(list(answer.scores.values()), abs=1e-4)
-    with pytest.raises(InputError, match="no item of the history is known"):
-        recommender.score(["x"], ["1"])
+    (alone,) = recommender.score([(["1"], ["3", "2"])])
+    assert others == pytest.approx(alone, abs=1e-4)
+
+
+def test_the_files_of_a_model_may_change_while_it_answers(tmp_path: Path) -> None:
+    recommender = Recommender(RunFolder.open(make_served_run(tmp_path / "run")))
+    before = recommender.recommend([Ask(("1", "2"))])
+    weights = recommender.folder / "model.safetensors"
+    with weights.open("r+b") as file:  # in place, as `cp` does
+        file.seek(-100_000, 2)
+        file.write(b"\0" * 100_000)
+    assert recommender.recommend([Ask(("1", "2"))]) == before
+
+
+def test_all_items_stay_ready_whatever_is_allowed(recommender: Recommender) -> None:
+    recommender.recommend([Ask(("1",))])
+    made = recommender.trees["made"]
+    for number in range(2, 24):
+        recommender.recommend([Ask(("1",), allow=frozenset({"2", str(number)})) for number in (number, number + 40)])
+    assert len(recommender._rankers) <= 32
+    recommender.recommend([Ask(("1",), k=30)])
+    assert recommender.trees["made"] == made + 44

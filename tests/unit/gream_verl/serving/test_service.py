@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 from assets import make_tiny_model
 from serving_run import CHAIN, CannedThinker, make_served_run, thinking
 
+from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.evaluation import reasoning
 from gream_verl.evaluation.direct import evaluate_direct
@@ -197,3 +199,42 @@ def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(own_run: RunFolder, har
         assert (await service.recommend(RecommendRequest(user="1"))).items == first.items
 
     served(service, work)
+
+
+def test_a_reload_that_fails_leaves_nothing_behind(own_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(own_run)
+    service.settings = service.settings.model_copy(update={"reasoning": True})
+    monkeypatch.setattr("gream_verl.serving.service.VllmThinker", None)  # fails when it is made
+    before = {thread for thread in threading.enumerate() if thread.name == "gream-batcher"}
+
+    async def work() -> None:
+        with pytest.raises(RefusedError, match="the old one goes on"):
+            await service.reload(None)
+        assert {thread for thread in threading.enumerate() if thread.name == "gream-batcher"} == before
+
+    served(service, work)
+
+
+def test_two_checkpoints_of_one_name_are_refused(own_run: RunFolder) -> None:
+    shutil.copytree(own_run.sft, own_run.root / "x" / "sft")
+    with pytest.raises(InputError, match="two with one name"):
+        Service(own_run, [own_run.sft, own_run.root / "x" / "sft"])
+
+
+class SleepingThinker(CannedThinker):
+    """Is not ready before it was waked twice."""
+
+    waked = 0
+
+    async def wake(self) -> bool:
+        self.waked += 1
+        return self.waked > 1
+
+
+def test_asking_whether_it_is_ready_wakes_a_dead_engine(service: Service) -> None:
+    thinking(service, SleepingThinker())
+
+    async def work() -> list[bool]:
+        return [await service.is_ready(), await service.is_ready()]
+
+    assert served(service, work) == [False, True]
