@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -172,6 +173,17 @@ def path_of(item: str, catalogue: Catalogue, shown: int = 5) -> list[Branch]:
         some = [named(other, catalogue) for other in items[: shown + 1] if other != item][:shown]
         path.append(Branch(token=token, items=len(items), some=some))
     return path
+
+
+def listed(scores: Mapping[str, float], catalogue: Catalogue, with_path: bool = False) -> list[ScoredItem]:
+    """Return the items of an answer."""
+    return [
+        ScoredItem(
+            **dict(named(item, catalogue)), rank=rank, sid=catalogue.index.text(item), score=round(score, 5),
+            path=path_of(item, catalogue) if with_path else [],
+        )
+        for rank, (item, score) in enumerate(scores.items(), 1)
+    ]  # fmt: skip
 
 
 def with_titles(text: str, catalogue: Catalogue) -> str:

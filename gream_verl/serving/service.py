@@ -9,7 +9,7 @@ import itertools
 import time
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,12 +24,10 @@ from gream_verl.serving.forms import (
     Recommendations,
     RecommendRequest,
     Scored,
-    ScoredItem,
     ScoreRequest,
     Subject,
     Versions,
-    named,
-    path_of,
+    listed,
     read_chain,
 )  # fmt: skip
 from gream_verl.serving.recommender import Answer, Ask, Recommender
@@ -183,7 +181,7 @@ class Service:
             self.metrics.parts.labels(part).observe(taken)
         self.metrics.fallbacks.inc(bool(answer.fallback))
         return Recommendations(
-            items=listed(answer.scores, bundle.recommender, given.explain), unknown=list(answer.unknown),
+            items=listed(answer.scores, catalogue, given.explain), unknown=list(answer.unknown),
             fallback=answer.fallback, shortage=answer.shortage, mode=given.mode,
             chains=[read_chain(chain, catalogue) for chain in chains] if given.explain else [],
             request_id=request_id or uuid.uuid4().hex,
@@ -206,7 +204,9 @@ class Service:
         async with self._limited(bundle):
             future = bundle.scorer.submit((tuple(known), tuple(dict.fromkeys(items))))
             scores = await asyncio.wrap_future(future)
-        return Scored(items=listed(scores, recommender), unknown=[*unknown, *others], **dict(self.versions(bundle)))
+        return Scored(
+            items=listed(scores, recommender.catalogue), unknown=[*unknown, *others], **dict(self.versions(bundle))
+        )
 
     def checked(self, given: RecommendRequest) -> Bundle:
         """Return what answers a question; raise RefusedError for what cannot be answered."""
@@ -318,18 +318,6 @@ class Service:
         """Answer what waits, and end."""
         every = [*self.bundles.values(), *self._previous.values()]
         await asyncio.gather(*self._closing, *(bundle.close() for bundle in every))
-
-
-def listed(scores: Mapping[str, float], recommender: Recommender, with_path: bool = False) -> list[ScoredItem]:
-    """Return the items of an answer."""
-    catalogue = recommender.catalogue
-    return [
-        ScoredItem(
-            **dict(named(item, catalogue)), rank=rank, sid=recommender.index.text(item),
-            score=round(score, 5), path=path_of(item, catalogue) if with_path else [],
-        )
-        for rank, (item, score) in enumerate(scores.items(), 1)
-    ]  # fmt: skip
 
 
 async def _search(bundle: Bundle, ask: Ask) -> Answer:
