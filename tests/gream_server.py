@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from local_server import free_port, wait_for_health
 
 GREAM = [sys.executable, "-c", "from gream_verl.cli.main import main; main()", "serve"]
 
@@ -29,23 +28,13 @@ def call(url: str, body: Mapping[str, Any] | None = None) -> Any:
 @contextmanager
 def gream_server(run: Path, log_file: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Serve a run on loopback; yield the base URL and the process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, environment = f"http://127.0.0.1:{port}", {**os.environ, "GREAM_TOKEN": ""}
+    port, environment = free_port(), {**os.environ, "GREAM_TOKEN": ""}
+    url = f"http://127.0.0.1:{port}"
     with log_file.open("wb") as log:
         command = [*GREAM, str(run), "--port", str(port), *options]
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert server.poll() is None, log_file.read_text()[-3000:]
-            assert time.monotonic() < deadline, f"the service did not come up\n{log_file.read_text()[-3000:]}"
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.2)
+        wait_for_health(server, url, log_file)
         yield url, server
     finally:
         server.terminate()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from local_server import free_port, wait_for_health
 
 from gream_verl.core.cpu_environment import set_defaults
 
@@ -21,10 +19,7 @@ from gream_verl.core.cpu_environment import set_defaults
 @contextmanager
 def vllm_server(model: Path, log_file: Path, *options: str) -> Iterator[str]:
     """Serve ``model`` as ``tiny`` on loopback and yield the base URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = dict(os.environ)
+    port, environment = free_port(), dict(os.environ)
     set_defaults(environment)
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
@@ -34,15 +29,7 @@ def vllm_server(model: Path, log_file: Path, *options: str) -> Iterator[str]:
     with log_file.open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert server.poll() is None, log_file.read_text()[-3000:]
-            assert time.monotonic() < deadline, f"the server did not come up\n{log_file.read_text()[-3000:]}"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.3)
+        wait_for_health(server, f"http://127.0.0.1:{port}", log_file)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from assets import TITLES, make_index, make_tiny_model
+from local_server import free_port, wait_for_health
 from serving_run import ITEMS, make_served_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -57,27 +54,13 @@ uvicorn.run(create_app(service), host="127.0.0.1", port=int(port), log_level="wa
 
 def start(run: Path, token: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start a service of a run, and return its process and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     sid = make_index(ITEMS).text("3")  # the item with the hostile title
     chain = f"<think>Evidence: the last one is {sid} of six. Preference: Drama. Intent: Drama.</think>{sid}<answer>"
     arguments = [str(Path(__file__).parents[1]), str(run), str(port), token, chain]
-    with (run / f"log{len(token)}").open("wb") as log:
+    with (run / f"log-{'secured' if token else 'open'}").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", SERVER, *arguments], cwd=run, stdout=log, stderr=log)
     return process, f"http://127.0.0.1:{port}"
-
-
-def wait_for(process: subprocess.Popen[bytes], url: str) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        assert process.poll() is None, "the service ended"
-        assert time.monotonic() < deadline, "the service did not come up"
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +70,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     make_tiny_model(run / "srpo", make_index(ITEMS), seed=1)
     started = {name: start(run, token) for name, token in (("open", ""), ("secured", TOKEN))}
     try:
-        for process, url in started.values():
-            wait_for(process, url)
+        for name, (process, url) in started.items():
+            wait_for_health(process, url, run / f"log-{name}", 120)
         yield {name: url for name, (_, url) in started.items()}
     finally:
         for process, _ in started.values():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from assets import make_index, make_tiny_model
+from local_server import free_port
 from serving_run import ITEMS, USERS, make_served_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
@@ -111,9 +111,7 @@ def test_no_request_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         lists = [list(answer.scores) for answer in recommender.recommend(asks)]
         right[recommender.version["model"]] = dict(enumerate(lists))
     old, new = right
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url, settings = f"http://127.0.0.1:{port}", Settings(page=True)
     try:
         deploy(run, [run.sft], settings, replicas=2, port=port)
