@@ -65,7 +65,8 @@ def run_steps(folder: Path, steps: Sequence[Step], console: Console) -> list[str
         hold(file, f"{folder}: in use by another run; wait for it or choose another folder")
         for number, step in enumerate(steps, start=1):
             console.rule(f"[bold]{number}/{len(steps)} {step.name}", align="left")
-            console.print(f"$ {' '.join(step.command.split())}", style="cyan", highlight=False, soft_wrap=True)
+            shown = " ".join(step.command.split())
+            console.print(f"$ {shown}", style="cyan", highlight=False, markup=False, soft_wrap=True)
             stamp, digest = stamp_file(folder, step.name), _digest(step)
             last = read_json(stamp) if stamp.is_file() else {}
             same = last.get("fingerprint") == digest

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import shlex
 import subprocess
@@ -54,6 +55,13 @@ def test_a_finished_step_is_kept_and_a_changed_one_runs_again(tmp_path, copy):
     assert run(tmp_path, folder) == ["copy"]
     (tmp_path / "folder" / "more").touch()
     assert run(tmp_path, folder) == ["copy"]
+
+
+def test_a_command_is_shown_as_a_shell_takes_it(tmp_path):
+    console = Console(record=True, file=io.StringIO(), width=40)
+    step = Step("say", shell("true", "'+recipe=[one,two]'", tmp_path))
+    run_steps(tmp_path / "run", [step], console)
+    assert f"$ {step.command}" in console.export_text().splitlines()
 
 
 def test_a_failure_shows_the_end_of_the_log_and_keeps_earlier_steps(tmp_path, copy):
