@@ -15,6 +15,7 @@ from typer import Argument, Option, Typer
 from gream_verl.cli.common import Dataset, Run, console
 from gream_verl.cli.evaluate import CHECKPOINT
 from gream_verl.core.errors import InputError
+from gream_verl.core.options import file_options
 from gream_verl.core.run_folder import RunFolder
 
 serve_app = Typer()
@@ -28,24 +29,20 @@ def serve(
     checkpoints: Annotated[
         list[Path] | None, Argument(metavar="[CHECKPOINT]...", help=f"{CHECKPOINT} Several are served side by side.")
     ] = None,
-    reasoning: Annotated[bool, Option("--reasoning", help="Also write chains of thought, by vLLM.")] = False,
+    reasoning: Annotated[bool | None, Option("--reasoning", help="Also write chains of thought, by vLLM.")] = None,
     endpoint: Annotated[str | None, Option(help="Have an OpenAI-compatible server write them.")] = None,
-    served_model: Annotated[str | None, Option(help="Name of the model on that server.")] = None,
-    chains: Annotated[int, Option(min=1, max=16, help="Chains of thought for a question.")] = 1,
+    chains: Annotated[int | None, Option(help="Chains of thought for a question. Default: 1.")] = None,
     host: Annotated[str, Option(help=f"Address to listen on; beyond this machine it wants {TOKEN}.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8080,
-    batch: Annotated[int, Option(min=1, help="Most requests computed at once.")] = 32,
-    queue: Annotated[int, Option(min=1, help="Most requests that wait; the next one is refused.")] = 256,
-    timeout: Annotated[float, Option(min=0.1, help="Seconds until a request is given up.")] = 30.0,
+    batch: Annotated[int | None, Option(help="Most requests computed at once. Default: 32.")] = None,
+    queue: Annotated[int | None, Option(help="Most requests that wait; the next is refused. Default: 256.")] = None,
+    timeout: Annotated[float | None, Option(help="Seconds until a request is given up. Default: 30.")] = None,
     replicas: Annotated[int, Option(min=0, help="Processes of the same, by Ray Serve; 0 for this one alone.")] = 0,
     most_replicas: Annotated[int | None, Option(min=1, help="Most of them, while many requests wait.")] = None,
-    threads: Annotated[int, Option(min=1, help="Threads of the model without a GPU; more than one seldom helps.")] = 1,
-    gpu_share: Annotated[float, Option(min=0.01, max=0.9, help="Share of the GPU's memory for vLLM.")] = 0.3,
-    cors: Annotated[list[str] | None, Option(metavar="ORIGIN", help="Pages that may call; none without.")] = None,
-    log_histories: Annotated[bool, Option("--log-histories", help="Write histories into the log.")] = False,
+    config: Annotated[Path | None, Option("--config", "-c", help="YAML file with these and further settings.")] = None,
     dataset: Dataset = None,
 ) -> None:
-    """Serve recommendations over HTTP, with a page to look at them.
+    """Serve recommendations over HTTP, and as a page.
 
     /docs describes the calls. A client sends the value of the environment variable GREAM_TOKEN, where it is set.
     """
@@ -62,22 +59,21 @@ def serve(
     from gream_verl.serving.settings import Settings
 
     folder, address = RunFolder.open(run, dataset), f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    settings = Settings(
-        batch=batch, queue=queue, timeout=timeout, reasoning=reasoning, endpoint=endpoint, served_model=served_model,
-        chains=chains, token=token, gpu_share=gpu_share, hosts=(*LOOPBACK, host) if is_loopback else None,
-        cors=tuple(cors or ()), log_histories=log_histories, page=True,
-    )  # fmt: skip
+    hosts = (*LOOPBACK, host) if is_loopback else None
+    line: dict[str, Any] = {"reasoning": reasoning, "endpoint": endpoint, "chains": chains, "batch": batch}
+    line |= {"queue": queue, "timeout": timeout, "token": token, "hosts": hosts, "page": True}
+    settings = file_options(Settings, config, line, "gream serve")
     if replicas:
         given = {"replicas": replicas, "most_replicas": most_replicas, "host": host, "port": port}
         _serve_by_ray(address, run=folder, checkpoints=checkpoints, settings=settings, **given)
         return
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
     service = Service(folder, checkpoints, settings)
     items = len(service.bundle(None).recommender.index)
     console.print(f"{', '.join(service.bundles)}: {items:,} items at {address}, described at {address}/docs")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("gream.serve").setLevel(logging.INFO)
-    graceful = int(timeout) + 1
+    graceful = int(settings.timeout) + 1
     uvicorn.run(create_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=graceful)
 
 

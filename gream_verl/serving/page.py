@@ -39,8 +39,9 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     # Mounted at / it would answer what the other routes refuse, an unknown call for one, with a page.
     ui.run_with(
-        app, mount_path="/page", title="gream", language="en-US", dark=None, tailwind=False, show_welcome_message=False
-    )
+        app, mount_path="/page", title="gream", language="en-US", dark=None, tailwind=False, show_welcome_message=False,
+        reconnect_timeout=30.0,  # seconds for which a page outlives a connection that was lost
+    )  # fmt: skip
 
 
 def _ask_for_token(service: Service) -> None:

@@ -20,6 +20,7 @@ class Settings(BaseModel):
         reasoning: Whether chains of thought are written, by vLLM where there is no ``endpoint``.
         endpoint: URL of an OpenAI-compatible server that writes chains, and the name of its model.
         chains: Chains of thought for a question.
+        threads: Threads of the models without a GPU; on busy cores two are slower than one.
         gpu_share: Share of the GPU's memory that vLLM takes; a reload needs it twice, and the beam search the rest.
         token: What a client must send as ``Authorization: Bearer TOKEN``; None asks for nothing.
         hosts: Names under which clients may call; None for any.
@@ -38,6 +39,7 @@ class Settings(BaseModel):
     endpoint: str | None = None
     served_model: str | None = None
     chains: int = Field(default=1, ge=1, le=16)
+    threads: int = Field(default=1, ge=1)
     gpu_share: float = Field(default=0.3, gt=0, le=0.9)
     token: str | None = None
     hosts: tuple[str, ...] | None = None

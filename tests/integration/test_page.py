@@ -115,13 +115,20 @@ def titles(page: Any, name: str) -> list[str]:
     return rows.locator(".title").all_inner_texts()
 
 
+def visit(page: Any, url: str) -> None:
+    """Open a page, and return when it is connected: a busy machine may load it twice."""
+    page.goto(url)
+    page.wait_for_function("window.did_handshake", timeout=60_000)
+    page.wait_for_load_state("networkidle")
+
+
 def choose(page: Any, user: int) -> None:
     page.get_by_label("Test user", exact=True).fill(str(user))
     page.get_by_role("button", name=f"User {user}, 5 items", exact=True).click()
 
 
 def test_a_chain_is_shown_as_it_is_written_and_its_items_by_their_titles(services: dict[str, str], page: Any) -> None:
-    page.goto(services["open"])
+    visit(page, services["open"])
     choose(page, 4)
     assert len(titles(page, "Direct · srpo")) == 10
     thinking = column(page, "Reasoning · srpo")
@@ -136,7 +143,7 @@ def test_a_chain_is_shown_as_it_is_written_and_its_items_by_their_titles(service
 
 
 def test_the_keyboard_changes_the_history_and_the_lists_move(services: dict[str, str], page: Any) -> None:
-    page.goto(services["open"])
+    visit(page, services["open"])
     page.get_by_label("Test user", exact=True).focus()
     page.keyboard.type("2")
     page.keyboard.press("Enter")
@@ -168,7 +175,7 @@ def test_the_keyboard_changes_the_history_and_the_lists_move(services: dict[str,
 
 
 def test_an_item_shows_its_path_and_the_held_out_one_is_revealed(services: dict[str, str], page: Any) -> None:
-    page.goto(services["open"])
+    visit(page, services["open"])
     choose(page, 2)
     titles(page, "Direct · srpo")
     first = column(page, "Direct · srpo").locator(".ranking > li").first
@@ -185,7 +192,7 @@ def test_an_item_shows_its_path_and_the_held_out_one_is_revealed(services: dict[
 
 
 def test_two_models_are_compared(services: dict[str, str], page: Any) -> None:
-    page.goto(services["open"])
+    visit(page, services["open"])
     choose(page, 4)
     srpo = titles(page, "Direct · srpo")
     column(page, "Reasoning · srpo").get_by_label("Mode and model").click()
@@ -195,7 +202,7 @@ def test_two_models_are_compared(services: dict[str, str], page: Any) -> None:
 
 
 def test_a_newer_history_ends_the_thinking_about_an_older_one(services: dict[str, str], page: Any) -> None:
-    page.goto(services["open"])
+    visit(page, services["open"])
     choose(page, 4)
     expect(column(page, "Reasoning · srpo").locator(".chain")).to_have_count(1)
     choose(page, 5)
@@ -206,7 +213,7 @@ def test_a_newer_history_ends_the_thinking_about_an_older_one(services: dict[str
 
 def test_it_is_named_and_fits_a_phone(services: dict[str, str], page: Any) -> None:
     page.set_viewport_size(PHONE)
-    page.goto(services["open"])
+    visit(page, services["open"])
     choose(page, 4)
     titles(page, "Reasoning · srpo")
     for details in page.locator("summary").all()[:3]:
@@ -220,7 +227,7 @@ def test_it_is_named_and_fits_a_phone(services: dict[str, str], page: Any) -> No
 
 
 def test_nothing_is_shown_before_the_token(services: dict[str, str], page: Any) -> None:
-    page.goto(services["secured"])
+    visit(page, services["secured"])
     field = page.get_by_label("Token", exact=True)
     field.fill("wrong")
     page.keyboard.press("Enter")
@@ -241,7 +248,7 @@ def take_picture(url: str, user: str, title: str, file: str) -> None:
     with sync_api.sync_playwright() as playwright:
         page = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
         page.set_viewport_size({"width": 1280, "height": 900})
-        page.goto(url)
+        visit(page, url)
         for field, typed in (("Test user", user), ("Add a title", title)):
             page.get_by_label(field, exact=True).fill(typed)
             page.keyboard.press("Enter")

@@ -6,9 +6,11 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -296,3 +298,10 @@ def test_reload_stays_inside_the_run(client: TestClient) -> None:
     assert client.post("/admin/reload", json={"model": "nobody"}).status_code == 404
     assert client.post("/admin/rollback", json={}).status_code == 409
     assert client.get("/ready").json() == {"ready": True}
+
+
+def test_the_documented_settings_are_those_that_there_are() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "serving.md").read_text(encoding="utf-8")
+    documented = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    assert Settings(**documented) == Settings()
+    assert set(Settings.model_fields) - set(documented) == {"token", "hosts", "page"}
