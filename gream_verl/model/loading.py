@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 
 def resolve_model(path: Path) -> Path:
-    """Return the Hugging Face folder of a checkpoint: the path itself, or the latest of verl's checkpoints there."""
+    """Return the Hugging Face folder of a checkpoint: the path itself, one step of verl's, or the latest of its steps."""
     if (path / "config.json").is_file():
         return path
-    latest = require_file(path / "latest_checkpointed_iteration.txt", "choose a model or verl's checkpoints")
-    exported = path / f"global_step_{latest.read_text(encoding='utf-8').strip()}" / "actor" / "huggingface"
+    step = path
+    if not (path / "actor").is_dir():
+        latest = require_file(path / "latest_checkpointed_iteration.txt", "choose a model or verl's checkpoints")
+        step = path / f"global_step_{latest.read_text(encoding='utf-8').strip()}"
+    exported = step / "actor" / "huggingface"
     if not list(exported.glob("*.safetensors")):
         raise InputError(f"{exported}: no exported model; train with checkpoint.save_contents=[...,hf_model]")
     return exported

@@ -112,5 +112,6 @@ def test_a_checkpoint_of_verl_stands_for_its_latest_export(tmp_path: Path) -> No
     for name in ("config.json", "model.safetensors"):
         write_text(exported / name, "")
     assert resolve_model(tmp_path / "srpo") == resolve_model(exported) == exported
+    assert resolve_model(exported.parents[1]) == exported  # one step
     with pytest.raises(InputError, match="choose a model or verl's checkpoints"):
         resolve_model(tmp_path)
