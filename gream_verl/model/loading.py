@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def resolve_model(path: Path) -> Path:
-    """Return the Hugging Face folder of a checkpoint: the path itself, one step of verl's, or the latest of its steps."""
+    """Return the Hugging Face folder of a checkpoint: the path, a step of verl's, or the latest of its steps."""
     if (path / "config.json").is_file():
         return path
     step = path
