@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -76,3 +77,13 @@ def merge_rankings(rankings: Sequence[Mapping[str, float]], k: int, merge: Merge
         for item, found in scores.items()
     }
     return dict(sorted(merged.items(), key=lambda pair: -pair[1])[:k])
+
+
+def in_turn(first: Iterable[str], second: Iterable[str], k: int) -> list[str]:
+    """Return the best of the first list, the best of the second, and so on, each item once, at most ``k``.
+
+    >>> in_turn(["a", "b", "c"], ["b", "d", "a"], 3)
+    ['a', 'b', 'd']
+    """
+    pairs = zip_longest(first, second)
+    return list(dict.fromkeys(item for pair in pairs for item in pair if item is not None))[:k]

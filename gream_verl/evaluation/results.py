@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file, write_json, write_text
 from gream_verl.core.split import read_interactions, training_parts
+from gream_verl.decoding.chains import in_turn
 from gream_verl.evaluation.metrics import RANKING, bootstrap_mean, coverage, rank_of, ranking_metrics, user_metric
 
 FLOORS = ("popularity", "co-occurrence")
@@ -128,9 +129,8 @@ def merged(first: Evaluation, second: Evaluation) -> Evaluation:
     lists_of = {row["user"]: row["recommended"] for row in second.rows}
     rows = []
     for row in first.rows:
-        pairs = zip(row["recommended"], lists_of[row["user"]], strict=False)
-        length = min(len(row["recommended"]), len(lists_of[row["user"]]))
-        items = list(dict.fromkeys(chain.from_iterable(pairs)))[:length]
+        lists = row["recommended"], lists_of[row["user"]]
+        items = in_turn(*lists, min(map(len, lists)))
         kept = {key: row[key] for key in ("user", "target", "history_length") if key in row}
         rows.append({**kept, "recommended": items})
     ranks = [rank_of(row["target"], row["recommended"]) for row in rows]

@@ -132,6 +132,10 @@ class Recommender:
                 )
         return [answers[number] for number in range(len(asks))]
 
+    def check(self) -> None:
+        """Answer a question, past any queue; raise InputError for a model that computes no numbers."""
+        self.recommend([Ask((next(iter(self.index.sids)),))])
+
     def score(self, asks: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, float]]:
         """Return the log-probabilities, in nats, of items of the index after known items, the most probable first."""
         pairs = [(number, item) for number, (_, items) in enumerate(asks) for item in items]

@@ -79,11 +79,8 @@ class Replica:
 
         A replica whose vLLM starts again stays: it gives direct answers meanwhile.
         """
-        from gream_verl.serving.recommender import Ask
-
         for bundle in self._service.bundles.values():
-            ask = Ask((next(iter(bundle.recommender.index.sids)),))
-            await asyncio.to_thread(bundle.recommender.recommend, [ask])
+            await asyncio.to_thread(bundle.recommender.check)
 
     async def __del__(self) -> None:
         await self._service.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import itertools
 import time
 import uuid
 import zlib
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from gream_verl.core.errors import InputError
 from gream_verl.core.run_folder import RunFolder
+from gream_verl.decoding.chains import in_turn
 from gream_verl.serving.batcher import Batcher
 from gream_verl.serving.forms import (
     Recommendations,
@@ -115,8 +115,7 @@ class Service:
         settings = self.settings
         thinking = ThinkingOptions(chains=settings.chains, at_once=settings.batch, gpu_share=settings.gpu_share)
         recommender = Recommender(self.run, path, settings.batch, thinking.max_tokens)
-        answer = recommender.recommend([Ask((next(iter(recommender.index.sids)),))])  # a model that computes nonsense
-        assert answer
+        recommender.check()
         thinker: Thinker | None = None
         if settings.endpoint:
             thinker = ServerThinker(settings.endpoint, settings.served_model, thinking, recommender.tokenizer)
@@ -126,9 +125,7 @@ class Service:
 
     def bundle(self, name: str | None) -> Bundle:
         """Return a served checkpoint, the default one without a name."""
-        if name is not None and name not in self.bundles:
-            raise RefusedError(404, f"no model {name!r} but {', '.join(self.bundles)}")
-        return self.bundles[name or next(iter(self.bundles))]
+        return self.bundles[self._name(name)]
 
     def versions(self, bundle: Bundle) -> Versions:
         """Return what answers."""
@@ -287,13 +284,12 @@ class Service:
             except Exception as error:  # of any kind: a bad bundle must not end a good one
                 reason = str(error) if isinstance(error, InputError) else repr(error)
                 raise RefusedError(409, f"{checkpoint or old.path}: {reason}; the old one goes on") from error
-            return self._swap(self._name(old), new)
+            return self._swap(self._name(name), new)
 
     async def roll_back(self, name: str | None) -> tuple[Versions, Versions]:
         """Take up what answered before the last reload."""
         async with self._reloading:
-            old = self.bundle(name)
-            key = self._name(old)
+            key = self._name(name)
             if key not in self._previous:
                 raise RefusedError(409, f"{key}: nothing was reloaded")
             return self._swap(key, self._previous.pop(key))
@@ -301,8 +297,10 @@ class Service:
     def _trees(self, found: str) -> int:
         return sum(bundle.recommender.trees[found] for bundle in self.bundles.values())
 
-    def _name(self, bundle: Bundle) -> str:
-        return next(name for name, other in self.bundles.items() if other is bundle)
+    def _name(self, name: str | None) -> str:
+        if name is not None and name not in self.bundles:
+            raise RefusedError(404, f"no model {name!r} but {', '.join(self.bundles)}")
+        return name or next(iter(self.bundles))
 
     def _swap(self, name: str, new: Bundle) -> tuple[Versions, Versions]:
         old, self.bundles[name] = self.bundles[name], new
@@ -334,7 +332,5 @@ async def _timed(part: str, seconds: dict[str, float], work: Awaitable[Result]) 
 
 def _in_turn(direct: Answer, reasoned: Answer, k: int) -> Answer:
     """Return the items of both in turn, each once, with the score of direct mode, else of the other."""
-    pairs = itertools.zip_longest(direct.scores, reasoned.scores)
-    items = dict.fromkeys(item for pair in pairs for item in pair if item is not None)
     scores = {**reasoned.scores, **direct.scores}
-    return replace(direct, scores={item: scores[item] for item in itertools.islice(items, k)})
+    return replace(direct, scores={item: scores[item] for item in in_turn(direct.scores, reasoned.scores, k)})
