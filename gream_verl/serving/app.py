@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,18 +41,19 @@ from gream_verl.serving.service import RefusedError, Service
 from gream_verl.serving.settings import MOST_BYTES
 
 BEARER = HTTPBearer(auto_error=False)
+NO_TOKEN = "give the token as `Authorization: Bearer TOKEN`"
+REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 REFUSED: dict[int | str, dict[str, Any]] = {
-    400: {"description": "Not offered here"}, 404: {"description": "Unknown"}, 429: {"description": "Busy"},
-    504: {"description": "Too slow"},
-}  # fmt: skip
+    code: {"description": HTTPStatus(code).phrase} for code in (400, 404, 429, 504)
+}
 log = logging.getLogger("gream.serve")
 
 
 class Gate:
-    """The outermost layer: refuses large bodies unread, counts, and writes a line of JSON for every request."""
+    """The outermost layer: refuses, unread, large bodies and those without the token; counts and logs every request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._metrics = app, service.metrics
+        self._app, self._metrics, self._is_token = app, service.metrics, service.is_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -58,7 +61,8 @@ class Gate:
             return await self._app(scope, receive, send)
         start, headers, status = time.perf_counter(), dict(scope["headers"]), 499  # the client went away
         state = scope.setdefault("state", {})
-        state |= {"request_id": uuid.uuid4().hex, "log": {}}
+        given_id = headers.get(b"x-request-id", b"").decode("latin-1")  # a proxy's
+        state |= {"request_id": given_id if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex, "log": {}}
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -71,8 +75,12 @@ class Gate:
         is_short = length.isdigit() and len(length) < 12 and int(length) <= MOST_BYTES
         too_large = scope["method"] in ("POST", "PUT", "PATCH") and (not is_short or b"transfer-encoding" in headers)
         app: ASGIApp = self._app
-        if too_large and scope["path"].startswith(("/v1/", "/admin/")):
-            app = Response(f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length", 413)
+        if scope["path"].startswith(("/v1/", "/admin/")) and scope["method"] != "OPTIONS":
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            if not self._is_token(token if scheme.lower() == b"bearer" else b""):
+                app = JSONResponse({"detail": NO_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
+            elif too_large:
+                app = Response(f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length", 413)
         try:
             await app(scope, receive, sending)
         except Exception:
@@ -97,13 +105,9 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.close()
 
-    async def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
-        token = (given.credentials if given else "").encode("latin-1")  # the bytes that came: headers are read so
-        if not service.is_token(token):
-            raise HTTPException(401, "give the token as `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"})
-
     app = FastAPI(title="gream-verl", lifespan=lifespan)
-    secured: dict[str, Any] = {"dependencies": [Depends(authorised)], "responses": {401: {"description": "No token"}}}
+    # The gate asks for the token; this describes it.
+    secured: dict[str, Any] = {"dependencies": [Depends(BEARER)], "responses": {401: {"description": "No token"}}}
     private, admin = APIRouter(prefix="/v1", **secured), APIRouter(prefix="/admin", **secured)
     if settings.hosts is not None:  # a page elsewhere must not reach this machine under another name
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))

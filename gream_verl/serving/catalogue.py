@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from heapq import nlargest
 from itertools import islice
 
 import numpy as np
@@ -48,12 +49,12 @@ class Catalogue:
         """Return the items that are in any of the categories."""
         return frozenset[str]().union(*(self._categories.get(name, ()) for name in names))
 
-    def branch(self, prefix: SemanticId) -> list[str]:
-        """Return the items whose semantic IDs begin with some tokens, the most popular first."""
+    def branch(self, prefix: SemanticId, most: int) -> tuple[int, list[str]]:
+        """Return how many semantic IDs begin with some tokens, and the most popular of their items."""
         paths, items = self._paths
         last = chr(0x10FFFF)  # after every token
         found = items[bisect_left(paths, prefix) : bisect_left(paths, (*prefix, last))]
-        return sorted(found, key=lambda item: -self.popularity[item])
+        return len(found), nlargest(most, found, key=self.popularity.__getitem__)
 
     def counted(self, history: Sequence[str], k: int) -> list[str]:
         """Return the ``k`` best items for a history by co-occurrence, then by popularity."""

@@ -121,9 +121,7 @@ class Scored(Versions):
     """Items with scores, the best first."""
 
     items: list[ScoredItem]
-    unknown: list[str] = Field(
-        description="Ids of the history, or of the items to score, that the index does not hold."
-    )
+    unknown: list[str] = Field(description="Ids of the history or of the items to score that the index lacks.")
 
 
 class Recommendations(Scored):
@@ -169,9 +167,9 @@ def path_of(item: str, catalogue: Catalogue, shown: int = 5) -> list[Branch]:
     """Return the way to an item in the tree of codes, with some of the other items on each branch."""
     sid, path = catalogue.index.sids[item], []
     for depth, token in enumerate(sid, 1):
-        items = catalogue.branch(sid[:depth])
-        some = [named(other, catalogue) for other in items[: shown + 1] if other != item][:shown]
-        path.append(Branch(token=token, items=len(items), some=some))
+        count, popular = catalogue.branch(sid[:depth], shown + 1)
+        some = [named(other, catalogue) for other in popular if other != item][:shown]
+        path.append(Branch(token=token, items=count, some=some))
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
+from nicegui import app as gui
 from nicegui import background_tasks, ui
 
 from gream_verl.serving.catalogue import Catalogue
@@ -19,6 +20,7 @@ from gream_verl.serving.recommender import HISTORY
 from gream_verl.serving.service import Service
 
 NO_REASONING = "Reasoning is off. Start the service with --reasoning, or with --endpoint URL."
+TRUSTED = "gave the token"
 CSS = Path(__file__).with_name("page.css")
 
 
@@ -26,12 +28,13 @@ def add_page(app: FastAPI, service: Service) -> None:
     """Add the page, to which ``/`` leads; a process has one such application, because NiceGUI keeps global state."""
 
     @ui.page("/")
-    def page() -> None:
+    async def page() -> None:
         ui.add_css(CSS)
-        if service.settings.token is None:
-            _View(service)
-        else:
-            _ask_for_token(service)
+        is_trusted = service.settings.token is None
+        if not is_trusted:
+            await ui.context.client.connected()  # before that, the tab is not known
+            is_trusted = TRUSTED in gui.storage.tab
+        (_View if is_trusted else _ask_for_token)(service)
 
     @app.get("/", include_in_schema=False)
     def lead() -> Response:
@@ -49,6 +52,7 @@ def _ask_for_token(service: Service) -> None:
 
     async def enter() -> None:
         if service.is_token((field.value or "").encode()):
+            gui.storage.tab[TRUSTED] = True  # in this process: the tab may load the page again
             box.clear()
             with box:
                 _View(service)
@@ -56,7 +60,7 @@ def _ask_for_token(service: Service) -> None:
             await asyncio.sleep(0.5)  # for those who guess
             wrong.text = "This is not the token."
 
-    with ui.element("div") as box, ui.element("main"), ui.element("section").classes("card"):
+    with ui.element("div") as box, ui.element("div").classes("columns"), ui.element("section").classes("card"):
         text("h1", "gream")
         field = ui.input("Token", password=True).props("outlined autofocus autocomplete=current-password")
         field.on("keydown.enter", enter)
@@ -78,7 +82,7 @@ class _View:
         with ui.element("header"):
             text("h1", "gream")
             text("span", self._described(), "muted")
-        with ui.element("main"):
+        with ui.element("div").classes("columns"):  # in the `main` of NiceGUI
             with card("History", "narrow"):
                 self._add_history()
             self._columns = self._add_columns()

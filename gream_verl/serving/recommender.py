@@ -127,9 +127,8 @@ class Recommender:
                 ranked = iter(self._ranker(*key).rank(flat))
             for number, some in zip(numbers, sequences, strict=True):
                 scores = merge_rankings(list(islice(ranked, len(some))), asks[number].k)
-                answers[number] = Answer(
-                    scores, histories[number][1], shortage=self._shortage(asks[number], len(scores))
-                )
+                shortage = self._shortage(asks[number], len(scores))
+                answers[number] = Answer(scores, histories[number][1], shortage=shortage)
         return [answers[number] for number in range(len(asks))]
 
     def check(self) -> None:

@@ -106,7 +106,8 @@ class Door:
             try:
                 async for message in self._ask(portable, body):
                     if head is None:  # waits for the body: until then, another replica can answer
-                        head = message
+                        kept = [pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"]
+                        head = {**message, "headers": kept}  # Serve's proxy adds the id
                         continue
                     if not begun:
                         await send(head)
@@ -181,11 +182,8 @@ def deploy(
     kind = start_ray(most)
     scale: dict[str, Any] = {"num_replicas": replicas}
     if most > replicas:
-        scale = {
-            "autoscaling_config": {
-                "min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": settings.batch
-            }
-        }  # fmt: skip
+        bounds = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": settings.batch}
+        scale = {"autoscaling_config": bounds}
     models = serve.deployment(
         Replica,
         **scale,

@@ -22,6 +22,7 @@ from serving_run import ITEMS, make_served_run
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 pytest.importorskip("nicegui", reason="the extra serve is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed").Axe
 expect = sync_api.expect
 expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium")
@@ -224,6 +225,9 @@ def test_it_is_named_and_fits_a_phone(services: dict[str, str], page: Any) -> No
     assert page.get_by_role("heading", level=1).all_inner_texts() == ["gream"]
     nameless = re.compile(r"- (button|textbox|combobox|region|link)( \[.*\])?:?$", re.MULTILINE)
     assert nameless.findall(page.locator("body").aria_snapshot()) == []
+    found = Axe().run(page).response["violations"]
+    faults = [(one["id"], node["html"]) for one in found for node in one["nodes"]]
+    assert not faults, faults
 
 
 def test_nothing_is_shown_before_the_token(services: dict[str, str], page: Any) -> None:
@@ -240,7 +244,10 @@ def test_nothing_is_shown_before_the_token(services: dict[str, str], page: Any) 
     assert len(titles(page, "Direct · sft")) == 10
     expect(page.get_by_text("Reasoning is off.")).to_be_visible()
     page.reload()
-    expect(page.get_by_label("Token", exact=True)).to_be_visible()  # every page asks again
+    expect(page.get_by_label("Test user", exact=True)).to_be_visible()  # the tab is known
+    other = page.context.new_page()
+    visit(other, services["secured"])
+    expect(other.get_by_label("Token", exact=True)).to_be_visible()
 
 
 def take_picture(url: str, user: str, title: str, file: str) -> None:

@@ -39,6 +39,7 @@ def ask(url: str, user: int) -> Answered:
     request = urllib.request.Request(f"{url}/v1/recommend", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         given = json.load(answer)
+        assert answer.headers.get_all("x-request-id") == [given["request_id"]]
     return Answered(user, sent, given["model"], [item["id"] for item in given["items"]])
 
 

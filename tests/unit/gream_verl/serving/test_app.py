@@ -115,8 +115,16 @@ def test_a_token_is_asked_for_where_there_is_one(run: RunFolder) -> None:
     with TestClient(create_app(Service(run, settings=Settings(token="sécret")))) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic x"}):
             assert client.get("/v1/items/1", headers=headers).status_code == 401
+            assert client.post("/v1/recommend", content=b"{", headers=headers).status_code == 401  # its body unread
         assert client.get("/v1/items/1", headers={"authorization": "Bearer sécret".encode()}).status_code == 200
         assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(("given", "is_taken"), [("a-proxys-1", True), ("x" * 65, False), ('"}', False)])
+def test_a_request_keeps_the_id_that_a_proxy_gave_it(client: TestClient, given: str, is_taken: bool) -> None:
+    answer = client.post("/v1/recommend", json={"history": ["1"]}, headers={"x-request-id": given})
+    assert (answer.json()["request_id"] == given) == is_taken
+    assert answer.headers.get_list("x-request-id") == [answer.json()["request_id"]]
 
 
 def test_a_full_queue_and_a_slow_model_are_said(run: RunFolder) -> None:
