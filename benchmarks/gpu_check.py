@@ -109,7 +109,7 @@ def index(given: argparse.Namespace, _: Path) -> Iterator[Row]:
 
 
 def make_run(given: argparse.Namespace, folder: Path) -> DataFolder:
-    """Write a made-up data set with all training files, and a model."""
+    """Write a made-up data set with all training files, and a tiny model."""
     data, generator = DataFolder(folder / "data", "made"), np.random.default_rng(0)
     if data.rl.is_file():
         return data
@@ -120,8 +120,6 @@ def make_run(given: argparse.Namespace, folder: Path) -> DataFolder:
     write_prompts(data, seed=0, mode="direct")
     write_prompts(data, seed=0)
     write_mix(data, MixOptions({"seqrec": 0.5, "item2index": 1.0, "reasoning": 400}))
-    shape = {"hidden_size": 64, "layers": 2} if given.tiny else {"hidden_size": 2560, "layers": 36}
-    make_tiny_model(read_sft_texts(data.mix), ItemIndex.load(data.index), folder / "model", **shape)
     make_tiny_model(read_sft_texts(data.mix), ItemIndex.load(data.index), folder / "sft", hidden_size=128, layers=2)
     return data
 
@@ -149,7 +147,7 @@ def run(command: list[str], seconds: int = 400) -> str:
         command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT, env=environment
     )
     if done.returncode:
-        raise RuntimeError("\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+        raise RuntimeError("\n".join((done.stdout + done.stderr).splitlines()[-40:]))
     return done.stdout
 
 
@@ -157,10 +155,15 @@ def sft(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
     if find_spec("llamafactory") is None:
         raise NotHereError("LLaMA-Factory is not installed: its environment is that of the extra gpu-sft")
     data = make_run(given, folder)
+    shape = {"hidden_size": 64, "layers": 2} if given.tiny else {"hidden_size": 2560, "layers": 36}
+    make_tiny_model(read_sft_texts(data.mix), ItemIndex.load(data.index), folder / "model", **shape)
     config = "tiny_cpu" if given.tiny else "qwen3_4b_mix"
     changes = [f"model_name_or_path={folder}/model", f"dataset_dir={data.root}", "dataset=made-mix", "max_steps=10"]
     changes += [f"output_dir={folder}/trained", "save_steps=100", "include_num_input_tokens_seen=non_padding"]
-    changes += [] if given.tiny else ["deepspeed=null", "gradient_accumulation_steps=1"]
+    if not given.tiny:
+        held_out = ",".join(f"made-mix-eval-{task}" for task in ("seqrec", "item2index", "reasoning"))
+        # no checkpoint after the last step: with the optimizer it takes 34 GB
+        changes += ["deepspeed=null", "gradient_accumulation_steps=1", "save_strategy='no'", f"eval_dataset={held_out}"]
     with most_memory() as memory:
         run(["llamafactory-cli", "train", f"sft_configs/{config}.yaml", *changes])
     state = json.loads((folder / "trained" / "trainer_state.json").read_text())
@@ -182,6 +185,12 @@ def srpo(given: argparse.Namespace, folder: Path, *mixins: str) -> Iterator[Row]
     changes += ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8", "trainer.test_freq=2"]
     changes += ["data.val_max_samples=8", "data.max_prompt_length=512", "data.max_response_length=64"]
     changes += [f"{rollout}.n=4", f"{rollout}.max_model_len=576"]
+    if DEVICE == "cuda":  # few helpers, and more of Ray's slots than there are cores
+        changes += ["reward.num_workers=2", f"{rollout}.agent.num_workers=2", "data.dataloader_num_workers=0"]
+        changes += ["ray_kwargs.ray_init.num_cpus=64", "++ray_kwargs.ray_init.include_dashboard=false"]
+        changes += ["++ray_kwargs.ray_init.object_store_memory=4000000000"]
+        if find_spec("flash_attn") is None:
+            changes.append("++actor_rollout_ref.model.override_config.attn_implementation=sdpa")
     with most_memory() as memory:
         said = run([sys.executable, "-m", "verl.trainer.main_ppo", f"+recipe=[{','.join(recipes)}]", *changes])
     steps = re.findall(r"timing_s/step:(?:np\.float64\()?([\d.]+)", said)
