@@ -50,7 +50,7 @@ log = logging.getLogger("gream.serve")
 
 
 class Gate:
-    """The outermost layer: refuses, unread, large bodies and those without the token; counts and logs every request."""
+    """The outer layer: refuses, unread, large bodies and those without the token; counts and logs every request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._metrics, self._is_token = app, service.metrics, service.is_token
@@ -75,7 +75,7 @@ class Gate:
         is_short = length.isdigit() and len(length) < 12 and int(length) <= MOST_BYTES
         too_large = scope["method"] in ("POST", "PUT", "PATCH") and (not is_short or b"transfer-encoding" in headers)
         app: ASGIApp = self._app
-        if scope["path"].startswith(("/v1/", "/admin/")) and scope["method"] != "OPTIONS":
+        if scope["path"].startswith(("/v1/", "/admin/")):
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if not self._is_token(token if scheme.lower() == b"bearer" else b""):
                 app = JSONResponse({"detail": NO_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
@@ -111,9 +111,9 @@ def create_app(service: Service) -> FastAPI:
     private, admin = APIRouter(prefix="/v1", **secured), APIRouter(prefix="/admin", **secured)
     if settings.hosts is not None:  # a page elsewhere must not reach this machine under another name
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))
-    if settings.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_headers=["*"], allow_methods=["*"])
     app.add_middleware(Gate, service=service)
+    if settings.cors:  # outside the gate: a page must be able to read its refusals
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_headers=["*"], allow_methods=["*"])
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: Exception) -> Response:

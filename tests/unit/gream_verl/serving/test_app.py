@@ -287,7 +287,7 @@ def test_the_log_has_lines_of_json_without_histories(client: TestClient, caplog:
 
 
 def test_another_name_of_this_machine_and_other_pages_are_refused(run: RunFolder) -> None:
-    settings = Settings(hosts=("testserver",), cors=("https://shop.example",))
+    settings = Settings(hosts=("testserver",), cors=("https://shop.example",), token="secret")
     with TestClient(create_app(Service(run, settings=settings))) as client:
         assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
         allowed, other = (
@@ -296,6 +296,10 @@ def test_another_name_of_this_machine_and_other_pages_are_refused(run: RunFolder
         )
         assert allowed.headers["access-control-allow-origin"] == "https://shop.example"
         assert "access-control-allow-origin" not in other.headers
+        asked = {"origin": "https://shop.example", "access-control-request-method": "POST"}
+        assert client.options("/v1/recommend", headers=asked).status_code == 200  # a browser asks without the token
+        refused = client.post("/v1/recommend", headers=asked)
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (401, True)
 
 
 def test_reload_stays_inside_the_run(client: TestClient) -> None:
