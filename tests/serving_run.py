@@ -9,15 +9,16 @@ from pathlib import Path
 from assets import TITLES, make_index, make_tiny_model
 
 from gream_verl.core.files import write_json
+from gream_verl.core.semantic_ids import ItemIndex
 from gream_verl.serving.service import Service
 
 ITEMS, USERS = 24, 12
 CHAIN = "<think>Evidence: Drama 3 of 6; last Alien. Preference: Drama. Intent: Drama.</think><|a_1|><|b_1|><answer>"
 
 
-def make_served_run(root: Path) -> Path:
+def make_served_run(root: Path, index: ItemIndex | None = None) -> Path:
     """Write a data set, its index and an SFT model; a title holds what must not reach a prompt or a page."""
-    index = make_index(ITEMS)
+    index = index or make_index(ITEMS)
     (root / "data").mkdir(parents=True)
     index.save(root / "data" / "toy.index.json")
     titles = {

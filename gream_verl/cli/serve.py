@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,15 +31,15 @@ def serve(
         list[Path] | None, Argument(metavar="[CHECKPOINT]...", help=f"{CHECKPOINT} Several are served side by side.")
     ] = None,
     reasoning: Annotated[bool | None, Option("--reasoning", help="Also write chains of thought, by vLLM.")] = None,
-    endpoint: Annotated[str | None, Option(help="Have an OpenAI-compatible server write them.")] = None,
+    endpoint: Annotated[str | None, Option(help="URL of an OpenAI-compatible server that writes the chains.")] = None,
     chains: Annotated[int | None, Option(help="Chains of thought for a question. Default: 1.")] = None,
-    host: Annotated[str, Option(help=f"Address to listen on; beyond this machine it wants {TOKEN}.")] = "127.0.0.1",
+    host: Annotated[str, Option(help=f"Address to listen on; one open to others requires {TOKEN}.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8080,
     batch: Annotated[int | None, Option(help="Most requests computed at once. Default: 32.")] = None,
     queue: Annotated[int | None, Option(help="Most requests that wait; the next is refused. Default: 256.")] = None,
     timeout: Annotated[float | None, Option(help="Seconds until a request is given up. Default: 30.")] = None,
-    replicas: Annotated[int, Option(min=0, help="Processes of the same, by Ray Serve; 0 for this one alone.")] = 0,
-    most_replicas: Annotated[int | None, Option(min=1, help="Most of them, while many requests wait.")] = None,
+    replicas: Annotated[int, Option(min=0, help="Replicas of the service, by Ray Serve; 0: this process alone.")] = 0,
+    most_replicas: Annotated[int | None, Option(min=1, help="Most replicas while many requests wait.")] = None,
     config: Annotated[Path | None, Option("--config", "-c", help="YAML file with these and further settings.")] = None,
     dataset: Dataset = None,
 ) -> None:
@@ -46,11 +47,15 @@ def serve(
 
     /docs describes the calls. A client sends the value of the environment variable GREAM_TOKEN, where it is set.
     """
-    token, is_loopback = os.environ.get(TOKEN) or None, host == "localhost" or _is_loopback(host)
+    token, is_loopback = os.environ.get(TOKEN) or None, host == "localhost"
+    with suppress(ValueError):
+        is_loopback = ipaddress.ip_address(host).is_loopback
     if token is None and not is_loopback:
         raise InputError(f"--host {host}: is open to others; set {TOKEN}, which clients must send then")
     if token is None and replicas and "RAY_ADDRESS" in os.environ:
         raise InputError(f"RAY_ADDRESS: the service there may be open to others; set {TOKEN}, which clients must send")
+    if most_replicas is not None and not replicas:
+        raise InputError("--most-replicas: give --replicas, too")
     import torch
     import uvicorn
 
@@ -59,7 +64,7 @@ def serve(
     from gream_verl.serving.settings import Settings
 
     folder, address = RunFolder.open(run, dataset), f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    hosts = (*LOOPBACK, host) if is_loopback else None
+    hosts = (*LOOPBACK, host) if token is None else None  # with a token, any name of this machine may be used
     line: dict[str, Any] = {"reasoning": reasoning, "endpoint": endpoint, "chains": chains, "batch": batch}
     line |= {"queue": queue, "timeout": timeout, "token": token, "hosts": hosts, "page": True}
     settings = file_options(Settings, config, line, "gream serve")
@@ -88,15 +93,8 @@ def _serve_by_ray(address: str, **given: Any) -> None:
         ray_address = deploy(**given)
         console.print(f"{given['replicas']} replicas at {address}")
         if is_ours:
-            console.print(f"RAY_AUTH_MODE=token RAY_ADDRESS={ray_address} gream serve ... replaces them")
+            console.print(f"{TOKEN}=... RAY_AUTH_MODE=token RAY_ADDRESS={ray_address} gream serve ... replaces them")
             signal.pause()
     finally:
         if is_ours:
             stop()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -42,15 +41,13 @@ from gream_verl.serving.settings import MOST_BYTES
 
 BEARER = HTTPBearer(auto_error=False)
 NO_TOKEN = "give the token as `Authorization: Bearer TOKEN`"
-REQUEST_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
-REFUSED: dict[int | str, dict[str, Any]] = {
-    code: {"description": HTTPStatus(code).phrase} for code in (400, 404, 429, 504)
-}
+REQUEST_ID = re.compile("[!#-~]{1,64}")
+REFUSED: dict[int | str, dict[str, Any]] = {code: {} for code in (400, 404, 429, 504)}
 log = logging.getLogger("gream.serve")
 
 
 class Gate:
-    """The outer layer: refuses, unread, large bodies and those without the token; counts and logs every request."""
+    """Refuse requests without the token and large bodies, unread; count and log every request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._metrics, self._is_token = app, service.metrics, service.is_token
@@ -75,12 +72,12 @@ class Gate:
         is_short = length.isdigit() and len(length) < 12 and int(length) <= MOST_BYTES
         too_large = scope["method"] in ("POST", "PUT", "PATCH") and (not is_short or b"transfer-encoding" in headers)
         app: ASGIApp = self._app
-        if scope["path"].startswith(("/v1/", "/admin/")):
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(("/v1/", "/admin/")):  # as it is routed
             scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
             if not self._is_token(token if scheme.lower() == b"bearer" else b""):
                 app = JSONResponse({"detail": NO_TOKEN}, 401, {"WWW-Authenticate": "Bearer"})
             elif too_large:
-                app = Response(f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length", 413)
+                app = JSONResponse({"detail": f"a body of at most {MOST_BYTES:,} bytes, with its Content-Length"}, 413)
         try:
             await app(scope, receive, sending)
         except Exception:
@@ -113,7 +110,8 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))
     app.add_middleware(Gate, service=service)
     if settings.cors:  # outside the gate: a page must be able to read its refusals
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_headers=["*"], allow_methods=["*"])
+        open_to: dict[str, Any] = {"allow_origins": settings.cors, "allow_headers": ["*"], "allow_methods": ["*"]}
+        app.add_middleware(CORSMiddleware, **open_to, expose_headers=["Retry-After", "X-Request-ID"])
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: Exception) -> Response:
@@ -192,7 +190,7 @@ def create_app(service: Service) -> FastAPI:
 
     @admin.post("/reload", responses={**REFUSED, 409: {"description": "A bad checkpoint; the old one goes on"}})
     async def reload(given: ReloadRequest) -> dict[str, Any]:
-        """Take up a checkpoint, the index and the texts anew; no request is dropped."""
+        """Load a checkpoint, the index and the texts again; no request is dropped."""
         path, root = None, service.run.root.resolve()
         if given.checkpoint is not None:
             path = service.run.root / given.checkpoint.replace("\0", "")

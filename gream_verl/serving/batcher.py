@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import Generic, TypeVar
 
@@ -16,15 +17,15 @@ Reply = TypeVar("Reply")
 class Batcher(Generic[Question, Reply]):
     """A thread that computes questions, in batches of those that wait.
 
-    While a batch is computed, the next ones gather. After a batch of several the thread waits for company, for
-    ``window`` seconds; after a lonely question it does not.
+    While a batch is computed, the next questions gather. After a batch of several, the first question of the next one
+    waits ``window`` seconds for others. After a single question it does not wait.
 
     Args:
         compute: Returns the reply to each question of a batch.
         most: Most questions of a batch.
         window: Seconds that the first question waits for others.
         queue: Most questions that wait; one more raises ``queue.Full``.
-        observe: Is told the size of each batch.
+        observe: Receives the size of each batch.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Batcher(Generic[Question, Reply]):
         self._thread.start()
 
     def submit(self, question: Question) -> Future[Reply]:
-        """Return the future reply; cancel it, and a question that still waits is not computed."""
+        """Return the future reply. Cancelling it drops a question that is not yet computed."""
         future: Future[Reply] = Future()
         with self._lock:
             if self._closed:
@@ -59,24 +60,19 @@ class Batcher(Generic[Question, Reply]):
         self._thread.join()
 
     def _work(self) -> None:
-        window = 0.0
-        while (first := self.waiting.get()) is not None:
-            batch, deadline = [first], time.monotonic() + window
-            ending = False
-            while len(batch) < self._most and not ending:
-                try:
-                    following = self.waiting.get(timeout=max(0.0, deadline - time.monotonic()))
-                except Empty:
-                    break
-                ending = following is None
-                if following is not None:
-                    batch.append(following)
+        window, wait = 0.0, self.waiting.get
+        one = wait()
+        while one is not None:
+            batch, deadline = [one], time.monotonic() + window
+            with suppress(Empty):
+                while len(batch) < self._most and (one := wait(timeout=max(0.0, deadline - time.monotonic()))):
+                    batch.append(one)
             live = [(question, future) for question, future in batch if future.set_running_or_notify_cancel()]
             window = self._window * (len(batch) > 1)
             if live:
                 self._answer(live)
-            if ending:
-                return
+            if one is not None:  # None ends the thread
+                one = wait()
 
     def _answer(self, live: Sequence[tuple[Question, Future[Reply]]]) -> None:
         self._observe(len(live))

@@ -39,6 +39,11 @@ class Catalogue:
         counts = Counter(item for items in self._training for item in items)
         order = sorted(self.index.sids, key=lambda item: (-counts[item], item))
         self.popularity = {item: counts[item] for item in order}
+        self._categories: dict[str, list[str]] = {}
+        for item, text in self.texts.items():
+            for name in text.categories:
+                self._categories.setdefault(name, []).append(item)
+        self._paths = sorted(self.index.items.items())
 
     def search(self, query: str, limit: int) -> list[str]:
         """Return the items with ``query`` in their titles, the most popular first."""
@@ -51,34 +56,19 @@ class Catalogue:
 
     def branch(self, prefix: SemanticId, most: int) -> tuple[int, list[str]]:
         """Return how many semantic IDs begin with some tokens, and the most popular of their items."""
-        paths, items = self._paths
         last = chr(0x10FFFF)  # after every token
-        found = items[bisect_left(paths, prefix) : bisect_left(paths, (*prefix, last))]
-        return len(found), nlargest(most, found, key=self.popularity.__getitem__)
+        begin, end = (bisect_left(self._paths, (sid, "")) for sid in (prefix, (*prefix, last)))
+        items = [item for _, item in self._paths[begin:end]]
+        return len(items), nlargest(most, items, key=self.popularity.__getitem__)
 
     def counted(self, history: Sequence[str], k: int) -> list[str]:
         """Return the ``k`` best items for a history by co-occurrence, then by popularity."""
         number_of, counts = self._cooccurrence
         known = [number_of[item] for item in history if item in number_of]
-        scores = cooccurrence_scores(counts, [known]) if known else sp.csr_array((1, len(number_of)))
+        scores = cooccurrence_scores(counts, [known])
         (best,) = recommend(scores, [known], np.arange(len(number_of)), k)
         items = list(self.popularity)
         return [items[number] for number in best]
-
-    @cached_property
-    def _categories(self) -> dict[str, list[str]]:
-        """The items of each category."""
-        found: dict[str, list[str]] = {}
-        for item, text in self.texts.items():
-            for name in text.categories:
-                found.setdefault(name, []).append(item)
-        return found
-
-    @cached_property
-    def _paths(self) -> tuple[list[SemanticId], list[str]]:
-        """All semantic IDs in lexicographic order, and their items."""
-        pairs = sorted(self.index.items.items())
-        return [sid for sid, _ in pairs], [item for _, item in pairs]
 
     @cached_property
     def _cooccurrence(self) -> tuple[dict[str, int], sp.csr_array]:

@@ -20,7 +20,7 @@ _PART = re.compile(rf"({'|'.join(PARTS)}):\s*")
 
 
 class Subject(BaseModel):
-    """For whom: a history of item ids, oldest first, or a user of the data set; and which of the served models."""
+    """A history of item ids, oldest first, or a user of the data set; and the served model."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,7 +80,7 @@ class ItemName(BaseModel):
 
 
 class Branch(BaseModel):
-    """A step down the tree of codes: the items that share the semantic ID so far, the most popular first."""
+    """A step down the tree of codes: ``items`` counts those on it, ``some`` names others, the most popular first."""
 
     token: str
     items: int
@@ -158,9 +158,7 @@ def named(item: str, catalogue: Catalogue) -> ItemName:
 
 def known(item: str, catalogue: Catalogue) -> KnownItem:
     """Return what is known of an item."""
-    text = catalogue.texts[item]
-    described = {"title": text.title, "description": text.description, "brand": text.brand}
-    return KnownItem(id=item, sid=catalogue.index.text(item), categories=list(text.categories), **described)
+    return KnownItem(id=item, sid=catalogue.index.text(item), **vars(catalogue.texts[item]))
 
 
 def path_of(item: str, catalogue: Catalogue, shown: int = 5) -> list[Branch]:

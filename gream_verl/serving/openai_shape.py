@@ -56,7 +56,7 @@ def openai_routes(service: Service) -> APIRouter:
             try:
                 asked = json.loads(content)
                 return RecommendRequest(**{"k": given.n or 10, **asked, "model": name, "mode": mode})
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 kinds = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not JSON"
                 raise RefusedError(400, f"the message of the user: {kinds}") from error
         items = service.bundle(name).recommender.index.items
@@ -76,7 +76,8 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/chat/completions", response_model=None)
     async def complete(given: ChatRequest, request: Request) -> Response:
         """Return n items as choices, or stream the chain and then the items."""
-        asked = question(given).model_copy(update={"explain": True})
+        asked = question(given)
+        asked.explain = asked.mode != "direct"
         service.checked(asked)  # a stream has its status before its first word
         shared = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": given.model}
         if not given.stream:

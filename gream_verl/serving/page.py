@@ -26,13 +26,14 @@ CSS = Path(__file__).with_name("page.css")
 
 def add_page(app: FastAPI, service: Service) -> None:
     """Add the page, to which ``/`` leads; a process has one such application, because NiceGUI keeps global state."""
+    gui.storage.max_tab_storage_age = 12 * 3600.0  # seconds; the log of a proxy may hold the id of a trusted tab
 
     @ui.page("/")
     async def page() -> None:
         ui.add_css(CSS)
         is_trusted = service.settings.token is None
         if not is_trusted:
-            await ui.context.client.connected()  # before that, the tab is not known
+            await ui.context.client.connected(timeout=50.0)  # the tab is known then; NiceGUI gives up at 60 s, loudly
             is_trusted = TRUSTED in gui.storage.tab
         (_View if is_trusted else _ask_for_token)(service)
 
@@ -50,14 +51,13 @@ def add_page(app: FastAPI, service: Service) -> None:
 def _ask_for_token(service: Service) -> None:
     """Ask for the token, and show nothing else before it is given."""
 
-    async def enter() -> None:
+    def enter() -> None:
         if service.is_token((field.value or "").encode()):
             gui.storage.tab[TRUSTED] = True  # in this process: the tab may load the page again
             box.clear()
             with box:
                 _View(service)
         else:
-            await asyncio.sleep(0.5)  # for those who guess
             wrong.text = "This is not the token."
 
     with ui.element("div") as box, ui.element("div").classes("columns"), ui.element("section").classes("card"):

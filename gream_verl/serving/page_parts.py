@@ -263,10 +263,13 @@ class Column:
                 self._status.text, self._warning.text = "", f"No answer ({error.status}): {error.reason}."
             return
         except Exception:
-            self._status.text, self._warning.text = "", "No answer: the log of the service says why."
+            if number == self._number:
+                self._status.text, self._warning.text = "", "No answer: the log of the service says why."
             raise
         if number == self._number:
-            self._status.text = _latency(answer.milliseconds)
+            total = answer.milliseconds.pop("total")
+            parts = ", ".join(f"{part} {taken:,.0f} ms" for part, taken in answer.milliseconds.items())
+            self._status.text = f"{total:,.0f} ms ({parts})"
             self._warning.text = " ".join(filter(None, (answer.fallback, answer.shortage)))
             self.ranking.show(answer.items, is_fresh)
             self._shown()
@@ -289,8 +292,3 @@ def _show_chain(box: dict[str, TextElement], chain: Chain) -> None:
     parts |= {KEPT: "; ".join(f"{title} ×{times}" if times > 1 else title for title, times in kept.items())}
     for name, content in parts.items():
         box[name].text = content
-
-
-def _latency(milliseconds: dict[str, float]) -> str:
-    parts = ", ".join(f"{part} {taken:,.0f} ms" for part, taken in milliseconds.items() if part != "total")
-    return f"{milliseconds['total']:,.0f} ms ({parts})"

@@ -24,6 +24,8 @@ HISTORY, BEAMS = 20, 30
 """Latest items of a history that a prompt shows, and beams: those of ``gream evaluate``."""
 MOST_BEAMS = 100
 """Beams for a longer list, and most items of one."""
+THOUGHT = 256
+"""Most tokens of a chain of thought."""
 TREES = 32
 """Trees of allowed items that are kept."""
 NO_HISTORY = "no item of the history is known: these are the most popular ones"
@@ -50,7 +52,7 @@ class Ask:
 
     @property
     def mode(self) -> Mode:
-        """How the question is answered."""
+        """Mode of the answer."""
         return "reasoning" if self.chains else "direct"
 
 
@@ -78,15 +80,12 @@ class Recommender:
         run: A run with a prepared data set and an index.
         checkpoint: A Hugging Face folder or verl's folder of checkpoints; None takes ``RUN/srpo``, else ``RUN/sft``.
         batch_size: Most sequences computed at once.
-        thought_tokens: Most tokens of a chain of thought.
 
     Attributes:
-        trees: How many questions found the tree of their items made, and for how many it was made.
+        trees: Number of batches whose tree was kept, and of those for which it was built.
     """
 
-    def __init__(
-        self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32, thought_tokens: int = 256
-    ) -> None:
+    def __init__(self, run: RunFolder, checkpoint: Path | None = None, batch_size: int = 32) -> None:
         checkpoint = checkpoint or run.trained
         self.folder, self.batch_size = resolve_model(checkpoint), batch_size
         check_model(self.folder, run.data.index)
@@ -96,16 +95,16 @@ class Recommender:
         positions = load_decoding_config(self.folder, self.tokenizer).max_position_embeddings
         direct = positions - max(map(len, index.sids.values()))
         tags = len(self._encode(THOUGHT_END + ANSWER))
-        self._most_tokens: dict[Mode, int] = {"direct": direct, "reasoning": direct - tags - thought_tokens}
+        self._most_tokens: dict[Mode, int] = {"direct": direct, "reasoning": direct - tags - THOUGHT}
         self.model = load_model(self.folder, inference=True)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()  # else it lies in the file, which somebody may overwrite
         weights = [fingerprint(file)[:12] for file in sorted(self.folder.glob("*.safetensors"))]
         self.version = {"model": f"{checkpoint.name}:{'-'.join(weights)}", "index": mark(run.data.index)}
-        # All prompts of a mode begin alike up to the first semantic ID, and there are few tokens for that.
-        firsts = {sid[0]: item for item, sid in index.sids.items()}.values()
+        # All prompts of a mode begin alike up to where the smallest and the largest semantic ID differ.
+        ends = [extreme(index.sids, key=index.sids.__getitem__) for extreme in (min, max)]
         modes: tuple[Mode, ...] = ("direct", "reasoning")
-        self._prefixes = {mode: shared_prefix([self.prompt([item], mode) for item in firsts]) for mode in modes}
+        self._prefixes = {mode: shared_prefix([self.prompt([item], mode) for item in ends]) for mode in modes}
         self._lock = threading.Lock()  # one computation at a time
         self._rankers: OrderedDict[_Key, BeamRanker] = OrderedDict()
         self.trees = {"kept": 0, "made": 0}

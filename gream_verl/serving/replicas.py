@@ -1,7 +1,7 @@
 """The same application in several processes, on one machine or many, by Ray Serve.
 
-A request goes from Serve's proxy to a door, and from there to the replica with the shorter queue. The door asks another
-replica where one dies before it answers.
+A request goes from Serve's proxy to a door, and from there to the replica with the shorter queue of two. The door asks
+another replica where one dies before it answers.
 """
 
 from __future__ import annotations

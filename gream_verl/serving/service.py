@@ -8,8 +8,8 @@ import hmac
 import time
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from gream_verl.serving.thinker import ServerThinker, Thinker, ThinkingError, Th
 
 Result = TypeVar("Result")
 Write = Callable[[int, str], object]
-"""Is told the number of a chain and the text that was added to it."""
+"""Receives the number of a chain and the text added to it."""
 
 
 class RefusedError(Exception):
@@ -53,28 +53,19 @@ class RefusedError(Exception):
 
 
 class Bundle:
-    """A checkpoint that answers: the recommender, its queue, and the engine of its chains."""
+    """A checkpoint that answers: the recommender, its queue, and the engine of its chains; open while it has users."""
 
     def __init__(
         self, path: Path, recommender: Recommender, thinker: Thinker | None, settings: Settings, metrics: Metrics
     ) -> None:
-        self.path, self.recommender, self.thinker, self._users = path, recommender, thinker, 0
+        self.path, self.recommender, self.thinker, self.users = path, recommender, thinker, 0
         sizes: dict[str, Any] = {"most": settings.batch, "window": settings.window, "queue": settings.queue}
         self.batcher = Batcher(recommender.recommend, observe=metrics.batches.observe, **sizes)
         self.scorer = Batcher(recommender.score, **sizes)
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
-        """Keep it from closing."""
-        self._users += 1
-        try:
-            yield
-        finally:
-            self._users -= 1
-
     async def close(self) -> None:
         """Answer those who use it, then end its threads and processes."""
-        while self._users:
+        while self.users:
             await asyncio.sleep(0.02)
         for batcher in (self.batcher, self.scorer):
             await asyncio.to_thread(batcher.close)
@@ -114,7 +105,7 @@ class Service:
     def _load(self, path: Path) -> Bundle:
         settings = self.settings
         thinking = ThinkingOptions(chains=settings.chains, at_once=settings.batch, gpu_share=settings.gpu_share)
-        recommender = Recommender(self.run, path, settings.batch, thinking.max_tokens)
+        recommender = Recommender(self.run, path, settings.batch)
         recommender.check()
         thinker: Thinker | None = None
         if settings.endpoint:
@@ -157,7 +148,7 @@ class Service:
 
         Args:
             given: The question.
-            write: Is told the chains as they are written.
+            write: Receives the chains as they are written.
             request_id: Comes back in the answer.
 
         Raises:
@@ -216,14 +207,16 @@ class Service:
     @asynccontextmanager
     async def _limited(self, bundle: Bundle) -> AsyncIterator[None]:
         """Keep a bundle open, for as long as a request may take."""
+        bundle.users += 1
         try:
-            with bundle.used():
-                async with asyncio.timeout(self.settings.timeout):
-                    yield
+            async with asyncio.timeout(self.settings.timeout):
+                yield
         except Full:
             raise RefusedError(429, "too many requests wait") from None
         except TimeoutError:
             raise RefusedError(504, f"no answer within {self.settings.timeout:g} s") from None
+        finally:
+            bundle.users -= 1
 
     async def _answer(
         self, bundle: Bundle, ask: Ask, given: RecommendRequest, write: Write, seconds: dict[str, float]
@@ -235,7 +228,10 @@ class Service:
         # Where thinking may take too long, or both modes are asked for, the direct answer is computed meanwhile.
         early = given.mode == "merged" or given.budget_ms is not None
         direct = asyncio.ensure_future(_search(bundle, ask)) if early else None
-        limit = given.budget_ms / 1000 if given.budget_ms else self.settings.timeout / 2
+        if direct is not None:
+            direct.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may ask for it
+        most = self.settings.timeout
+        limit = min(given.budget_ms / 1000, 0.9 * most) if given.budget_ms else most / 2
         try:
             async with asyncio.timeout(limit):
                 chains = await _timed("think", seconds, self._think(bundle, known, write))
@@ -273,7 +269,7 @@ class Service:
                 task.cancel()
 
     async def reload(self, name: str | None, checkpoint: Path | None = None) -> tuple[Versions, Versions]:
-        """Take up a checkpoint and the files of the run anew, and return the versions before and after.
+        """Load a checkpoint and the files of the run again, and return the versions before and after.
 
         The old one answers until the new one has been tried, and is kept for :meth:`roll_back`.
         """

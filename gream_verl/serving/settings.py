@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic import BaseModel, ConfigDict, Field
 
 MOST_BYTES = 1 << 20
-"""Of the body of a request."""
+"""Most bytes of a request's body."""
 
 
 class Settings(BaseModel):
@@ -18,7 +18,8 @@ class Settings(BaseModel):
         queue: Most questions that wait; the next one is refused.
         timeout: Seconds after which a request is given up; without a budget, thinking may take half of them.
         reasoning: Whether chains of thought are written, by vLLM where there is no ``endpoint``.
-        endpoint: URL of an OpenAI-compatible server that writes chains, and the name of its model.
+        endpoint: URL of an OpenAI-compatible server that writes chains.
+        served_model: Name of the model there; None for its only one.
         chains: Chains of thought for a question.
         threads: Threads of the models without a GPU; on busy cores two are slower than one.
         gpu_share: Share of the GPU's memory that vLLM takes; a reload needs it twice, and the beam search the rest.
@@ -41,7 +42,7 @@ class Settings(BaseModel):
     chains: int = Field(default=1, ge=1, le=16)
     threads: int = Field(default=1, ge=1)
     gpu_share: float = Field(default=0.3, gt=0, le=0.9)
-    token: str | None = None
+    token: str | None = Field(default=None, min_length=1)
     hosts: tuple[str, ...] | None = None
     cors: tuple[str, ...] = ()
     log_histories: bool = False

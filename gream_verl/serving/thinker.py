@@ -1,4 +1,4 @@
-"""Chains of thought as they are written: by vLLM beside this process, or by a server that speaks the OpenAI API."""
+"""Chains of thought as they are written: by vLLM in a process of its own, or by a server that speaks the OpenAI API."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.openai_client import Server, find_model
 from gream_verl.decoding.chains import ANSWER
+from gream_verl.serving.recommender import THOUGHT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,28 +25,22 @@ class ThinkingError(Exception):
 
 @dataclass(frozen=True)
 class ThinkingOptions:
-    """How chains are written: as ``gream evaluate`` has them, but one alone is of the most likely tokens.
+    """Options of the chains: those of ``gream evaluate``, but a single chain takes the most likely tokens.
 
     Attributes:
         chains: Chains for a question.
-        temperature: Of the sampling, where there are several.
-        top_p: Share of probability that sampling keeps.
-        max_tokens: Most tokens of a chain.
         at_once: Chains that are computed at once.
         gpu_share: Share of the GPU's memory for vLLM.
     """
 
     chains: int = 1
-    temperature: float = 0.6
-    top_p: float = 0.8
-    max_tokens: int = 256
     at_once: int = 32
     gpu_share: float = 0.3
 
     def sampling(self, seed: int) -> dict[str, Any]:
         """Return the parameters of a request, which ends where the answer begins."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p} if self.chains > 1 else {"temperature": 0.0}
-        return {**drawn, "max_tokens": self.max_tokens, "seed": seed, "stop": [ANSWER]}
+        drawn = {"temperature": 0.6, "top_p": 0.8} if self.chains > 1 else {"temperature": 0.0}
+        return {**drawn, "max_tokens": THOUGHT, "seed": seed, "stop": [ANSWER]}
 
 
 READABLE = {"skip_special_tokens": False, "spaces_between_special_tokens": False, "include_stop_str_in_output": True}

@@ -66,7 +66,7 @@ def start(run: Path, token: str) -> tuple[subprocess.Popen[bytes], str]:
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Yield the addresses of a service with two models, of which one thinks, and of one that asks for a token."""
+    """Yield the addresses of a service with two models, of which one thinks, and of one with a token."""
     run = make_served_run(tmp_path_factory.mktemp("page") / "run")
     make_tiny_model(run / "srpo", make_index(ITEMS), seed=1)
     started = {name: start(run, token) for name, token in (("open", ""), ("secured", TOKEN))}

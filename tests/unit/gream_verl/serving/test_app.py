@@ -118,6 +118,8 @@ def test_a_token_is_asked_for_where_there_is_one(run: RunFolder) -> None:
             assert client.post("/v1/recommend", content=b"{", headers=headers).status_code == 401  # its body unread
         assert client.get("/v1/items/1", headers={"authorization": "Bearer sécret".encode()}).status_code == 200
         assert client.get("/health").status_code == 200
+        inside = TestClient(client.app, root_path="/shop")  # mounted in another application, or behind a proxy
+        assert inside.get("/shop/v1/items/1").status_code == 401
 
 
 @pytest.mark.parametrize(("given", "is_taken"), [("a-proxys-1", True), ("x" * 65, False), ('"}', False)])
@@ -312,7 +314,7 @@ def test_reload_stays_inside_the_run(client: TestClient) -> None:
     assert client.get("/ready").json() == {"ready": True}
 
 
-def test_the_documented_settings_are_those_that_there_are() -> None:
+def test_the_documented_settings_are_all_settings() -> None:
     page = (Path(__file__).parents[4] / "docs" / "serving.md").read_text(encoding="utf-8")
     documented = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
     assert Settings(**documented) == Settings()

@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from serving_run import make_served_run
+from serving_run import ITEMS, make_served_run
 
 from gream_verl.core.run_folder import RunFolder
+from gream_verl.core.semantic_ids import ItemIndex
+from gream_verl.decoding.beam_ranker import BeamRanker
 from gream_verl.evaluation.direct import evaluate_direct
 from gream_verl.evaluation.options import EvaluationOptions
 from gream_verl.evaluation.prompts import make_prompts
@@ -37,6 +39,17 @@ def test_a_batch_of_different_questions_is_answered_as_each_alone(recommender: R
         assert not {*ask.history, *ask.exclude} & together.scores.keys()
         assert ask.allow is None or together.scores.keys() <= ask.allow
     assert recommender.recommend(asks)[2].unknown == ("no item",)
+
+
+def test_items_may_all_begin_with_one_code(tmp_path: Path) -> None:
+    codes = [(0, item % 4, item // 4) for item in range(ITEMS)]
+    run = make_served_run(tmp_path / "run", ItemIndex.from_codes(list(map(str, range(ITEMS))), codes))
+    recommender = Recommender(RunFolder.open(run))
+    ranker = BeamRanker(recommender.model, recommender.tokenizer, recommender.index)  # computes prompts as a whole
+    for history in (("1", "2"), ("3",), ("4", "1", "9")):
+        (answer,) = recommender.recommend([Ask(history)])
+        (whole,) = ranker.rank([(recommender.prompt(history, "direct"), history)])
+        assert list(answer.scores) == list(whole)[:10]
 
 
 def test_an_allowed_set_only_leaves_out_the_others(recommender: Recommender) -> None:

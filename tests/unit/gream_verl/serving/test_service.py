@@ -26,6 +26,7 @@ from gream_verl.evaluation.results import merged
 from gream_verl.evaluation.sampling import Response
 from gream_verl.serving.forms import RecommendRequest
 from gream_verl.serving.service import RefusedError, Service
+from gream_verl.serving.settings import Settings
 from gream_verl.serving.thinker import ThinkingError
 
 
@@ -101,6 +102,13 @@ class BrokenThinker(CannedThinker):
         raise ThinkingError("the engine is gone")
 
 
+def test_a_budget_beyond_the_timeout_still_leaves_the_direct_answer(run: RunFolder) -> None:
+    service = thinking(Service(run, settings=Settings(timeout=2.0)), CannedThinker(pause=10.0))
+    answer = ask(service, mode="reasoning", budget_ms=60_000)
+    assert "direct answer" in answer.fallback
+    assert answer.items
+
+
 @pytest.mark.parametrize("mode", ["reasoning", "merged"])
 def test_an_engine_that_fails_is_said_and_direct_mode_answers(service: Service, run: RunFolder, mode: str) -> None:
     answer = ask(thinking(service, BrokenThinker()), mode=mode)
@@ -108,7 +116,7 @@ def test_an_engine_that_fails_is_said_and_direct_mode_answers(service: Service, 
     assert [item.id for item in answer.items] == [item.id for item in ask(Service(run)).items]
 
 
-def test_chains_are_told_as_they_are_written(service: Service) -> None:
+def test_chains_are_passed_on_as_they_are_written(service: Service) -> None:
     pieces: list[tuple[int, str]] = []
     request = RecommendRequest(history=["1"], mode="reasoning")
     served(service, lambda: service.recommend(request, lambda chain, text: pieces.append((chain, text))))
