@@ -46,7 +46,7 @@ learning: env ## does SRPO improve on SFT? three seeds, with intervals (about an
 recbole: env ## the environment of the SASRec baseline (RecBole), from its own lock
 	@environments/recbole/install.sh
 
-bench: env ## every benchmark, one after the other
+bench: env ## the short benchmarks, one after the other
 	@for script in $(filter-out %/smollm2.py %/learning.py %/rewards.py %/serving.py %/expected_reward.py %/gpu_check.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; python $$script || exit 1; done
 
 lock: env ## resolve environments/cpu/requirements.lock again from pyproject.toml

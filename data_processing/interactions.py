@@ -108,7 +108,7 @@ def _first_of(times: np.ndarray, part: float | date, end: float) -> float:
     middle = times[len(times) // 2]
     unit = next((low / EPOCHS[0] for low in EPOCHS if low <= middle <= 42 * low), None)
     if unit is None:
-        raise InputError(f"{part}: times such as {middle} are not of our days; give shares in place of dates")
+        raise InputError(f"{part}: times such as {middle} are no dates; give shares")
     return int(np.searchsorted(times, (part - date(1970, 1, 1)).total_seconds() * unit))
 
 
@@ -209,7 +209,8 @@ def _write_items(items: pl.DataFrame, kept: pl.DataFrame, folder: DataFolder) ->
 
 def take_items(folder: DataFolder, file: Path) -> None:
     """Put the items of another file into ``<D>.item.json``; those that are there stay as they are."""
-    known, new = read_json(folder.item, PREPARE), read_items(file)
+    known = read_json(folder.item, PREPARE)
+    new = {item: fields for item, fields in read_items(file).items() if item not in known}
     if untitled := [item for item, fields in new.items() if not fields.title]:
         raise InputError(f"{file}: item {untitled[0]!r} has neither title nor description; give it one")
-    write_json(folder.item, {item: asdict(fields) for item, fields in new.items() if item not in known} | known)
+    write_json(folder.item, known | {item: asdict(fields) for item, fields in new.items()})

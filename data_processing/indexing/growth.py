@@ -109,6 +109,8 @@ def add_items(folder: DataFolder, without: Collection[str] = ()) -> dict[str, An
     """
     items, index = folder.read_items(), ItemIndex.load(folder.index)
     saved = load_saved(folder, index)
+    if unknown := min(set(without) - items.keys(), default=None):
+        raise InputError(f"{folder.item}: holds no item {unknown!r} that could be left out; check its id")
     new = [item for item in items if item not in index.sids and item not in without]
     if not new:
         return {"new": 0}

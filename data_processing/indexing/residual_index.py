@@ -123,7 +123,7 @@ def build_index(folder: DataFolder, settings: IndexSettings | None = None, witho
         without: Items to leave out.
     """
     settings, items = settings or IndexSettings(), folder.read_items()
-    if unknown := next((item for item in without if item not in items), None):
+    if unknown := min(set(without) - items.keys(), default=None):
         raise InputError(f"{folder.item}: holds no item {unknown!r} that could be left out; check its id")
     training = folder.read_training(items)
     items = {item: known for item, known in items.items() if item not in without}

@@ -24,7 +24,6 @@ from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import atomic_path, changing, read_json, write_json
 from gream_verl.core.origin import origin_of
-from gream_verl.core.split import read_splits
 
 TINY_MIX = {
     "seqrec": 9000, "continuation": 4300, "item2index": 1500, "index2item": 1500, "fusionseqrec": 1000,
@@ -128,7 +127,7 @@ def _read(folder: DataFolder, options: MixOptions) -> tuple[Corpus, Corpus]:
     items = folder.read_items()
     index = folder.read_index(items)
     sequences = folder.read_inter(items)
-    splits = read_splits(folder.inter, sequences)
+    splits = folder.read_splits(sequences)
     training = {user: sequence[: splits[user].training] for user, sequence in sequences.items()}
     validated = {user: sequences[user][: split.validation + 1] for user, split in splits.items() if split.validation}
     preferences, queries = read_user_texts(folder, training)

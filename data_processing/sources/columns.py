@@ -133,6 +133,6 @@ def _scan(path: Path, bad_rows: float) -> RawTable:
 def _separator(path: Path) -> str:
     """Return the separator of a CSV file: a semicolon where its first row has more of them than of commas."""
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(require_file(path, "check the path"), "rb") as file:
+    with readable(path), opened(require_file(path, "check the path"), "rb") as file:
         header = file.readline(1 << 16)
     return ";" if header.count(b";") > header.count(b",") else ","

@@ -159,7 +159,7 @@ def readable(path: Path) -> Iterator[None]:
     """Turn the complaints of polars about a file into an InputError that names it."""
     try:
         yield
-    except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError) as error:
+    except (pl.exceptions.PolarsError, UnicodeDecodeError, OSError, EOFError) as error:
         kind = "Parquet" if path.suffix == ".parquet" else "a table in UTF-8"
         raise InputError(f"{path}: not {kind} ({str(error).splitlines()[0]}); save it again as Parquet") from error
 
@@ -199,11 +199,14 @@ def read_interactions(table: RawTable, columns: Mapping[str, str], least_rating:
 
 
 def whole_times(times: pl.Series, source: Path) -> pl.Series:
-    """Return times as whole numbers in the same order: dates as microseconds, ranks where a number has a fraction.
+    """Return times as whole numbers in the same order: dates in their own unit, in microseconds
+    without one, ranks where a number has a fraction.
 
     Refuse a ``source`` that mixes dates with numbers, or numbers that are seconds of our days with such in other units.
     """
-    if times.dtype in (pl.Date, pl.Datetime):
+    if times.dtype == pl.Date:
+        times = times.cast(pl.Datetime("us"))
+    if times.dtype == pl.Datetime:
         return times.to_physical().cast(pl.Int64)
     is_text = times.dtype == pl.String
     times = times.str.strip_chars() if is_text else times

@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 
 from data_processing.sources.clean import clean_item
-from data_processing.sources.common import INTERACTIONS, RowChecks, SourceTables, source_tables
+from data_processing.sources.common import INTERACTIONS, RowChecks, SourceTables, readable, source_tables
 from gream_verl.core.data_folder import Item, item_of
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file
@@ -31,7 +31,9 @@ def read_sequences(interactions: Path, items: Path | None) -> SourceTables:
     Without a file of items, the id of an item is all that is known of it.
     """
     sequences: dict[str, list[str]] = {}
-    for number, line in enumerate(require_file(interactions, "give its path").read_text("utf-8").splitlines(), 1):
+    with readable(interactions):
+        lines = require_file(interactions, "give its path").read_text("utf-8-sig").rstrip().split("\n")
+    for number, line in enumerate(lines, 1):
         user, *taken = line.split() or [""]
         if not taken or user in sequences:
             problem = f"user {user!r} comes twice" if taken else "expected `user item item ...`"

@@ -8,10 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from data_processing.sources.amazon import Id, holds_ratings, read_chunks
+from data_processing.sources.amazon import Id, read_chunks
 from data_processing.sources.clean import clean_text
 from data_processing.sources.common import BAD_ROWS, INTERACTIONS, RowChecks
-from gream_verl.core.errors import InputError
 
 FIELDS = [("user", Id), ("item", Id), *((name, Any, None) for name in ("summary", "text", "votes"))]
 KEYS = {name: INTERACTIONS[name] for name in ("user", "item")}
@@ -44,8 +43,6 @@ def read_review_texts(
     Returns:
         Columns ``item`` and ``text`` (``summary: text``, without HTML), items sorted as text, the best review first.
     """
-    if holds_ratings(reviews):
-        raise InputError(f"{reviews}: a file of ratings holds no texts; give the file of reviews")
     pairs = [(user, item) for user, items in training.items() for item in items]
     allowed = pl.DataFrame(pairs, schema=KEYS, orient="row")
     best, rows = pl.DataFrame(schema=BEST), 0

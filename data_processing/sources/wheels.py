@@ -43,5 +43,5 @@ class Wheel:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
             reason = "".join(lines[-1:]) or "no message"
-            raise InputError(f"{self.requirement}: pip could not fetch it ({reason}); check pip's index")
+            raise InputError(f"{self.requirement}: pip did not fetch it ({reason}); check pip and its index")
         return folder / self.file

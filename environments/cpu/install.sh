@@ -28,7 +28,7 @@ fi
 start=$SECONDS
 echo "make env: building .venv from $lock with $("$python" --version)"
 rm -f "$stamp"
-# A .venv of another Python, or one that was moved here, is made anew.
+# A .venv of another Python, or one that was moved here, is built again.
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1 || ! .venv/bin/python -c \
     'import os, sys; sys.exit(sys.version_info[:2] != (3, 11) or os.path.realpath(sys.prefix) != os.path.realpath(".venv"))'; then
     "$python" -m venv --clear .venv

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves requirements.lock anew from pyproject.toml (run by `make lock`).
+# Resolves requirements.lock again from pyproject.toml (run by `make lock`).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . environments/uv.sh

@@ -21,7 +21,7 @@ echo "make recbole: building .venv-recbole from $lock"
 .venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv-recbole
 sync_with_lock "$lock" .venv-recbole/bin/python
 .venv-recbole/bin/python -W ignore -c 'import recbole.config, recbole.data, recbole.trainer' || {
-    echo "make recbole: RecBole cannot be imported (see above); make the lock anew with: environments/recbole/lock.sh" >&2
+    echo "make recbole: RecBole cannot be imported (see above); make the lock again with: environments/recbole/lock.sh" >&2
     exit 1
 }
 echo "$fingerprint" > "$stamp"

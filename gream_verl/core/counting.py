@@ -40,12 +40,14 @@ def recommend(
     ``dropped`` items are not recommended to their user. Of equal scores the first in ``order`` [candidates] wins.
     """
     lists: list[list[int]] = []
+    place = np.argsort(order)
     for user, gone in enumerate(dropped):
         stored = slice(*scores.indptr[user : user + 2])
         values = np.zeros(len(order))
         values[scores.indices[stored]] = scores.data[stored]
         values[[item for item in gone if item < len(order)]] = -1.0
-        best = order[np.argsort(-values[order], kind="stable")[:k]]
+        some = np.union1d(scores.indices[stored], order[: k + len(gone)])  # no other item can be in the list
+        best = some[np.lexsort((place[some], -values[some]))[:k]]
         lists.append(best[values[best] >= 0].tolist())
     return lists
 

@@ -35,7 +35,7 @@ class Item:
     """Texts of one item.
 
     Attributes:
-        title: Readable title, never empty.
+        title: Readable title, not empty after ``read_items``.
         description: Readable description, "" when there is none.
         brand: Brand, author or label, "" when there is none.
         categories: Names of categories, general to special where the source orders them.

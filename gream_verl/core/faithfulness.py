@@ -41,8 +41,8 @@ class ClaimReader:
         """
         thought, _, denoised = chain.partition("<answer>")[0].replace("<think>", "").partition("</think>")
         kept, sids = find_sids(denoised), [self._index.sids[item] for item in history]
-        counts = Counter(trait for item in history for trait in self._traits[item])
-        titles = [self._titles[item] for item in history]
+        counts = Counter(trait for item in history for trait in self._traits.get(item, ()))
+        titles = [self._titles.get(item, item) for item in history]
         later = iter(sids)  # a search goes on where the one before it ended
         return {
             "length": [int(one or other) == len(history) for one, other in _LENGTH.findall(thought)],

@@ -78,7 +78,7 @@ class Server:
             except openai.APIError as error:
                 raise self.error(error) from error
             except ValidationError:
-                await asyncio.sleep(FIRST_WAIT * 2**attempt)
+                await asyncio.sleep(min(FIRST_WAIT * 2**attempt, 8.0) * (attempt + 1 < self.attempts))
         raise FailedError(f"{self.endpoint}: no answer but {body[:80]!r}")
 
     def error(self, error: openai.APIError) -> InputError | RefusedError | FailedError:
@@ -100,8 +100,9 @@ async def find_model(client: openai.AsyncOpenAI, endpoint: str, wanted: str | No
     try:
         models = {model.id: model.owned_by async for model in client.models.list()}
     except (openai.APIError, AttributeError, TypeError) as error:
-        if wanted is not None and getattr(error, "status_code", 404) == 404:
-            return wanted, False  # the server has no list
+        has_list = isinstance(error, openai.APIError) and getattr(error, "status_code", None) != 404
+        if wanted is not None and not has_list:
+            return wanted, False
         raise
     if wanted is None and len(models) == 1:
         wanted = next(iter(models))

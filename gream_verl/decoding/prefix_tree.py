@@ -106,10 +106,6 @@ class PrefixTree:
         arrays = (np.array(firsts), offsets, np.concatenate(tokens), rows, all_parents, leaves, leaf_counts)
         return cls(*map(torch.from_numpy, arrays))
 
-    def __len__(self) -> int:
-        """Return the number of items."""
-        return len(self.leaves)
-
     @property
     def depth(self) -> int:
         """Tokens of the longest SID."""

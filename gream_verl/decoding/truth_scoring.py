@@ -28,7 +28,8 @@ def scoring_parameters(tokens: Sequence[int], temperature: float) -> dict[str, A
     The engine must return the log-probabilities after all processors (``logprobs_mode="processed_logprobs"``).
     """
     extra = {"gream_truth": list(tokens), "gream_temperature": max(temperature, 1e-4)}
-    return {"temperature": 0.0, "max_tokens": len(tokens), "ignore_eos": True, "extra_args": extra}
+    drawn = {"temperature": 0.0, "repetition_penalty": 1.0}
+    return {**drawn, "max_tokens": len(tokens), "ignore_eos": True, "extra_args": extra}
 
 
 def decompress(log_probs: Sequence[float]) -> np.ndarray:

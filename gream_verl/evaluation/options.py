@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ def engine_of_this_machine() -> Engine:
     """Return vLLM where there is a GPU; on CPU cores the plain loop is faster for a tiny model."""
     import torch
 
-    return "vllm" if torch.cuda.is_available() else "hf"
+    return "vllm" if torch.cuda.is_available() and find_spec("vllm") else "hf"
 
 
 class EvaluationOptions(BaseModel):
@@ -49,7 +50,7 @@ class EvaluationOptions(BaseModel):
     shards: int = Field(default=1, ge=1)  # workers; more than one run on Ray, each with a GPU or a core
 
     # Reasoning mode.
-    # Sampler of chains: in this process, in a plain loop (default without a GPU), or the server at `endpoint`.
+    # Sampler of chains: vllm in this process (default with a GPU), hf in a plain loop, or the server at `endpoint`.
     engine: Engine = Field(default_factory=engine_of_this_machine)
     ranking: Ranking = "beam"  # beam search after each chain, or the authors': probability of the sampled response
     merge: Merge = "mean"  # score of an item over several chains

@@ -34,7 +34,7 @@ class ProgressFile:
             self._append(line)
         for row in self._file:
             if row.endswith(b"\n"):
-                self.rows[json.loads(row)["user"]] = json.loads(row)
+                self.rows |= {(done := json.loads(row))["user"]: done}
                 end += len(row)
         self._file.truncate(end)
 

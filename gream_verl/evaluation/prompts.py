@@ -108,9 +108,10 @@ def make_prompts(
     prompts = []
     for user, position in _sample(held_out, options):
         past, target = sequences[user][:position], sequences[user][position]
-        if _has_sid(target, index, f"{inter_file}: user {user!r}", options):
-            shown = "".join(index.texts(past[-(options.history or HISTORY) :]))
-            turns = messages(shown, mode, options.template, options.system)
+        shown = past[-(options.history or HISTORY) :]
+        has_all = not options.skip_missing or all(item in index.sids for item in shown)
+        if _has_sid(target, index, f"{inter_file}: user {user!r}", options) and has_all:
+            turns = messages("".join(index.texts(shown)), mode, options.template, options.system)
             prompts.append(Prompt(user, target, tuple(past), turns, index.text(target)))
     return _checked(prompts, inter_file), len(held_out)
 
@@ -165,6 +166,8 @@ def refuse_to_lose(path: Path, prompts: list[Prompt], protocol: dict[str, Any]) 
         return
     rows = [{"user": prompt.user, "target": prompt.target} for prompt in prompts]
     reasons = old.disagreements(Evaluation({}, {"mode": old.settings.get("mode"), "protocol": protocol}, rows))
+    kept = {} if old.is_baseline else old.settings.get("protocol", {})
+    reasons += [f"the {key} differs" for key in ("template", "system") if kept.get(key, protocol[key]) != protocol[key]]
     if reasons:
         raise InputError(f"{path}: holds another result ({'; '.join(reasons)}); choose a --name or add --overwrite")
 

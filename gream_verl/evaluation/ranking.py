@@ -42,7 +42,7 @@ def encode(
         tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False) for prompt in prompts
     ]
     sequences: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    longest, positions = max(map(len, sequences)), config.max_position_embeddings
+    longest, positions = max(map(len, sequences)), config.get_text_config(decoder=True).max_position_embeddings
     if longest + room > positions:
         raise InputError(
             f"{config.name_or_path}: takes {positions} tokens, but the longest prompt has {longest} and needs {room} "

@@ -29,7 +29,7 @@ from gream_verl.model.loading import resolve_model
 def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOptions) -> Group:
     """Evaluate a checkpoint in the modes asked for, and the floors; save the results and return tables of them.
 
-    After both modes, half of a list from each makes the lists of ``NAME-merged.json``. The files are
+    After both modes, their lists taken in turn are those of ``NAME-merged.json``. The files are
     ``NAME-<mode>.json`` and ``<floor>.json`` in ``RUN/evaluation``; on the validation split
     ``NAME-val-<mode>.json`` and ``<floor>-val.json``. The checkpoint is a Hugging Face folder or verl's folder of
     checkpoints; None takes ``RUN/srpo`` if it holds a checkpoint, else ``RUN/sft``.
@@ -62,7 +62,7 @@ def evaluate_run(run: RunFolder, checkpoint: Path | None, options: EvaluationOpt
         done[mode] = replace(evaluation, settings={**evaluation.settings, **about, "protocol": protocol})
         save(files[mode], done[mode])
         progress.unlink(missing_ok=True)  # the results hold all of it
-    if len(done) == 2 and options.beams:
+    if len(done) == 2 and options.beams and options.ranking == "beam":
         files |= {"merged": files["direct"].removesuffix("direct") + "merged"}
         save(files["merged"], merged(done["direct"], done["reasoning"]))
 
@@ -115,7 +115,7 @@ def _save_floors(
 def faithful_shares(
     evaluation: Evaluation, prompts: Sequence[Prompt], reader: ClaimReader, index: ItemIndex
 ) -> dict[str, float]:
-    """Return the share of chains that say nothing untrue about the history that they were shown, and of true claims."""
+    """Return the share of chains that claim something about the history and nothing untrue, and of true claims."""
     shown = {
         prompt.user: [index.items[sid] for sid in find_sids(prompt.messages[-1]["content"]) if sid in index.items]
         for prompt in prompts

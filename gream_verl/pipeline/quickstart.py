@@ -86,11 +86,14 @@ def recipe_folder() -> Path:
 
 def quickstart_steps(options: Quickstart) -> list[Step]:
     """Return the steps of the pipeline; refuse a run whose name a config would misread."""
+    if options.template and not options.base:
+        raise InputError("--template goes with --base; the tiny model has a template of its own")
     if not re.fullmatch(r"[A-Za-z0-9._/-]+", str(options.run)):
         raise InputError(f"{options.run}: use letters, digits, '.', '_' and '-' only in the name of a run")
     run = RunFolder.create(options.run, DEFAULT_DATASET if options.source == "movielens" else None)
     root, data, profile = run.root, run.data, PRETRAINED if options.base else TINY
     config, (sft, srpo) = config_file(profile.config), _overrides(options, profile, run)
+    configured = f"{quote(str(config))} {sft}"
     seed = f"--seed {options.seed}" if options.seed else ""
     evaluate, chains = f"gream evaluate {root}", f"{profile.evaluation} --overwrite {seed}"
     raw = {"--interactions": options.interactions, "--items": options.items}
@@ -110,9 +113,9 @@ def quickstart_steps(options: Quickstart) -> list[Step]:
         model_and_rows = [
             Step("model", extend, [*base, data.index], [weights]),
             Step("sft-data", f"{mix.command} --tokenizer {run.model}", [*mix.reads, weights], rows),
-            Step("sft-check", f"gream sft check {config} {sft}", [config, *rows, run.model], checkpoints=run.sft),
+            Step("sft-check", f"gream sft check {configured}", [config, *rows, run.model], checkpoints=run.sft),
         ]
-    train_sft = f"{profile.train} {config} {sft}"
+    train_sft = f"{profile.train} {configured}"
     train_srpo = f"python -m verl.trainer.main_ppo +recipe={profile.recipe} {srpo}"
     prompts, latest = [data.rl, data.val, data.index], run.srpo / "latest_checkpointed_iteration.txt"
     stamp = stamp_file(root, "srpo")

@@ -24,6 +24,7 @@ from pydantic import Field
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
+from gream_verl.core.errors import InputError
 from gream_verl.core.options import checked_options
 from gream_verl.core.rsvr import expected_shares
 from gream_verl.core.semantic_ids import ItemIndex, SemanticId
@@ -31,11 +32,11 @@ from gream_verl.core.token_text import TokenText
 from gream_verl.decoding.answer_automaton import CLOSE, OPEN
 from gream_verl.decoding.truth_scoring import decompress, scoring_parameters
 from gream_verl.plugin.bgae import SMALLEST_SHARE, BgaeOptions, expected_hit_bonus
-from gream_verl.plugin.reward_manager import OPTIONS, SAMPLED, RsvrOptions
+from gream_verl.plugin.reward_manager import OPTIONS, SAMPLED, RsvrOptions, refuse_sampled_settings
 
 
 class Rules(NamedTuple):
-    """What all responses of a run share. It is read once, because verl makes an agent loop for every response."""
+    """Options, reader and index that all responses of a run share, read once: verl makes an agent loop for each."""
 
     config: DictConfig
     options: RsvrOptions
@@ -47,12 +48,14 @@ class Rules(NamedTuple):
     def read(cls, config: DictConfig, tokenizer: Any) -> Rules:
         """Read the options of a run, and its index."""
         options = checked_options(RsvrOptions, OPTIONS, OmegaConf.select(config, OPTIONS))
+        if options.expected:  # here, too, for a reward manager of another kind
+            refuse_sampled_settings(config)
         index = ItemIndex.load(options.index_file) if options.expected and options.index_file else None
         return cls(config, options, BgaeOptions.from_config(config.algorithm), TokenText(tokenizer), index)
 
 
 class Payment(NamedTuple):
-    """What a chain of thought is paid.
+    """The payment of one chain of thought.
 
     Attributes:
         shares: Of each token of the true SID.
@@ -66,7 +69,7 @@ class Payment(NamedTuple):
 
 
 def payment_of(probabilities: np.ndarray, rewards: np.ndarray, n: int, bgae: BgaeOptions) -> Payment:
-    """Return what a chain is paid.
+    """Compute the payment of a chain.
 
     Args:
         probabilities: Of each token of the true SID and of those that close it, after the chain and those before it,
@@ -131,7 +134,9 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         self.server_manager: Any = OneServer(self.server_manager)
         output = await super().run(dict(sampling_params), priority=priority, **kwargs)
         paid = PaidOutput.model_construct({*output.model_fields_set}, **dict(output))
-        paid.for_training = kwargs.get("for_training", True)
+        if "for_training" not in kwargs:
+            raise InputError(f"{OPTIONS}.expected: needs SemanticIdDataset (data.custom_cls), whose rows say their use")
+        paid.for_training = kwargs["for_training"]
         # 2. Where the answer begins.
         extra_info = kwargs.get("extra_info") or {}
         truth = reader.ground_truth(kwargs.get("reward_model"), f"row {extra_info.get('index')}")

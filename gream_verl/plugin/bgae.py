@@ -34,7 +34,7 @@ from gream_verl.core.options import checked_options
 
 logger = logging.getLogger(__name__)
 EPSILON = 1e-6
-SMALLEST_SHARE = 1e-9
+SMALLEST_SHARE = 1e-30
 """A share that counts as nothing, but tells that a token is one of the answer."""
 
 ScoringRule = Literal["log", "linear"]
@@ -125,7 +125,7 @@ def share_advantage(
     # 2. The advantages of answer and chain.
     total = exact.sum(dim=-1)
     rest = exact.flip(-1).cumsum(dim=-1).flip(-1)
-    of_answer = torch.where(rest > 0, rest, total[:, None])
+    of_answer = torch.where(shares > 0, rest, total[:, None])
     _, of_chain = _centred(total + penalty, groups, active)
     advantage = torch.where(level > 0, of_answer, of_chain[:, None]) * (mask * active[:, None])
     # 3. One scale for the whole batch, so that all tokens keep their proportion.

@@ -53,6 +53,8 @@ class SemanticIdDataset(RLHFDataset):
             shown = [sid for turn in prompt for sid in find_sids(turn["content"])]
             text.check((token for sid in shown for token in sid), row)
             self._check_room(prompt, row)
+            if len(truth) >= (room := self.config.get("max_response_length", len(truth) + 1)):
+                raise InputError(f"{row}: its SID has {len(truth)} tokens; raise data.max_response_length={room}")
             unknown = [sid for sid in (truth, *shown) if items is not None and sid not in items]
             if unknown:
                 raise InputError(
@@ -69,7 +71,7 @@ class SemanticIdDataset(RLHFDataset):
 
     @cached_property
     def for_training(self) -> bool:
-        """Whether these are the training rows; validation may read the same files."""
+        """True for the training rows; validation may read the same files."""
         files = self.config.get("train_files")
         trained_on = list(self.original_data_files) == ([files] if isinstance(files, str) else files)
         return trained_on and self.max_samples == self.config.get("train_max_samples", -1)

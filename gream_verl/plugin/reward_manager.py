@@ -83,6 +83,8 @@ class RsvrOptions(BaseModel):
         bgae = OmegaConf.select(config, "algorithm.bgae") or {}
         if options.expected:
             refuse_sampled_settings(config)
+        elif bgae.get("expected"):
+            raise InputError(f"algorithm.bgae.expected: needs {OPTIONS}.expected=true; set both, or neither")
         elif options.overlong and 1 - options.overlong.factor < bgae.get("success", 0) and bgae.get("weight"):
             raise InputError(
                 f"{OPTIONS}.overlong.factor: a long exact hit is paid {1 - options.overlong.factor:g}, which is no hit "
@@ -121,6 +123,7 @@ def refuse_sampled_settings(config: DictConfig) -> None:
     engine = "actor_rollout_ref.rollout"
     needed: dict[str, Any] = {
         f"{CUSTOM}.path": None,
+        "reward.reward_manager.name": "rsvr",
         f"{engine}.name": "vllm",
         f"{engine}.agent.default_agent_loop": "gream",
         f"{engine}.logprobs_mode": "processed_logprobs",
@@ -129,16 +132,11 @@ def refuse_sampled_settings(config: DictConfig) -> None:
         "algorithm.bgae.expected": True,
     }
     processors = f"{engine}.engine_kwargs.vllm.logits_processors"
-    found = {key: OmegaConf.select(config, key) for key in needed}
-    found[f"{processors}[-1]"], needed[f"{processors}[-1]"] = (
-        (OmegaConf.select(config, processors) or [None])[-1],
-        SCORER,
-    )
-    for key, value in needed.items():
-        if found[key] != value:
-            raise InputError(
-                f"{key} is {found[key]}: {OPTIONS}.expected needs {value}; or add the mix-in sampled_reward"
-            )
+    checks = [(key, OmegaConf.select(config, key), value) for key, value in needed.items()]
+    checks.append((f"{processors}[-1]", (OmegaConf.select(config, processors) or [None])[-1], SCORER))
+    for key, found, value in checks:
+        if found != value:
+            raise InputError(f"{key} is {found}: {OPTIONS}.expected needs {value}; or add the mix-in sampled_reward")
 
 
 @register("rsvr")

@@ -1,4 +1,4 @@
-"""The checkpoints of a run are one run's, and of one set of rows.
+"""A lock on the folder of checkpoints: one run at a time, always on the same rows.
 
 Two runs in a folder would resume from each other's and overwrite them. With fewer rows than before, verl's data loader
 ends in a bare StopIteration.
@@ -21,7 +21,7 @@ _held: list[IO[str]] = []
 
 
 def hold_checkpoints(folder: Path, rows: Sequence[Path], resumes: bool = True) -> None:
-    """Lock a folder for this Ray job, of whose processes several may train.
+    """Lock a folder for this Ray job; several of its processes may hold it.
 
     Refuse it while another job holds it, and where a run that ``resumes`` would go on from checkpoints of other rows.
     """

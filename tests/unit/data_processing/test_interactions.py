@@ -195,7 +195,7 @@ def test_the_parts_of_a_temporal_split_begin_on_days(tmp_path: Path, unit: int) 
     for validation, test in [(date(2018, 7, 1), date(2018, 1, 1)), (date(2018, 1, 1), date(2019, 1, 1))]:
         with pytest.raises(InputError, match="leave no training or nothing to test"):
             prepare(tables(rows), folder, core=1, split=TimeSplit(validation, test))
-    with pytest.raises(InputError, match="times such as 4 are not of our days; give shares"):
+    with pytest.raises(InputError, match="times such as 4 are no dates; give shares"):
         prepare(tables(FULL), folder, core=1, split=TimeSplit(0.1, date(2018, 1, 1)))
 
 

@@ -100,6 +100,8 @@ def test_a_crowd_of_equal_items_finds_free_paths_one_after_the_other() -> None:
 def test_added_items_leave_every_byte_of_the_semantic_ids_that_are_there(folder: DataFolder) -> None:
     before, saved = folder.index.read_text(), load(folder)
     write_data(folder, [*NEW[:3], *OLD, *NEW[3:]])
+    with pytest.raises(InputError, match="holds no item 'n50'"):
+        add_items(folder, without=["n5", "n50"])
     made = add_items(folder, without=["n5"])
     assert (made["new"], made["added"], made["built"]) == (5, 5, 40)
     assert folder.index.read_text().startswith(before.rstrip().removesuffix("}"))

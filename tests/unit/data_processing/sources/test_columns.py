@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import gzip
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -160,6 +160,7 @@ def test_columns_of_an_odd_type_are_named(tmp_path: Path, column: str, values: l
         (["1588687728923000002", "1588687728923000001", "7"], [1588687728923000002, 1588687728923000001, 7]),
         ([10.9, 10.1, 12.0], [2, 1, 3]),
         ([3.0, 1.0, 2.0], [3, 1, 2]),
+        ([date(1970, 1, 2), date(1970, 1, 1), date(1970, 1, 1)], [24 * 3600 * 10**6, 0, 0]),
         ([1588687728923000002, 1588687728923000001, 0], [1588687728923000002, 1588687728923000001, 0]),
     ],
 )

@@ -98,11 +98,14 @@ def test_lines_of_ids_are_enough_for_an_index_and_rows_of_semantic_ids(
 
 
 def test_lines_of_ids_with_a_file_of_items(tmp_path: Path) -> None:
-    (tmp_path / "seq.txt").write_text("u 1 2\nv 2\n")
+    (tmp_path / "seq.txt").write_text("u 1 2\nv 2\n\n", encoding="utf-8-sig")
     write_json(tmp_path / "D.item.json", {"1": {"title": "Heat"}, "2": {"title": "Alien"}})
     tables = read_sequences(tmp_path / "seq.txt", tmp_path / "D.item.json")
     assert tables.interactions.rows() == [("u", "1", 0), ("u", "2", 1), ("v", "2", 0)]
     assert tables.items["title"].to_list() == ["Heat", "Alien"]
+    (tmp_path / "seq.txt").write_bytes(b"u \xff\n")
+    with pytest.raises(InputError, match=r"seq\.txt: not a table in UTF-8"):
+        read_sequences(tmp_path / "seq.txt", None)
     faults = {"u 1\nu 2\n": "line 2: user 'u' comes twice", "u 1\n\nv 2\n": "line 2: expected `user item"}
     for text, message in faults.items():
         (tmp_path / "seq.txt").write_text(text)

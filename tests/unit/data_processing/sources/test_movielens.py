@@ -62,6 +62,6 @@ def test_real_pip_that_finds_a_wheel_with_another_hash_ends_in_one_sentence(
         archive.writestr(f"{info}/RECORD", "")
     for name, value in {"NO_INDEX": "1", "CONFIG_FILE": os.devnull, "FIND_LINKS": str(tmp_path / "links")}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
-    with pytest.raises(InputError, match=r"small-thing==1\.0: pip could not fetch it \(ERROR: .*HASHES"):
+    with pytest.raises(InputError, match=r"small-thing==1\.0: pip did not fetch it \(ERROR: .*HASHES"):
         WHEEL.provide({"small/thing.txt": tmp_path / "thing.txt"})
     assert not (tmp_path / "thing.txt").exists()

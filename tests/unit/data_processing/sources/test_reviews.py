@@ -59,11 +59,9 @@ def test_dirty_lines_and_odd_fields_are_passed_over(tmp_path: Path) -> None:
         read_review_texts(2018, path, {"p": ["a"]})
 
 
-def test_nothing_found_is_an_empty_table_and_ratings_are_refused(tmp_path: Path) -> None:
+def test_nothing_found_is_an_empty_table(tmp_path: Path) -> None:
     path = write(tmp_path / "R.json.gz", [("p", "a", "x", "y")])
     assert read_review_texts(2018, path, {"z": ["z"]}).rows() == []
-    with pytest.raises(InputError, match=r"ratings\.csv: a file of ratings holds no texts"):
-        read_review_texts(2018, tmp_path / "ratings.csv", {})
 
 
 def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

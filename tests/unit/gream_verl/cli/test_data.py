@@ -131,6 +131,22 @@ def test_prompts_are_written_next_to_the_data_set(tmp_path: Path) -> None:
         (["prepare", "D", "--source", "movielens", "--items", "m"], "--source movielens takes no"),
         (["prepare", "D", "--source", "movielens", "--review-texts", "3"], "goes with the Amazon sources"),
         (
+            [
+                "prepare",
+                "D",
+                "--source",
+                "amazon2018",
+                "--interactions",
+                "r.csv",
+                "--items",
+                "m",
+                "--review-texts",
+                "1",
+            ],
+            "a file of ratings holds no texts",
+        ),
+        (["prepare", "D", "--source", "movielens", "--held-out", "0.2,0.2"], "goes with --split temporal"),
+        (
             ["prepare", "D", "--source", "table", "--interactions", "i", "--items", "m", "--column", "user"],
             "NAME=VALUE",
         ),

@@ -83,6 +83,7 @@ def test_a_judge_chooses_among_the_chains_of_a_row(folder: DataFolder, tmp_path:
         (["mix", "RUN", "--rows", "seqrec=many"], "seqrec=40%"),
         (["mix", "RUN", "--rows", "seqrec=9", "--name", "chains"], "none of align"),
         (["mix", "RUN", "--tokenizer", "nowhere"], "nowhere: cannot be loaded"),
+        (["mix", "RUN", "--longest", "256"], "goes with --tokenizer"),
         (["mix", "RUN", "--best-of", "sft=4"], "such as 4=runs/Beauty/sft"),
         (["mix", "RUN", "--best-of", "4"], "--best-of '4': expected NAME=VALUE"),
         (["tasks", "RUN", "--rows", "reasoning=5"], "no alignment task"),

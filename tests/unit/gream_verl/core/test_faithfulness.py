@@ -99,5 +99,10 @@ def test_chains_by_rule_are_true_and_with_another_number_untrue(tmp_path: Path, 
     assert seen > 100
 
 
+def test_items_may_lack_texts() -> None:
+    reader = ClaimReader({item: text for item, text in ITEMS.items() if item != "heat"}, INDEX)
+    assert reader.read("<think>last Toy Story</think><answer>", ["heat"])["last item"] == [False]
+
+
 def test_a_chain_that_claims_nothing_is_not_faithful() -> None:
     assert faithfulness([READER.read("<think></think><answer></answer>", HISTORY)]) == {"faithful": 0.0}

@@ -53,7 +53,7 @@ def test_the_tree_holds_exactly_the_sids_of_the_index(index: ItemIndex) -> None:
     tree = PrefixTree.from_index(index, ids)
     expected = {tuple(ids[token] for token in sid): row for row, sid in enumerate(index.sids.values())}
     assert walk(tree) == expected
-    assert len(tree) == len(index)
+    assert len(tree.leaves) == len(index)
     assert tree.depth == max(map(len, index.sids.values()))
     assert tree.leaf_counts[ROOT] == len(index)
     assert torch.equal(tree.rows[tree.leaves], torch.arange(len(index)))

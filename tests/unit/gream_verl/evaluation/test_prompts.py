@@ -251,6 +251,8 @@ def test_a_target_without_a_sid_is_refused_or_counted(folder: DataFolder, index:
     assert read_prompts(folder.test, "direct", skip, smaller) == (left, total)
     with pytest.raises(InputError, match=rf"small-test.parquet: row {row}: the target '{gone}' is not in smaller"):
         read_prompts(folder.test, "direct", PLAIN, smaller)
+    write_json(tmp_path / "D.inter.json", {"0": ["1", "900", "2", "3"], "1": ["1", "2", "3", "4"]})
+    assert [prompt.user for prompt in make_prompts(tmp_path / "D.inter.json", "direct", skip, index)[0]] == ["1"]
     write_json(tmp_path / "D.inter.json", {"0": ["1", "2", "900"]})
     with pytest.raises(InputError, match="no user is left"):
         make_prompts(tmp_path / "D.inter.json", "direct", skip, index)

@@ -200,6 +200,8 @@ def test_results_of_another_protocol_are_not_lost(run: Path) -> None:
         evaluate(run, "--mode", "direct", "--limit", 3, "--name", "other")
     with pytest.raises(InputError, match=r"special-direct.json: .*; choose a --name or add --overwrite"):
         evaluate(run, "--mode", "direct", history=2)
+    with pytest.raises(InputError, match=r"special-direct.json: holds another result \(the system differs\)"):
+        evaluate(run, "--mode", "direct", system="Be brief.")
     assert load(run, "special-direct") == kept
     evaluate(run, "--mode", "direct", "--name", "short", history=2)
     evaluate(run, "--mode", "direct", "--limit", 3, "--overwrite")

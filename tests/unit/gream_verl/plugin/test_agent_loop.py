@@ -195,6 +195,12 @@ def test_the_log_rule_gives_nothing_to_a_chain_without_an_answer_and_to_steps_th
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
+def test_tokens_of_an_improbable_truth_do_not_count_as_those_that_close_the_answer():
+    shares, one = torch.tensor([[0.1, SMALLEST_SHARE, SMALLEST_SHARE, 0.0]]), torch.ones(1, 4)
+    found = share_advantage(shares, torch.zeros(1, dtype=torch.long), one[:, 0] > 0, one, LOG, normalise=False)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+
+
 class FakeServer:
     """A rollout engine that answers with given tokens, and finds every scored token half as probable as sure."""
 
