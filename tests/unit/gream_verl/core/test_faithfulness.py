@@ -101,7 +101,7 @@ def test_chains_by_rule_are_true_and_with_another_number_untrue(tmp_path: Path, 
 
 def test_items_may_lack_texts() -> None:
     reader = ClaimReader({item: text for item, text in ITEMS.items() if item != "heat"}, INDEX)
-    assert reader.read("<think>last Toy Story</think><answer>", ["heat"])["last item"] == [False]
+    assert reader.read("<think>last Toy Story. Preference: none.</think><answer>", ["heat"])["last item"] == [False]
 
 
 def test_a_chain_that_claims_nothing_is_not_faithful() -> None:
