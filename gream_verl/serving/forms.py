@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gream_verl.core.semantic_ids import find_sids
 from gream_verl.serving.catalogue import Catalogue
-from gream_verl.serving.recommender import MOST_BEAMS
+from gream_verl.serving.recommender import BEAMS
 
-MOST_HISTORY, MOST_ITEMS, MOST_K, MOST_REQUESTS = 1000, 10_000, MOST_BEAMS, 1000
+MOST_HISTORY, MOST_ITEMS, MOST_K, MOST_REQUESTS = 1000, 10_000, BEAMS[-1], 1000
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 ServedMode = Literal["direct", "reasoning", "merged"]
 PARTS = ("Evidence", "Preference", "Intent")

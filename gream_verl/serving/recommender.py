@@ -20,10 +20,8 @@ from gream_verl.model.answer_judge import ending_log_probs
 from gream_verl.model.loading import load_decoding_config, load_model, load_tokenizer, resolve_model
 from gream_verl.serving.catalogue import Catalogue
 
-HISTORY, BEAMS = 20, 30
-"""Latest items of a history that a prompt shows, and beams: those of ``gream evaluate``."""
-MOST_BEAMS = 100
-"""Beams for a longer list, and most items of one."""
+HISTORY, BEAMS = 20, (30, 50, 100)
+"""Latest items of a history that a prompt shows, and beams: those of ``gream evaluate``, or more for a longer list."""
 THOUGHT = 256
 """Most tokens of a chain of thought."""
 TREES = 32
@@ -116,7 +114,7 @@ class Recommender:
         histories = [self.known(ask.history) for ask in asks]
         for number, (ask, (known, unknown)) in enumerate(zip(asks, histories, strict=True)):
             if known and self._left(ask):
-                together[ask.allow, BEAMS if ask.k <= BEAMS else MOST_BEAMS, ask.mode].append(number)
+                together[ask.allow, next(beams for beams in BEAMS if ask.k <= beams), ask.mode].append(number)
             else:
                 answers[number] = self._popular(ask, unknown)
         for key, numbers in together.items():
