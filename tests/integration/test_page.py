@@ -32,6 +32,11 @@ if CHROMIUM is None:
 TOKEN = "a long secret"
 HOSTILE = "<script>alert(1)</script> 3"  # the data set drops the rest
 PHONE = {"width": 390, "height": 844}
+# Notes in the page, where a busy machine does not matter, that a chain begins before its list is there.
+WATCH = """() => new MutationObserver(() => {
+    const column = document.querySelector('section:has(.chain)');
+    window.isEarly ||= !!column?.innerText.includes('the last one is') && !column.querySelector('.ranking');
+}).observe(document.body, {subtree: true, childList: true, characterData: true})"""
 SERVER = """
 import sys
 from pathlib import Path
@@ -130,13 +135,13 @@ def choose(page: Any, user: int) -> None:
 
 def test_a_chain_is_shown_as_it_is_written_and_its_items_by_their_titles(services: dict[str, str], page: Any) -> None:
     visit(page, services["open"])
+    page.evaluate(WATCH)
     choose(page, 4)
     assert len(titles(page, "Direct · srpo")) == 10
     thinking = column(page, "Reasoning · srpo")
     expect(thinking.get_by_text(f"the last one is [{HOSTILE}] of")).to_be_visible()  # a title, and only as text
-    expect(thinking.get_by_text("Computing …")).to_be_visible()
-    assert thinking.locator(".ranking").count() == 0
     assert len(titles(page, "Reasoning · srpo")) == 10
+    assert page.evaluate("window.isEarly")
     expect(thinking.get_by_text("Preference")).to_be_visible()
     expect(thinking.get_by_text(re.compile(r"^[\d,]+ ms \(think [\d,]+ ms, search \d+ ms\)$"))).to_be_visible()
     expect(thinking.locator("dd").last).to_have_text(HOSTILE)  # what the chain keeps of the history
