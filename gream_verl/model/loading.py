@@ -21,12 +21,13 @@ def resolve_model(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     step = path
-    if not (path / "actor").is_dir():
+    if not (path / "actor").is_dir() and not path.name.startswith("global_step_"):
         latest = require_file(path / "latest_checkpointed_iteration.txt", "choose a model or verl's checkpoints")
         step = path / f"global_step_{latest.read_text(encoding='utf-8').strip()}"
     exported = step / "actor" / "huggingface"
     if not list(exported.glob("*.safetensors")):
-        raise InputError(f"{exported}: no exported model; train with checkpoint.save_contents=[...,hf_model]")
+        remedy = "take a later step, verl keeps few of them, or train with checkpoint.save_contents=[...,hf_model]"
+        raise InputError(f"{exported}: no exported model; {remedy}")
     return exported
 
 

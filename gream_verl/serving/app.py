@@ -195,7 +195,7 @@ def create_app(service: Service) -> FastAPI:
         if given.checkpoint is not None:
             path = service.run.root / given.checkpoint.replace("\0", "")
             if not path.resolve().is_relative_to(root):
-                raise RefusedError(400, "give a checkpoint inside the run, such as srpo or srpo/global_step_8")
+                raise RefusedError(400, "give a checkpoint inside the run, such as srpo or srpo/global_step_24")
         old, new = await service.reload(given.model, path)
         return {"old": old, "new": new}
 

@@ -113,5 +113,8 @@ def test_a_checkpoint_of_verl_stands_for_its_latest_export(tmp_path: Path) -> No
         write_text(exported / name, "")
     assert resolve_model(tmp_path / "srpo") == resolve_model(exported) == exported
     assert resolve_model(exported.parents[1]) == exported  # one step
+    (tmp_path / "srpo" / "global_step_2").mkdir()
+    with pytest.raises(InputError, match="take a later step"):
+        resolve_model(tmp_path / "srpo" / "global_step_2")
     with pytest.raises(InputError, match="choose a model or verl's checkpoints"):
         resolve_model(tmp_path)
