@@ -15,7 +15,7 @@ import numpy as np
 from data_processing.indexing.balanced_kmeans import assignment_costs
 from data_processing.indexing.collaborative import fold_in
 from data_processing.indexing.embed import EmbeddingSettings, embed_items
-from data_processing.indexing.residual_index import resolve_collisions
+from data_processing.indexing.residual_index import refuse_unknown, resolve_collisions
 from data_processing.indexing.saved_index import REMEDY, SavedIndex, load_saved
 from gream_verl.core.data_folder import DataFolder, Item
 from gream_verl.core.errors import InputError
@@ -109,8 +109,7 @@ def add_items(folder: DataFolder, without: Collection[str] = ()) -> dict[str, An
     """
     items, index = folder.read_items(), ItemIndex.load(folder.index)
     saved = load_saved(folder, index)
-    if unknown := min(set(without) - items.keys(), default=None):
-        raise InputError(f"{folder.item}: holds no item {unknown!r} that could be left out; check its id")
+    refuse_unknown(without, items, folder)
     new = [item for item in items if item not in index.sids and item not in without]
     if not new:
         return {"new": 0}

@@ -6,7 +6,7 @@ level. Items that share a whole path get a collision token each.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from data_processing.indexing.collaborative import collaborative_vectors
 from data_processing.indexing.diagnostics import prefix_numbers
 from data_processing.indexing.embed import EmbeddingSettings, cached_embeddings
 from data_processing.indexing.saved_index import SavedIndex
-from gream_verl.core.data_folder import DataFolder, has_texts
+from gream_verl.core.data_folder import DataFolder, Item, has_texts
 from gream_verl.core.errors import InputError
 from gream_verl.core.semantic_ids import MAX_LEVELS, ItemIndex
 
@@ -114,6 +114,12 @@ def resolve_collisions(codes: np.ndarray, tokens: int | None = None) -> list[tup
     ]
 
 
+def refuse_unknown(without: Collection[str], items: Mapping[str, Item], folder: DataFolder) -> None:
+    """Refuse to leave out what is no item of ``folder``."""
+    if unknown := min(set(without) - items.keys(), default=None):
+        raise InputError(f"{folder.item}: holds no item {unknown!r} that could be left out; check its id")
+
+
 def build_index(folder: DataFolder, settings: IndexSettings | None = None, without: Collection[str] = ()) -> ItemIndex:
     """Give every item of ``folder`` a semantic ID, and write ``<D>.codebooks.npz``, then ``<D>.index.json``.
 
@@ -123,8 +129,7 @@ def build_index(folder: DataFolder, settings: IndexSettings | None = None, witho
         without: Items to leave out.
     """
     settings, items = settings or IndexSettings(), folder.read_items()
-    if unknown := min(set(without) - items.keys(), default=None):
-        raise InputError(f"{folder.item}: holds no item {unknown!r} that could be left out; check its id")
+    refuse_unknown(without, items, folder)
     training = folder.read_training(items)
     items = {item: known for item, known in items.items() if item not in without}
     levels, codes = default_shape(max(len(items), 1))

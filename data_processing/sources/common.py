@@ -199,10 +199,10 @@ def read_interactions(table: RawTable, columns: Mapping[str, str], least_rating:
 
 
 def whole_times(times: pl.Series, source: Path) -> pl.Series:
-    """Return times as whole numbers in the same order: dates in their own unit, in microseconds
-    without one, ranks where a number has a fraction.
+    """Return times as whole numbers in the same order: ranks where a number has a fraction.
 
-    Refuse a ``source`` that mixes dates with numbers, or numbers that are seconds of our days with such in other units.
+    Dates count in the unit of their column, else in microseconds. Refuse a ``source`` that mixes dates with numbers, or
+    numbers that are seconds of our days with such in other units.
     """
     if times.dtype == pl.Date:
         times = times.cast(pl.Datetime("us"))

@@ -72,14 +72,14 @@ def prepare(
         raise InputError("--review-texts goes with the Amazon sources")
     if review_texts and interactions and holds_ratings(interactions):
         raise InputError(f"{interactions}: a file of ratings holds no texts; give the file of reviews")
+    if held_out and split != "temporal":
+        raise InputError("--held-out goes with --split temporal")
     if split == "temporal" and source in ("layout", "sequences"):
         raise InputError(f"--split temporal does not go with --source {source}, whose files hold no times")
     folder = RunFolder.create(run, dataset or (MOVIELENS if source == "movielens" else None)).data
     for path in files:
         if path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another RUN")
-    if held_out and split != "temporal":
-        raise InputError("--held-out goes with --split temporal")
     parts = _parts(held_out or "0.1,0.1") if split == "temporal" else None
     if least_rating is not None and source in ("layout", "sequences"):
         raise InputError(f"--least-rating does not go with --source {source}, whose files hold no ratings")

@@ -100,8 +100,8 @@ async def find_model(client: openai.AsyncOpenAI, endpoint: str, wanted: str | No
     try:
         models = {model.id: model.owned_by async for model in client.models.list()}
     except (openai.APIError, AttributeError, TypeError) as error:
-        has_list = isinstance(error, openai.APIError) and getattr(error, "status_code", None) != 404
-        if wanted is not None and not has_list:
+        may_have_list = isinstance(error, openai.APIError) and getattr(error, "status_code", None) != 404
+        if wanted is not None and not may_have_list:
             return wanted, False
         raise
     if wanted is None and len(models) == 1:

@@ -34,7 +34,8 @@ class ProgressFile:
             self._append(line)
         for row in self._file:
             if row.endswith(b"\n"):
-                self.rows |= {(done := json.loads(row))["user"]: done}
+                done = json.loads(row)
+                self.rows[done["user"]] = done
                 end += len(row)
         self._file.truncate(end)
 

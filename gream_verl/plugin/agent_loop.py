@@ -130,12 +130,12 @@ class GreamAgentLoop(SingleTurnAgentLoop):
         _, options, bgae, reader, index = self.rules
         if not options.expected:
             return await super().run(sampling_params, priority=priority, **kwargs)
+        if "for_training" not in kwargs:
+            raise InputError(f"{OPTIONS}.expected: needs SemanticIdDataset (data.custom_cls), whose rows say their use")
         # 1. The response.
         self.server_manager: Any = OneServer(self.server_manager)
         output = await super().run(dict(sampling_params), priority=priority, **kwargs)
         paid = PaidOutput.model_construct({*output.model_fields_set}, **dict(output))
-        if "for_training" not in kwargs:
-            raise InputError(f"{OPTIONS}.expected: needs SemanticIdDataset (data.custom_cls), whose rows say their use")
         paid.for_training = kwargs["for_training"]
         # 2. Where the answer begins.
         extra_info = kwargs.get("extra_info") or {}

@@ -46,14 +46,14 @@ class SemanticIdDataset(RLHFDataset):
             hold_checkpoints(Path(checkpoints), [*map(Path, self.data_files)], resumes)
         index_file = self.config.get("index_file")
         items = ItemIndex.load(index_file).items if index_file else None
-        text = TokenText(self.tokenizer)
+        text, room = TokenText(self.tokenizer), self.config.get("max_response_length", float("inf"))
         self._tokens_of_template: dict[tuple[str, ...], int] = {}
         for row, prompt, reward_model in _columns(self.data_files, self.prompt_key):
             truth = text.ground_truth(reward_model, row)
             shown = [sid for turn in prompt for sid in find_sids(turn["content"])]
             text.check((token for sid in shown for token in sid), row)
             self._check_room(prompt, row)
-            if len(truth) >= (room := self.config.get("max_response_length", len(truth) + 1)):
+            if len(truth) >= room:
                 raise InputError(f"{row}: its SID has {len(truth)} tokens; raise data.max_response_length={room}")
             unknown = [sid for sid in (truth, *shown) if items is not None and sid not in items]
             if unknown:

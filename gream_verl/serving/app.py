@@ -39,7 +39,7 @@ from gream_verl.serving.openai_shape import openai_routes
 from gream_verl.serving.service import RefusedError, Service
 from gream_verl.serving.settings import MOST_BYTES
 
-BEARER = HTTPBearer(auto_error=False)
+BEARER = HTTPBearer(auto_error=False)  # describes the token, for which the gate asks
 NO_TOKEN = "give the token as `Authorization: Bearer TOKEN`"
 REQUEST_ID = re.compile("[!#-~]{1,64}")
 REFUSED: dict[int | str, dict[str, Any]] = {code: {} for code in (400, 404, 429, 504)}
@@ -103,7 +103,6 @@ def create_app(service: Service) -> FastAPI:
         await service.close()
 
     app = FastAPI(title="gream-verl", lifespan=lifespan)
-    # The gate asks for the token; this describes it.
     secured: dict[str, Any] = {"dependencies": [Depends(BEARER)], "responses": {401: {"description": "No token"}}}
     private, admin = APIRouter(prefix="/v1", **secured), APIRouter(prefix="/admin", **secured)
     if settings.hosts is not None:  # a page elsewhere must not reach this machine under another name

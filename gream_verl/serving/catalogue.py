@@ -43,7 +43,7 @@ class Catalogue:
         for item, text in self.texts.items():
             for name in text.categories:
                 self._categories.setdefault(name, []).append(item)
-        self._paths = sorted(self.index.items.items())
+        self._paths = sorted(self.index.items.items())  # both here: the first question would hold up all others
 
     def search(self, query: str, limit: int) -> list[str]:
         """Return the items with ``query`` in their titles, the most popular first."""
