@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_processing.sft.lengths import render_prompts, token_counter
 from data_processing.sft.mix import READ_AS
-from data_processing.sft.tasks import SftRow
+from data_processing.sft.tasks import REASONING, SftRow
 from gream_verl.core.checkpoints import is_whole, newest_checkpoint
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, require_file
@@ -32,7 +32,7 @@ REMEDY = "make the data with `gream data mix`"
 REQUIRED = ("model_name_or_path", "dataset_dir", "dataset", "template", "output_dir")
 OFF = (None, False, "concat")
 FORBIDDEN = {
-    **dict.fromkeys(("packing", "neat_packing"), "puts rows together that do not follow one another"),
+    "packing": "lets the tokens of a row see the rows before it; `neat_packing` does not",
     **dict.fromkeys(("resize_vocab", "add_tokens", "add_special_tokens"), "adds tokens next to those of the model"),
     "val_size": "takes rows out at random; `eval_dataset` does not",
     "dataloader_drop_last": "leaves out the last rows of every epoch",
@@ -70,7 +70,7 @@ def check_config(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, d
     for row, tokens in zip(rows, lengths, strict=True):
         by_task[row.task].append(tokens)
     table = {task: {"rows": len(own), "tokens": sum(own), "longest": max(own)} for task, own in by_task.items()}
-    problems = [*key_problems(keys), *token_problems(rows, tokenizer, keys)]
+    problems = [*key_problems(keys, ordered=REASONING in by_task), *token_problems(rows, tokenizer, keys)]
     problems += template_problems(rows, tokenizer, template, changed)
     if too_long := sum(tokens > cutoff for tokens in lengths):
         problems.append(
@@ -113,13 +113,13 @@ def read_rows(file: Path) -> list[SftRow]:
     return found
 
 
-def key_problems(keys: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the keys that break the order of the rows or the vocabulary."""
-    yield from (
-        f"`{key}: {keys[key]}` {fault}; leave it out" for key, fault in FORBIDDEN.items() if keys.get(key) not in OFF
-    )
-    if not keys.get("disable_shuffling"):
-        yield "`disable_shuffling` is not true: the order of the curriculum would be lost; set it"
+def key_problems(keys: Mapping[str, Any], *, ordered: bool = True) -> Iterator[str]:
+    """Yield the keys that break the rows or the vocabulary, and the order where the rows are ``ordered``."""
+    for key, fault in FORBIDDEN.items():
+        if keys.get(key) not in OFF and not (key == "packing" and keys.get("neat_packing")):
+            yield f"`{key}: {keys[key]}` {fault}; leave it out"
+    if ordered and (keys.get("neat_packing") or not keys.get("disable_shuffling")):
+        yield "`disable_shuffling` is not true, or `neat_packing` is: the order of the curriculum would be lost"
 
 
 def token_problems(

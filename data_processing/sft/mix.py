@@ -161,7 +161,7 @@ def _choose(
     """Return the first ``count`` rows drawn that fit the limit and do not name their target, with counts of others."""
     limit, counts = options.limit, dict.fromkeys(("leaks", "untrue", "shortened", "left out", "longest"), 0)
     if drawn is None:  # candidates for replacements, too, where rows may be left out
-        candidates = max(count, corpus.exist(task)) if limit or task == REASONING else count
+        candidates = count + corpus.exist(task) if limit or task == REASONING else count
         drawn = corpus.draw(task, candidates, options.seed)
     if limit is None and task != REASONING:
         return drawn[:count], counts

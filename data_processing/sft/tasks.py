@@ -23,11 +23,10 @@ from gream_verl.core.faithfulness import ClaimReader
 from gream_verl.core.prompts import FIRST_REASONING_TARGET, SYSTEM, TEMPLATES
 from gream_verl.core.semantic_ids import ItemIndex
 
-REASONING, CONTINUATION = "reasoning", "continuation"
+REASONING, CONTINUATION, WINDOW = "reasoning", "continuation", "window"
 FULL_SHARE, CANONICAL_SHARE = 0.5, 0.5
 """Share of rows with the longest history there is, and of seqrec rows with the prompt of the evaluation."""
-WINDOW = 50
-"""Most items of an answer of a continuation row."""
+LONGEST_CONTINUATION = 50  # items of an answer
 TITLES_SHOWN = 8
 """Longest history in titles, which cost more tokens than semantic IDs."""
 DESCRIPTION_WORDS, DESCRIPTION_LETTERS = 40, 320
@@ -81,6 +80,7 @@ class Corpus:
         last_only: bool = False,
     ) -> None:
         self.users, self.sequences, self._history = list(sequences), list(sequences.values()), history
+        self._longest = {WINDOW: history, CONTINUATION: LONGEST_CONTINUATION}
         self.keys, self.items, self.index, self.texts = list(items), items, index, texts or TeacherTexts()
         self.sids = dict(zip(self.keys, index.texts(self.keys), strict=True))
         self.has_texts = has_texts(items)
@@ -98,9 +98,9 @@ class Corpus:
         return task == REASONING and bool(self.texts.chains)
 
     def exist(self, task: str) -> int:
-        """Return the number of rows of a task that can be drawn; of ``continuation``, those of one pass."""
-        if task == CONTINUATION:
-            return self._cut(0).shape[1]
+        """Return the number of rows of a task that can be drawn; of windows, those of one pass."""
+        if task in WINDOW_TASKS:
+            return self._cut(task).shape[1]
         if task in ITEM_TASKS:
             return len(self.keys) * len(TASKS[task]) if self.has_texts else 0
         return len(self._targets_of(task))
@@ -108,7 +108,7 @@ class Corpus:
     def _targets_of(self, task: str) -> npt.NDArray[np.int64]:
         if self.has_chains(task):
             return self._chained
-        if not self.has_texts and task not in TASKS_WITHOUT_TEXTS:
+        if not self.has_texts and task not in ("seqrec", *WINDOW_TASKS):
             return self._targets[:0]
         first = FIRST_REASONING_TARGET if task == REASONING else 1
         return self._targets[self._positions[self._targets] >= first]
@@ -122,12 +122,12 @@ class Corpus:
             passes = [generator.permutation(items)[: count - start] for start in range(0, count, items)]
             targets = np.concatenate([np.zeros(0, np.int64), *passes])
             lengths = np.zeros_like(targets)
-        elif task == CONTINUATION:  # every target once before any comes again; later passes cut at other places
-            cut, exist = self._cut(0), self.exist(task)
+        elif task in WINDOW_TASKS:  # every target once before any comes again; later passes cut at other places
+            cut, exist = self._cut(task), self.exist(task)
             count, passes = exist if count is None else count, [cut[:, :0]]
             for _ in range(-(-count // max(exist, 1))):
                 passes.append(generator.permutation(cut, axis=1))
-                cut = self._cut(generator.integers(WINDOW, size=len(self.users)))
+                cut = self._cut(task, generator.integers(self._longest[task], size=len(self.users)))
             targets, lengths = np.concatenate(passes, axis=1)[:, :count]
         else:
             targets = self._targets_of(task)
@@ -139,20 +139,20 @@ class Corpus:
                 full = generator.random(len(targets)) < (1 if task == REASONING else FULL_SHARE)
                 lengths = np.where(full, most, generator.integers(1, most + 1))
         numbers = generator.integers(len(TASKS[task]), size=len(targets))
-        if task == "seqrec":
+        if task in ("seqrec", WINDOW):
             numbers[generator.random(len(targets)) < CANONICAL_SHARE] = 0
         return np.stack([targets, lengths, numbers], axis=1, dtype=np.int32, casting="same_kind")
 
-    def _cut(self, phase: int | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _cut(self, task: str, phase: int | npt.NDArray[np.int64] = 0) -> npt.NDArray[np.int64]:
         """Return windows that together ask for every target once: their last targets and lengths, ``[2, windows]``.
 
         ``phase``, one or ``[users]``, moves the cuts between the windows of a user.
         """
-        targets = self._targets_of(CONTINUATION)
+        targets, longest = self._targets_of(task), self._longest[task]
         users = np.searchsorted(self.starts, targets, side="right") - 1
         places = self._positions[targets] + np.broadcast_to(phase, len(self.users))[users]
-        ends = (places % WINDOW == 0) | np.isin(targets + 1, self.starts)
-        lengths = np.minimum(self._positions[targets], (places - 1) % WINDOW + 1)
+        ends = (places % longest == 0) | np.isin(targets + 1, self.starts)
+        lengths = np.minimum(self._positions[targets], (places - 1) % longest + 1)
         return np.stack([targets, lengths])[:, ends]
 
     def row(self, task: str, target: int, length: int, template: int) -> SftRow:
@@ -273,13 +273,14 @@ def _answered(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     return [(question, f"{{{answer}}}") for answer, questions in groups.items() for question in questions]
 
 
-TASKS_WITHOUT_TEXTS = ("seqrec", CONTINUATION)
-"""Tasks that read and write semantic IDs only; the others have no rows where no item has a text."""
+WINDOW_TASKS = (WINDOW, CONTINUATION)
+"""Tasks whose rows are windows of a user's history: every item but the first is a target."""
 ITEM_TASKS = ("item2index", "index2item", "itemfeatureobtain")
 _TEMPLATES = yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8"))
 TASKS: dict[str, list[tuple[str, str]]] = {
     "seqrec": _answered({"sid": TEMPLATES["direct"]}),
     **{task: _answered(groups) for task, groups in _TEMPLATES.items()},
+    WINDOW: _answered({"sid": TEMPLATES["direct"]}),
     REASONING: _answered({"chain": TEMPLATES["reasoning"]}),
 }
 """Questions and answers of each task. The curriculum places ``reasoning``; the others are alignment."""

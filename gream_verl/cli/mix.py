@@ -43,8 +43,8 @@ def tasks(
 ) -> None:
     """Write the alignment tasks alone: D-align.parquet.
 
-    Tasks: seqrec, continuation, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain, itemfeatureobtain,
-    historyreconstruction. Default: every row that exists.
+    Tasks: seqrec, window, continuation, item2index, index2item, fusionseqrec, itemsearch, preferenceobtain,
+    itemfeatureobtain, historyreconstruction. Default: every row that exists.
     """
     from data_processing.sft.mix import MixOptions
     from data_processing.sft.tasks import REASONING, TASKS
@@ -96,9 +96,8 @@ def _write(folder: DataFolder, options: MixOptions, output: Path, dry_run: bool)
         print_dict("Gain over the first chain", chosen)
     if options.limit:
         print_tasks("Tokens of a row", report, ["longest", "shortened", "left out"])
-    console.print(
-        "Not written" if dry_run else f"{output}, its picture {output.stem}.png", soft_wrap=True, markup=False
-    )
+    said = "Not written" if dry_run else f"{output}, its picture {output.stem}.png"
+    console.print(said, soft_wrap=True, markup=False)
 
 
 def _length_limit(tokenizer: str | None, longest: int | None) -> LengthLimit | None:

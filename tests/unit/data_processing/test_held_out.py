@@ -10,7 +10,7 @@ import pytest
 from small_data import make_data
 
 from data_processing.sft.mix import MixOptions, write_mix
-from data_processing.sft.tasks import CONTINUATION, ITEM_TASKS, REASONING, TASKS
+from data_processing.sft.tasks import CONTINUATION, ITEM_TASKS, REASONING, TASKS, WINDOW
 from gream_verl.core.data_folder import DataFolder, short_title
 
 SIDS = re.compile(r"(?:<\|[a-z]_\d+\|>)+")
@@ -65,7 +65,7 @@ def test_every_history_and_target_is_part_of_a_training_part(folder: DataFolder)
         assert windows.issuperset(runs)
         if task == CONTINUATION:
             assert any(runs[0] + answer in piece for piece in pieces)
-        elif task in ("seqrec", REASONING):
+        elif task in ("seqrec", WINDOW, REASONING):
             assert runs[0] + SIDS.findall(answer)[-1] in windows
         elif task == "historyreconstruction":
             assert answer in (titles if runs else windows)

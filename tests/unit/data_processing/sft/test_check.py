@@ -106,6 +106,14 @@ def test_keys_that_break_order_or_vocabulary(keys: dict[str, object]) -> None:
     )
 
 
+def test_rows_without_a_curriculum_may_be_packed_and_shuffled(folder: Path) -> None:
+    free = ("packing=true", "neat_packing=true", "disable_shuffling=false")
+    assert "or `neat_packing` is" in problem(folder, *free)
+    assert "or `neat_packing` is" in problem(folder, "neat_packing=true")
+    edit_mix(folder, lambda rows: rows.filter(pl.col("task") != "reasoning"))
+    assert check(folder, *free)[1] == []
+
+
 def test_all_problems_are_found_at_once(made: Path) -> None:
     _, problems = check(made, "disable_shuffling=false", "cutoff_len=20")
     assert "disable_shuffling" in problems[0]

@@ -21,7 +21,7 @@ from data_processing.sft.curriculum import curriculum_order
 from data_processing.sft.lengths import LengthLimit
 from data_processing.sft.mix import SCHEMA, MixOptions, asked_rows, write_mix
 from data_processing.sft.rules import Wording
-from data_processing.sft.tasks import CONTINUATION, ITEM_TASKS, REASONING, TASKS, SftRow
+from data_processing.sft.tasks import CONTINUATION, ITEM_TASKS, REASONING, TASKS, WINDOW, WINDOW_TASKS, SftRow
 from gream_verl.core.data_folder import DataFolder
 from gream_verl.core.errors import InputError
 from gream_verl.core.files import read_json, write_json
@@ -85,7 +85,7 @@ def test_the_rows_are_those_that_they_always_were(
     folder = make_data(tmp_path, users=40)
     if strange:
         awkward(folder)
-    everything = {task: share for task, share in EVERYTHING.items() if task != CONTINUATION}
+    everything = {task: share for task, share in EVERYTHING.items() if task not in WINDOW_TASKS}
     write_mix(folder, MixOptions(everything, seed=3, history=9, block=4, wording=wording))
     rows = json.dumps(pq.read_table(folder.mix).to_pylist(), ensure_ascii=False, sort_keys=True)
     assert hashlib.sha256(rows.encode()).hexdigest() == digest
@@ -193,7 +193,7 @@ def test_held_out_rows_are_in_no_mix(tmp_path: Path) -> None:
         assert 0 < len(held_out) == report[task]["held out"] <= mix.HELD_OUT_ROWS
         if task not in ("preferenceobtain", "historyreconstruction"):  # short histories of two users may be the same
             assert not mixed.intersection(held_out)
-        if task in ("seqrec", REASONING):  # small_data: such items occur nowhere in training
+        if task in ("seqrec", WINDOW, REASONING):  # small_data: such items occur nowhere in training
             asked = {answer.removesuffix("</answer>").rpartition("<answer>")[2] for _, answer in held_out}
             assert asked <= {index.text(sequence[-2]) for sequence in sequences.values()}
         if task == CONTINUATION:

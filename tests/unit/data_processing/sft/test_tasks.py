@@ -159,22 +159,27 @@ def test_windows_are_drawn_without_replacement_and_inside_the_sequence(count: in
 
 
 @settings(max_examples=25)
-@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 9), max_size=6),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(0, 99),
+    st.sampled_from(tasks.WINDOW_TASKS),
+)
 def test_every_pass_of_windows_asks_for_every_target_once(
-    lengths: list[int], count: int, window: int, seed: int
+    lengths: list[int], count: int, longest: int, seed: int, task: str
 ) -> None:
     sequences = {str(user): [str(item) for item in range(length)] for user, length in enumerate(lengths)}
     items = {str(item): Item(f"T{item}") for item in range(9)}
     corpus = Corpus(sequences, items, ItemIndex.from_codes(list(items), [(item,) for item in range(9)]))
     everything = sorted((user, place) for user, length in enumerate(lengths) for place in range(1, length))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "WINDOW", window)
-        exist = corpus.exist("continuation")
-        specs = corpus.draw("continuation", count, seed)
-        phased = corpus._cut(np.arange(len(lengths))).T.tolist()
-    assert exist == sum(-(-max(length - 1, 0) // window) for length in lengths)
+    corpus._longest[task] = longest
+    exist = corpus.exist(task)
+    specs = corpus.draw(task, count, seed)
+    phased = corpus._cut(task, np.arange(len(lengths))).T.tolist()
+    assert exist == sum(-(-max(length - 1, 0) // longest) for length in lengths)
     assert len(specs) == (count if exist else 0)
-    assert (specs[:, LENGTH] <= window).all()
+    assert (specs[:, LENGTH] <= longest).all()
     for part in [phased, specs[:exist, :2].tolist()] if count >= exist else [phased]:
         asked = []
         for target, length in part:
@@ -196,7 +201,8 @@ def test_items_are_drawn_evenly(corpus: Corpus) -> None:
 
 
 def test_templates_are_all_different_and_name_only_known_fields() -> None:
-    questions = [question for templates in TASKS.values() for question, _ in templates]
+    assert TASKS["window"] == TASKS["seqrec"]
+    questions = [question for task, templates in TASKS.items() if task != "window" for question, _ in templates]
     assert len(set(questions)) == len(questions) == 17 + 19 + 17 + 12 + 11 + 11 + 10 + 15 + 4 + 8
     of_items = {"sid", *ITEM_TEXTS}
     of_windows = of_items | {"history", "titles", "query", "preference", "taste", "chain", "first", "following"}
