@@ -29,7 +29,7 @@ class BestOf:
     candidates: int
 
     def choose(self, corpus: Corpus, specs: Specs, limit: LengthLimit | None, seed: int) -> dict[str, float]:
-        """Put the number of the best chain of each row, ``[rows, 3]``, into ``corpus.choices``.
+        """Put the number of the best chain of each row, ``[rows, 4]``, into ``corpus.choices``.
 
         The first chain of a row is a candidate. Others are where they do not name the target, say nothing untrue and
         keep to the limit. A chain that tells the answer favours it over a wrong item, so the gain of a random one of

@@ -196,14 +196,14 @@ def _hold_out(corpus: Corpus, validation: Corpus, task: str, mixed: Specs, optio
         return validation, _choose(validation, task, HELD_OUT_ROWS, options, drawn)[0]
     rows = corpus.draw(task, HELD_OUT_ROWS << 7, options.seed + 1)  # the mix may have drawn all rows of its seed
     # A chain of a language model in another wording is the same chain: only its target counts.
-    drawn, used = (specs[:, 0] if task == REASONING else specs.view("i4,i4,i4").ravel() for specs in (rows, mixed))
+    drawn, used = (specs[:, 0] if task == REASONING else specs.view("i4,i4,i4,i4").ravel() for specs in (rows, mixed))
     _, first = np.unique(drawn, return_index=True)
     fresh = np.sort(first[~np.isin(drawn[first], used)])
     return corpus, _choose(corpus, task, HELD_OUT_ROWS, options, rows[fresh])[0]
 
 
 def write_rows(path: Path, schema: pa.Schema, corpus: Corpus, tasks: npt.NDArray[np.object_], specs: Specs) -> None:
-    """Write rows, their tasks ``[rows]`` and specs ``[rows, 3]``; a row's text lives only while it is written."""
+    """Write rows, their tasks ``[rows]`` and specs ``[rows, 4]``; a row's text lives only while it is written."""
     # Only columns of few different texts gain from a dictionary.
     dictionary = ["conversations.list.element.from", "system", "task"]
     settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": dictionary, "write_statistics": ["task"]}

@@ -1,6 +1,6 @@
 """The SFT tasks: the question and the answer of every row (arXiv 2510.20815, section 3.2; LC-Rec's tasks).
 
-A task is a list of templates, a question and its answer each. Its rows are drawn as *specs*, three integers each, and
+A task is a list of templates, a question and its answer each. Its rows are drawn as *specs*, four integers each, and
 rendered one by one, so that a large mix is in memory as specs only.
 """
 
@@ -26,7 +26,8 @@ from gream_verl.core.semantic_ids import ItemIndex
 REASONING, CONTINUATION, WINDOW = "reasoning", "continuation", "window"
 FULL_SHARE, CANONICAL_SHARE = 0.5, 0.5
 """Share of rows with the longest history there is, and of seqrec rows with the prompt of the evaluation."""
-LONGEST_CONTINUATION = 50  # items of an answer
+LONGEST_CONTINUATION, THINNING = 50, 0.25
+"""Most items of an answer of a continuation row; share of the items that a window of a later pass leaves out."""
 TITLES_SHOWN = 8
 """Longest history in titles, which cost more tokens than semantic IDs."""
 DESCRIPTION_WORDS, DESCRIPTION_LETTERS = 40, 320
@@ -34,9 +35,10 @@ TELLING_WORDS = 8
 """A description of at least so many words can stand for an item without its title."""
 
 Specs = npt.NDArray[np.int32]
-"""``[rows, 3]``, the columns below."""
+"""``[rows, 4]``, the columns below."""
 TARGET, LENGTH, TEMPLATE = 0, 1, 2
-"""Number of the target interaction, or of the item; length of the history, 0 for items; number of the template."""
+"""Number of the target interaction, or of the item; length of the history, 0 for items; number of the template. The
+last is the seed by which the history is thinned, 0 for the whole of it."""
 
 
 class SftRow(NamedTuple):
@@ -141,7 +143,10 @@ class Corpus:
         numbers = generator.integers(len(TASKS[task]), size=len(targets))
         if task in ("seqrec", WINDOW):
             numbers[generator.random(len(targets)) < CANONICAL_SHARE] = 0
-        return np.stack([targets, lengths, numbers], axis=1, dtype=np.int32, casting="same_kind")
+        thinned = np.zeros_like(targets)
+        if task == WINDOW:
+            thinned[exist:] = generator.integers(1, 1 << 31, size=len(thinned[exist:]))
+        return np.stack([targets, lengths, numbers, thinned], axis=1, dtype=np.int32, casting="same_kind")
 
     def _cut(self, task: str, phase: int | npt.NDArray[np.int64] = 0) -> npt.NDArray[np.int64]:
         """Return windows that together ask for every target once: their last targets and lengths, ``[2, windows]``.
@@ -155,10 +160,10 @@ class Corpus:
         lengths = np.minimum(self._positions[targets], (places - 1) % longest + 1)
         return np.stack([targets, lengths])[:, ends]
 
-    def row(self, task: str, target: int, length: int, template: int) -> SftRow:
+    def row(self, task: str, *spec: int) -> SftRow:
         """Return the row of a spec."""
-        question, answer = TASKS[task][template]
-        fields = ItemFields(self, self.keys[target]) if task in ITEM_TASKS else Window(self, target, length, template)
+        question, answer = TASKS[task][spec[TEMPLATE]]
+        fields = ItemFields(self, self.keys[spec[TARGET]]) if task in ITEM_TASKS else Window(self, *spec)
         system = SYSTEM["reasoning"] if task == REASONING else ""
         return SftRow(question.format_map(fields), answer.format_map(fields), task, system)
 
@@ -177,7 +182,7 @@ class ItemFields:
 class Window(ItemFields):
     """A target, the history before it that a row shows, and the fields of templates about them."""
 
-    def __init__(self, corpus: Corpus, target: int, length: int, template: int = 0) -> None:
+    def __init__(self, corpus: Corpus, target: int, length: int, template: int = 0, thinned: int = 0) -> None:
         number = int(np.searchsorted(corpus.starts, target, side="right")) - 1
         sequence, position = corpus.sequences[number], target - int(corpus.starts[number])
         super().__init__(corpus, sequence[position])
@@ -185,6 +190,9 @@ class Window(ItemFields):
         self._number = target
         self._last = position == len(sequence) - 1
         self.history = sequence[position - length : position]
+        if thinned:
+            kept = np.random.default_rng(thinned).random(length) >= THINNING
+            self.history = [item for item, keep in zip(self.history, kept, strict=True) if keep] or self.history[-1:]
 
     def __getitem__(self, name: str) -> str:
         corpus, texts = self._corpus, self._corpus.texts

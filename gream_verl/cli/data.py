@@ -111,12 +111,7 @@ def _parts(given: str) -> TimeSplit:
 
 
 def _read_source(
-    source: Source,
-    files: list[Path],
-    cache: Path,
-    columns: dict[str, str],
-    bad_rows: float,
-    least_rating: float | None,
+    source: Source, files: list[Path], cache: Path, columns: dict[str, str], bad_rows: float, least_rating: float | None
 ) -> SourceTables:
     """Read interactions and items, or fetch MovieLens to the folder ``cache``."""
     from data_processing.sources.amazon import read_amazon

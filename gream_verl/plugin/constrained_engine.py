@@ -29,12 +29,7 @@ FORBIDDEN = -1e4
 
 
 def restrict(
-    logits: Tensor,
-    responses: list[Tensor],
-    rows: Tensor,
-    ends: Tensor,
-    automaton: AnswerAutomaton,
-    mode: Constraint,
+    logits: Tensor, responses: list[Tensor], rows: Tensor, ends: Tensor, automaton: AnswerAutomaton, mode: Constraint
 ) -> None:
     """Set the logits of the tokens that each response could not draw to ``FORBIDDEN``, in place.
 

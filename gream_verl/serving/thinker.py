@@ -160,10 +160,7 @@ class ServerThinker:
             name, is_vllm = self._found
             text = list(prompt) if is_vllm else self._tokenizer.decode(prompt, skip_special_tokens=False)
             stream = await self._client.completions.create(
-                model=name,
-                prompt=text,
-                stream=True,
-                extra_body={**self._options.sampling(seed), **READABLE},
+                model=name, prompt=text, stream=True, extra_body={**self._options.sampling(seed), **READABLE}
             )
             async with stream:
                 async for part in stream:

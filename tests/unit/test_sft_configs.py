@@ -39,7 +39,7 @@ DIFFERENCES = {
     "qwen3_4b_lora.yaml": {"finetuning_type", "adapter_name_or_path", "deepspeed", "learning_rate", "output_dir"},
     "smollm2_cpu.yaml": CPU | {"template", "default_system"},
     "tiny_cpu.yaml": CPU | {"use_muon"},
-    "windows_cpu.yaml": CPU | {"use_muon", "neat_packing", "disable_shuffling", "num_train_epochs"},
+    "windows_cpu.yaml": CPU | {"use_muon", "neat_packing", "disable_shuffling"},
 }
 
 

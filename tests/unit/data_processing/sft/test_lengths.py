@@ -32,11 +32,11 @@ def test_every_row_keeps_the_longest_history_that_fits(corpus: Corpus, task: str
     fitted = specs.copy()
     tokens = LengthLimit(words, longest).fit(corpus, task, fitted)
     assert (fitted[:, LENGTH] < specs[:, LENGTH]).any() == (task != "item2index")
-    for (target, length, template), one, count in zip(specs.tolist(), fitted.tolist(), tokens.tolist(), strict=True):
+    for (target, length, *rest), one, count in zip(specs.tolist(), fitted.tolist(), tokens.tolist(), strict=True):
         shown = length
-        while words([corpus.row(task, target, shown, template)])[0] > longest and shown > 1:
+        while words([corpus.row(task, target, shown, *rest)])[0] > longest and shown > 1:
             shown -= 1
-        assert one == [target, shown, template]
+        assert one == [target, shown, *rest]
         assert count == words([corpus.row(task, *one)])[0]
 
 

@@ -25,6 +25,7 @@ from data_processing.sft.tasks import (
     Corpus,
     SftRow,
     TeacherTexts,
+    Window,
     description,
     features,
 )
@@ -187,6 +188,21 @@ def test_every_pass_of_windows_asks_for_every_target_once(
             place = target - int(corpus.starts[user])
             asked += [(user, place - back) for back in range(length)]
         assert sorted(asked) == everything
+
+
+def test_windows_of_later_passes_leave_out_a_quarter_of_the_items(data: Data) -> None:
+    items = list(data[1])
+    corpus = Corpus({str(user): (items * 2)[user : user + 20] for user in range(50)}, *data[1:])
+    specs = corpus.draw("window", 50 * 40, 0)
+    shown = [len(Window(corpus, *spec).history) for spec in specs.tolist()]
+    assert shown[:50] == specs[:50, LENGTH].tolist() == [19] * 50
+    whole = specs[50:, LENGTH].sum()
+    assert sum(shown[50:]) / whole == pytest.approx(1 - tasks.THINNING, abs=0.02)
+    for spec in specs[50:].tolist():
+        history, thinned = Window(corpus, *spec[:2]).history, Window(corpus, *spec).history
+        assert thinned == [item for item in history if item in thinned] != []
+        assert thinned == Window(corpus, *spec).history
+        assert corpus.row("window", *spec).user.count("<|a_") == len(thinned)
 
 
 def test_users_without_a_training_part_give_no_rows(data: Data) -> None:
