@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sft_run import make_sft_run, sft_arguments
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "sft_configs"
@@ -122,6 +123,40 @@ def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="not used"):
         get_train_args(load("tiny_cpu.yaml") | {"output_dir": str(tmp_path), "no_such_key": 1})
+
+
+def test_packed_windows_do_not_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    make_sft_run(tmp_path, {"window": 40})
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    overrides = dict(argument.split("=") for argument in sft_arguments(tmp_path)[1:])
+    numbers = {"logging_steps": 1, "preprocessing_num_workers": 1}
+    arguments, data, training, finetuning, _ = get_train_args(load("windows_cpu.yaml") | overrides | numbers)
+    modules = load_tokenizer(arguments)
+    tokenizer = modules["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data)
+    packs = get_dataset(template, arguments, data, training, stage="sft", **modules)["train_dataset"]
+    model = load_model(tokenizer, arguments, finetuning)
+    collate = SFTDataCollatorWith4DAttentionMask(
+        template=template,
+        model=model,
+        block_diag_attn=arguments.block_diag_attn,
+        attn_implementation=model.config._attn_implementation,
+        compute_dtype=torch.float32,
+        **modules,
+    )
+    batch, rows = collate([packs[0]]), torch.tensor(packs[0]["attention_mask"])
+    assert rows.max() > 1
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
+        for row in range(1, int(rows.max()) + 1):
+            places = torch.nonzero(rows == row)[:, 0]
+            alone = model(input_ids=batch["input_ids"][:, places]).logits[0]
+            torch.testing.assert_close(packed[places], alone, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(set(YAMLS) - {REFERENCE}))

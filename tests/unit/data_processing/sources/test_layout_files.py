@@ -10,7 +10,7 @@ from data_processing.indexing.growth import add_items
 from data_processing.indexing.residual_index import IndexSettings, build_index
 from data_processing.interactions import prepare
 from data_processing.sft.mix import MixOptions, write_mix
-from data_processing.sft.tasks import TASKS
+from data_processing.sft.tasks import TASKS, WINDOW_TASKS
 from data_processing.sources.layout_files import read_layout, read_sequences
 from gream_verl.core.data_folder import DataFolder, has_texts
 from gream_verl.core.errors import InputError
@@ -91,7 +91,7 @@ def test_lines_of_ids_are_enough_for_an_index_and_rows_of_semantic_ids(
     first = [index.sids[str(item)][0] for item in range(40)]
     assert np.mean(np.array(first) == np.roll(first, 2)) > 1.5 * np.mean(np.array(first) == np.roll(first, 1))
     report = write_mix(folder, MixOptions(dict.fromkeys(TASKS, 20)))
-    assert {task for task, counts in report.items() if counts["made"]} == {"seqrec", "continuation"}
+    assert {task for task, counts in report.items() if counts["made"]} == {"seqrec", *WINDOW_TASKS}
     items = read_json(folder.item) | {"new": {"title": "new"}}
     write_json(folder.item, items)
     assert add_items(folder)["new"] == 1
