@@ -125,11 +125,11 @@ class Corpus:
             targets = np.concatenate([np.zeros(0, np.int64), *passes])
             lengths = np.zeros_like(targets)
         elif task in WINDOW_TASKS:  # every target once before any comes again; later passes cut at other places
-            cut, exist = self._cut(task), self.exist(task)
-            count, passes = exist if count is None else count, [cut[:, :0]]
+            exist, phase, passes = self.exist(task), np.zeros(len(self.users), np.int64), [np.zeros((2, 0), np.int64)]
+            count = exist if count is None else count
             for _ in range(-(-count // max(exist, 1))):
-                passes.append(generator.permutation(cut, axis=1))
-                cut = self._cut(task, generator.integers(self._longest[task], size=len(self.users)))
+                passes.append(generator.permutation(self._cut(task, phase), axis=1))
+                phase = generator.integers(self._longest[task], size=len(self.users))
             targets, lengths = np.concatenate(passes, axis=1)[:, :count]
         else:
             targets = self._targets_of(task)

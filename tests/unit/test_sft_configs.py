@@ -13,6 +13,8 @@ import pytest
 import yaml
 from sft_run import make_sft_run, sft_arguments
 
+from data_processing.sft.check import read_config
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "sft_configs"
 YAMLS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -133,9 +135,8 @@ def test_packed_windows_do_not_see_each_other(tmp_path: Path, monkeypatch: pytes
 
     make_sft_run(tmp_path, {"window": 40})
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    overrides = dict(argument.split("=") for argument in sft_arguments(tmp_path)[1:])
-    numbers = {"logging_steps": 1, "preprocessing_num_workers": 1}
-    arguments, data, training, finetuning, _ = get_train_args(load("windows_cpu.yaml") | overrides | numbers)
+    keys = read_config(CONFIGS / "windows_cpu.yaml", sft_arguments(tmp_path)[1:])
+    arguments, data, training, finetuning, _ = get_train_args(keys)
     modules = load_tokenizer(arguments)
     tokenizer = modules["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data)
