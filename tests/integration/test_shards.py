@@ -107,7 +107,7 @@ def cluster(tmp_path: Path):
     with (tmp_path / "ray.log").open("wb") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while b"Ray runtime started" not in (tmp_path / "ray.log").read_bytes():
             assert time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
             assert head.poll() is None, (tmp_path / "ray.log").read_text()
