@@ -61,11 +61,10 @@ def prepare(
     from data_processing.sources.reviews import read_review_texts
 
     files = [path for path in (interactions, items) if path]
-    wrong = bool(files) if source == "movielens" else not interactions or not (items or source == "sequences")
-    if wrong:
-        raise InputError(
-            f"--source {source} {'needs' if source != 'movielens' else 'takes no'} --interactions, --items"
-        )
+    if source == "movielens" and files:
+        raise InputError("--source movielens takes no --interactions, --items")
+    if source != "movielens" and not (interactions and (items or source == "sequences")):
+        raise InputError(f"--source {source} needs --interactions, --items")
     if column and source != "table":
         raise InputError("--column goes with --source table")
     if review_texts and not source.startswith("amazon"):
@@ -74,15 +73,13 @@ def prepare(
         raise InputError(f"{interactions}: a file of ratings holds no texts; give the file of reviews")
     if held_out and split != "temporal":
         raise InputError("--held-out goes with --split temporal")
-    if split == "temporal" and source in ("layout", "sequences"):
-        raise InputError(f"--split temporal does not go with --source {source}, whose files hold no times")
+    if source in ("layout", "sequences") and (split == "temporal" or least_rating is not None):
+        raise InputError(f"--source {source}: no --split temporal or --least-rating; it holds no times or ratings")
     folder = RunFolder.create(run, dataset or (MOVIELENS if source == "movielens" else None)).data
     for path in files:
         if path.resolve() in (folder.inter.resolve(), folder.item.resolve()):
             raise InputError(f"{path}: would be overwritten; choose another RUN")
     parts = _parts(held_out or "0.1,0.1") if split == "temporal" else None
-    if least_rating is not None and source in ("layout", "sequences"):
-        raise InputError(f"--least-rating does not go with --source {source}, whose files hold no ratings")
     tables = _read_source(source, files, run / "raw", pairs(column, "--column"), bad_rows, least_rating)
     print_dict("Data", prepare_tables(tables, folder, core=core, split=parts, dry_run=dry_run))
     for older in (folder.index, folder.enriched):

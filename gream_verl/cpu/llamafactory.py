@@ -7,9 +7,13 @@ time of the tiny model's SFT. Everything else is ``llamafactory-cli``.
 
 from __future__ import annotations
 
-from torch import Tensor
+import os
+from typing import TYPE_CHECKING
 
 from gream_verl.cpu import is_active
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def orthogonalised(update: Tensor, steps: int) -> Tensor:
@@ -28,6 +32,9 @@ def orthogonalised(update: Tensor, steps: int) -> Tensor:
 
 def main() -> None:
     """Run ``llamafactory-cli`` with the arguments of this process."""
+    # Turns that a thread waits for the others before it sleeps, read when torch is loaded. libgomp's 300,000 make a
+    # step 6% faster on two free cores, but 1.5 times as slow next to a program that keeps one of them busy.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from llamafactory.cli import main as llamafactory_cli
     from llamafactory.third_party.muon import muon
 

@@ -149,8 +149,9 @@ def test_prompts_are_written_next_to_the_data_set(tmp_path: Path) -> None:
         ),
         (
             ["prepare", "D", "--source", "layout", "--interactions", "i", "--items", "m", "--split", "temporal"],
-            "hold no times",
+            "it holds no times",
         ),
+        (["prepare", "D", "--source=sequences", "--interactions=i", "--least-rating=4"], "holds no times or ratings"),
         (
             ["prepare", "D", "--source", "layout", "--interactions", "D/data/D.inter.json", "--items", "m"],
             "would be overwritten",

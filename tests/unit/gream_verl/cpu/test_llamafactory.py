@@ -1,6 +1,9 @@
-"""The orthogonal updates of Muon in 32 bits."""
+"""The orthogonal updates of Muon in 32 bits, and the threads of the process."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -27,3 +30,8 @@ def test_it_is_the_update_of_llama_factory_without_its_rounding():
     update = torch.randn(24, 40, generator=torch.manual_seed(0))
     theirs = muon.zeropower_via_newtonschulz5(update, 5).float()
     torch.testing.assert_close(orthogonalised(update, 5), theirs, atol=0.05, rtol=0)
+
+
+def test_it_says_how_long_threads_wait_before_torch_is_loaded():
+    code = "import sys, gream_verl.cpu.llamafactory; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
