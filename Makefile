@@ -40,7 +40,7 @@ check: env ## ruff, mypy, lines per room, imports that climb
 	mypy
 	python tests/house.py
 
-learning: env ## does SRPO improve on SFT? three seeds, with intervals (about an hour)
+learning: env ## does SRPO improve on SFT? three seeds, three times the steps (an hour and a half)
 	@python benchmarks/learning.py
 
 recbole: env ## the environment of the SASRec baseline (RecBole), from its own lock

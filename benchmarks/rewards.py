@@ -15,12 +15,11 @@ import itertools
 import json
 from pathlib import Path
 
-from learning import validation, validation_folder
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from gream_verl.core.files import atomic_path, write_json
+from gream_verl.core.files import atomic_path, write_json, write_text
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.evaluation.compare import paired_differences
 from gream_verl.evaluation.results import Evaluation
@@ -32,6 +31,8 @@ REWARDS = {
     "sampled": "[gream_srpo_cpu,sampled_reward]",
 }
 SHOWN = ("target_logprob", "expected_rsvr", "recall@10", "ndcg@10")
+CHAINS = 3
+"""Chains of thought per prompt."""
 
 
 def reward_steps(run: RunFolder, folder: Path, steps: int, points: int) -> list[Step]:
@@ -55,6 +56,23 @@ def reward_steps(run: RunFolder, folder: Path, steps: int, points: int) -> list[
     return commands
 
 
+def validation(run: RunFolder, folder: Path, name: str, model: Path, finished: Path) -> Step:
+    """Return the step that evaluates a model on the validation prompts, with the same draws for every model."""
+    command = f"gream evaluate {folder} {model} -c {folder}/evaluation.yaml --name {name}"
+    made = folder / "evaluation" / f"{name}-val-reasoning.json"
+    return Step(f"evaluate-{name}", command, [finished, run.data.val, run.data.index], [made])
+
+
+def results_folder(run: RunFolder) -> Path:
+    """Make a run folder of its own for results, with the data of ``run`` and the options of their validation."""
+    folder = run.root / "rewards"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "data").exists():
+        (folder / "data").symlink_to(run.data.root.resolve())
+    write_text(folder / "evaluation.yaml", f"modes: [reasoning]\nsplit: val\nmax_tokens: 128\nchains: {CHAINS}\n")
+    return folder
+
+
 def minutes(checkpoints: Path) -> list[float]:
     """Return the minutes that training had taken after each step, from verl's own log."""
     log = max((checkpoints / "logs").rglob("*.jsonl"), key=lambda file: file.stat().st_mtime)
@@ -70,7 +88,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=3, help="checkpoints to evaluate, evenly spaced")
     given = parser.parse_args()
     run, console = RunFolder.open(given.run), Console()
-    folder = validation_folder(run, "rewards")
+    folder = results_folder(run)
     run_steps(folder, reward_steps(run, folder, given.steps, given.points), console)
 
     def result(name: str) -> Evaluation:
