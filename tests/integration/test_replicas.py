@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -88,10 +89,11 @@ def replica_processes() -> set[int]:
     return found
 
 
-def states() -> dict[str, int]:
+def status() -> Any:
+    """Return what Serve says of the replicas: their states, and why there are fewer than asked for."""
     from ray import serve
 
-    return serve.status().applications["gream"].deployments["Replica"].replica_states
+    return serve.status().applications["gream"].deployments["Replica"]
 
 
 def test_no_request_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +123,9 @@ def test_no_request_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             wait(lambda: len(answers) > BUSY // 2, lambda: answers)
             killed = first.pop()
             os.kill(killed, signal.SIGKILL)
-            wait(lambda: len(replica_processes() - {killed}) == 2 and states().get("RUNNING") == 2, states)
+            wait(
+                lambda: len(replica_processes() - {killed}) == 2 and status().replica_states.get("RUNNING") == 2, status
+            )
             deploy(run, [other], settings, replicas=2, port=port)
             changed, count = time.monotonic(), len(answers)
             wait(lambda: len(answers) > count + 20, lambda: answers[count:])
