@@ -84,11 +84,12 @@ def serve(
 
 def _serve_by_ray(address: str, **given: Any) -> None:
     """Start replicas, and end them with this process; those of a running cluster stay."""
-    from gream_verl.serving.replicas import deploy, start_ray, stop
+    from gream_verl.core.ray_cluster import start_ray
+    from gream_verl.serving.replicas import deploy, stop
 
     is_ours = "RAY_ADDRESS" not in os.environ
     try:
-        start_ray(max(given["replicas"], given["most_replicas"] or 0))
+        start_ray(max(given["replicas"], given["most_replicas"] or 0), "replicas", may_grow=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # in the place of Ray's, which aborts
         ray_address = deploy(**given)
         console.print(f"{given['replicas']} replicas at {address}")

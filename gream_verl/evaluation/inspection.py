@@ -27,10 +27,9 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
         steps = [file for file in path.glob("*.jsonl") if file.stem.isdigit()]
         path = max(steps, key=lambda file: int(file.stem), default=path / "<step>.jsonl")
     try:
-        rows = pl.read_ndjson(require_file(path, REMEDY), infer_schema_length=None).select(
-            "step", "score", "input", "output", "gts"
-        )
-        return rows.drop_nulls().sort("score", maintain_order=True).to_dicts()
+        rows = pl.read_ndjson(require_file(path, REMEDY), infer_schema_length=None)
+        rows = rows.select("step", "score", "input", "output", "gts").drop_nulls()
+        return rows.sort("score", maintain_order=True).to_dicts()
     except pl.exceptions.PolarsError as error:
         raise InputError(f"{path}: not rollouts of verl ({error}); {REMEDY}") from error
 

@@ -5,12 +5,12 @@ The pieces do not depend on the number of workers, so the result does not either
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
+from gream_verl.core.ray_cluster import start_ray
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -29,24 +29,12 @@ def in_shards(
     if shards == 1:
         yield from map(make_worker(), pieces)
         return
-    import torch
-
-    shards = min(shards, len(pieces))
-    local = "RAY_ADDRESS" not in os.environ
-    if local and not torch.cuda.is_available():
-        set_defaults()
     import ray
     from ray.util import ActorPool
 
-    started_here = not ray.is_initialized()
-    if started_here:
-        where = {"address": "local", "num_cpus": max(shards, os.cpu_count() or 1)} if local else {}
-        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    shards, started_here = min(shards, len(pieces)), not ray.is_initialized()
     try:
-        resources = ray.cluster_resources()
-        kind = "GPU" if resources.get("GPU") else "CPU"
-        if shards > resources.get(kind, 0):
-            raise InputError(f"shards: {shards}: Ray has {resources.get(kind, 0):.0f} {kind}s; ask for fewer")
+        kind = start_ray(shards, "shards")
         remote = ray.remote(_Actor).options(
             num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS, max_task_retries=RESTARTS
         )

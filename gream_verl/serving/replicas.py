@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
 from gream_verl.core.origin import check_model
+from gream_verl.core.ray_cluster import start_ray
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.serving.settings import MOST_BYTES, Settings
 
@@ -129,21 +128,6 @@ def make_door() -> ASGIApp:
     return Starlette(routes=[Route("/{path:path}", door)])
 
 
-def start_ray(most: int) -> str:
-    """Start Ray for a number of replicas, or join the cluster at ``RAY_ADDRESS``, and return what a replica takes."""
-    local = "RAY_ADDRESS" not in os.environ
-    if os.environ.get("RAY_ADDRESS", "127.0.0.1").startswith("127.0.0.1"):
-        set_defaults()  # Ray on the loopback address, with a GPU too
-    if not ray.is_initialized():
-        where = {"address": "local", "num_cpus": max(most, os.cpu_count() or 1)} if local else {}
-        ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="warning")
-    resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") else "CPU"
-    if local and most > resources[kind]:  # another cluster may grow
-        raise InputError(f"replicas: {most}: this machine has {resources[kind]:.0f} {kind}s; ask for fewer")
-    return kind
-
-
 def deploy(
     run: RunFolder,
     checkpoints: Sequence[Path] | None,
@@ -179,7 +163,7 @@ def deploy(
     for path in paths:
         check_model(resolve_model(path), run.data.index)
     most = max(replicas, most_replicas or 0)
-    kind = start_ray(most)
+    kind = start_ray(most, "replicas", may_grow=True)
     scale: dict[str, Any] = {"num_replicas": replicas}
     if most > replicas:
         bounds = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": settings.batch}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
 import pytest
+from local_server import free_port
 from sft_run import RECORDER, ROWS, logged, make_sft_run, running, sft_arguments, train
 from transformers import AutoTokenizer
 
@@ -73,9 +73,7 @@ def test_two_nodes_train_the_rows_in_the_order_of_the_file(folder: Path) -> None
     settings += [f"output_dir={output}", "include_num_input_tokens_seen=non_padding"]
     command = ["llamafactory-cli", "train", *sft_arguments(folder, *settings)]
     nodes = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        nodes["MASTER_PORT"] = str(listener.getsockname()[1])
+    nodes["MASTER_PORT"] = str(free_port())
     with ExitStack() as both:
         logs = [folder / f"node-{rank}.log" for rank in range(2)]
         launchers = [

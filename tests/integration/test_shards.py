@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from assets import make_index, make_tiny_model
 from evaluation_files import write_prompts
+from local_server import free_port
 
 from gream_verl.core.cpu_environment import set_defaults
 from gream_verl.core.errors import InputError
@@ -98,7 +99,7 @@ def test_the_number_of_shards_changes_no_row(tmp_path: Path) -> None:
 @pytest.fixture
 def cluster(tmp_path: Path):
     """Start a cluster of Ray's with two slots in processes of its own, as a user would; yield its address."""
-    port = 20000 + os.getpid() % 20000
+    port = free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=2", f"--port={port}"]
     command += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--block", "--disable-usage-stats"]
     # In its own folder (of a short name, for sockets): in the usual one every Ray of this machine would find it.
@@ -123,10 +124,11 @@ def cluster(tmp_path: Path):
 
 
 def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # Ray's default where it starts a cluster, not where it joins one
     import ray
 
     ray.shutdown()
-    monkeypatch.setenv("RAY_ADDRESS", cluster)
     for _ in range(2):
         assert len(list(in_shards(squares(), range(5), 2))) == 5
     with pytest.raises(InputError, match="shards: 3: Ray has 2 CPUs"):
