@@ -99,8 +99,9 @@ def test_the_number_of_shards_changes_no_row(tmp_path: Path) -> None:
 @pytest.fixture
 def cluster(tmp_path: Path):
     """Start a cluster of Ray's with two slots in processes of its own, as a user would; yield its address."""
-    port = free_port()
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=2", f"--port={port}"]
+    port, ray = free_port(), str(Path(sys.executable).parent / "ray")
+    subprocess.run([ray, "get-auth-token", "--generate"], check=True, timeout=120, capture_output=True)
+    command = [ray, "start", "--head", "--num-cpus=2", f"--port={port}"]
     command += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--block", "--disable-usage-stats"]
     # In its own folder (of a short name, for sockets): in the usual one every Ray of this machine would find it.
     folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
@@ -125,7 +126,7 @@ def cluster(tmp_path: Path):
 
 def test_an_existing_cluster_is_used_and_left_running(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", cluster)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # Ray's default where it starts a cluster, not where it joins one
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # not Ray's default where it joins a cluster
     import ray
 
     ray.shutdown()
