@@ -83,7 +83,8 @@ def main() -> None:
         pairs = [*zip(new, old, strict=True), (new.mean(axis=0), old.mean(axis=0))]
         found[metric] = [paired_difference(ours, theirs) for ours, theirs in pairs]
         cells = [f"{d['difference']:+.4f}\n{d['low']:+.4f} to\n{d['high']:+.4f}" for d in found[metric]]
-        table.add_row(f"{metric}\nSFT {old.mean():.4f}\np {found[metric][-1]['p']:.3f}", *cells)
+        p = found[metric][-1]["p"]
+        table.add_row(f"{metric}\nSFT {old.mean():.4f}\n{f'p {p:.3f}' if p >= 0.001 else 'p < .001'}", *cells)
     write_json(given.root / "learning.json", {**vars(given), "root": str(given.root), "differences": found}, indent=1)
     console.print(table)
 
