@@ -81,9 +81,8 @@ def mix(
     from data_processing.sft.mix import TINY_MIX, MixOptions
 
     counts = _row_counts(rows) or dict(TINY_MIX)
-    folder = RunFolder.open(run, dataset).data
-    limit, chooser = _length_limit(tokenizer, longest), _chooser(best_of)
-    options = MixOptions(counts, seed, total, history, block, limit, chains, chooser)
+    folder, limit = RunFolder.open(run, dataset).data, _length_limit(tokenizer, longest)
+    options = MixOptions(counts, seed, total, history, block, limit, chains, _chooser(best_of))
     _write(folder, options, folder.mix_of(name), dry_run)
 
 

@@ -14,11 +14,12 @@ def start_ray(most: int, option: str, *, may_grow: bool = False) -> str:
     Raises:
         InputError: For more than there are, with the name of the option; not where the cluster ``may_grow``.
     """
+    import ray
+    import torch
+
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address.startswith("127.0.0.1"):
-        set_defaults()  # Ray on the loopback address, with a GPU too
-    import ray
-
+        set_defaults(only="RAY_" if torch.cuda.is_available() else "")  # Ray on loopback, with a GPU too
     if not ray.is_initialized():
         where = {} if address else {"address": "local", "num_cpus": max(most, os.cpu_count() or 1)}
         ray.init(**where, include_dashboard=False, log_to_driver=False, logging_level="warning")

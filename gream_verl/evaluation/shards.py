@@ -35,9 +35,8 @@ def in_shards(
     shards, started_here = min(shards, len(pieces)), not ray.is_initialized()
     try:
         kind = start_ray(shards, "shards")
-        remote = ray.remote(_Actor).options(
-            num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS, max_task_retries=RESTARTS
-        )
+        again = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+        remote = ray.remote(_Actor).options(num_cpus=1, num_gpus=int(kind == "GPU"), **again)
         pool = ActorPool([remote.remote(make_worker, kind) for _ in range(shards)])
         yield from pool.map_unordered(lambda actor, piece: actor.work.remote(piece), list(pieces))
     except ray.exceptions.RayTaskError as error:
