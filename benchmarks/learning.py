@@ -14,6 +14,7 @@ take as long as one; a last call with all seeds prints the table.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,33 +25,28 @@ from gream_verl.core.files import write_json, write_text
 from gream_verl.core.run_folder import RunFolder
 from gream_verl.evaluation.metrics import paired_difference
 from gream_verl.evaluation.results import MAIN_METRICS, Evaluation
-from gream_verl.pipeline.quickstart import DEFAULT_DATASET, Quickstart, quickstart_steps, recipe_folder
-from gream_verl.pipeline.runner import Step, run_steps, stamp_file
+from gream_verl.pipeline.quickstart import DEFAULT_DATASET, Quickstart, quickstart_steps
+from gream_verl.pipeline.runner import Step, run_steps
 
 MODELS = ("sft", "srpo")
 
 
 def learning_steps(run: RunFolder, seed: int, steps: int) -> list[Step]:
-    """Return the steps of a seed: those of the quickstart up to SFT, SRPO, and the evaluation of both models."""
-    data, config = run.data, run.root / "likely.yaml"
+    """Return the steps of the quickstart with a longer SRPO and an evaluation of the most likely chains."""
+    config, found = run.root / "likely.yaml", []
     write_text(config, "modes: [reasoning]\nmax_tokens: 128\ntemperature: 0\n")
-    quickstart = quickstart_steps(Quickstart(run=run.root, seed=seed))
-    until_sft = quickstart[: [step.name for step in quickstart].index("sft") + 1]
-    train = f"python -m verl.trainer.main_ppo +recipe=gream_srpo_cpu gream.run={run.root} gream.dataset={data.name} "
-    train += f"gream.seed={seed} trainer.total_training_steps={steps} trainer.val_before_train=false "
-    train += "trainer.test_freq=-1"
-    reads = [data.rl, data.val, data.index, run.sft, recipe_folder()]
-    srpo = Step("srpo", train, reads, [run.srpo / "latest_checkpointed_iteration.txt"], checkpoints=run.srpo)
-    evaluations = [
-        Step(
-            f"evaluate-{name}",
-            f"gream evaluate {run.root} {run.root / name} -c {config} --name {name} --overwrite",
-            [stamp_file(run.root, name), data.test, data.index, config],
-            [result_file(run, name)],
-        )
-        for name in MODELS
-    ]
-    return [*until_sft, srpo, *evaluations]
+    for step in quickstart_steps(Quickstart(run=run.root, seed=seed)):
+        if step.name == "srpo":
+            longer = f"trainer.total_training_steps={steps} trainer.val_before_train=false trainer.test_freq=-1"
+            found.append(replace(step, command=f"{step.command} {longer}"))
+        elif step.name.startswith("evaluate-"):
+            name = step.name.removeprefix("evaluate-")
+            command = f"gream evaluate {run.root} {run.root / name} -c {config} --name {name} --overwrite"
+            made = [result_file(run, name)]
+            found.append(replace(step, command=command, reads=[*step.reads, config], makes=made))
+        elif step.name != "report":
+            found.append(step)
+    return found
 
 
 def result_file(run: RunFolder, name: str) -> Path:
@@ -85,7 +81,8 @@ def main() -> None:
         cells = [f"{d['difference']:+.4f}\n{d['low']:+.4f} to\n{d['high']:+.4f}" for d in found[metric]]
         p = found[metric][-1]["p"]
         table.add_row(f"{metric}\nSFT {old.mean():.4f}\n{f'p {p:.3f}' if p >= 0.001 else 'p < .001'}", *cells)
-    write_json(given.root / "learning.json", {**vars(given), "root": str(given.root), "differences": found}, indent=1)
+    report = {"seeds": given.seeds, "steps": given.steps, "differences": found}
+    write_json(given.root / "learning.json", report, indent=1)
     console.print(table)
 
 

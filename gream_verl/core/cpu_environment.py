@@ -33,9 +33,9 @@ DEFAULTS = {
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, *, only: str = "") -> None:
     """Set the ``DEFAULTS`` that begin with ``only``, where the user did not; processes started later inherit them."""
-    for name in DEFAULTS:
+    for name, value in DEFAULTS.items():
         if name.startswith(only):
-            environment.setdefault(name, DEFAULTS[name])
+            environment.setdefault(name, value)
     if environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0" and "ray._private.ray_constants" in sys.modules:
         # `import verl` imports Ray before its plugins, and Ray reads the variable once (ray_constants.py:658).
         sys.modules["ray._private.ray_constants"].ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
